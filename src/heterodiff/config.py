@@ -1,0 +1,272 @@
+"""Typed configuration of a run: one YAML file, ``key.path=value`` overrides, nothing unknown accepted."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from heterodiff.errors import ConfigError, nearest_name
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def _pair(value: Any) -> Any:
+    """Read one integer as a square (height, width)."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Where images and labels come from."""
+
+    source: str = Field("images", description="`images`, or a built-in source such as `digits`")
+    path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl)")
+    image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
+    channels: Positive | None = Field(None, description="expected channels; default: those of the first image")
+    labels: Literal["auto", "required", "none"] = Field(
+        "auto", description="auto: labels if there are any; required: an error without; none: ignore them"
+    )
+    value_range: tuple[float, float] | None = Field(
+        None,
+        description="stored values mapped to 0 and 1; default: 0..255 for 8 bits, else measured on the "
+        "training images",
+    )
+    resize: Literal["crop", "stretch"] = Field(
+        "crop", description="crop: keep the aspect ratio and cut the centre; stretch: both sides to image_size"
+    )
+    val_fraction: Fraction = Field(0.1, description="share of images held out, drawn per class")
+    split_seed: int = 0
+    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
+    random_crop: Annotated[int, Field(ge=0)] = Field(
+        0, description="pad by so many pixels (replicated) and crop back at a random position"
+    )
+    on_bad: Literal["error", "skip"] = Field("error", description="what to do with unreadable images")
+    memory_limit_gb: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="decode all images once into memory when they need at most this"
+    )
+
+
+class CodecConfig(Section):
+    """The space in which diffusion happens."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+class ModelConfig(Section):
+    """The denoiser; see ``heterodiff models`` and the docs of the HAE family."""
+
+    variant: str = "hae-v2"
+    model_channels: Positive = 64
+    channel_mult: tuple[Positive, ...] | None = Field(None, description="default chosen from the image size")
+    layers_per_block: Positive = 2
+    attention_resolutions: tuple[Positive, ...] | None = Field(
+        None, description="downsampling factors with attention; default: the last two levels below 32x32"
+    )
+    dropout: Fraction = 0.0
+    num_heads: Positive = 4
+    num_head_channels: Positive | None = None
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    gradient_checkpointing: bool = False
+
+
+class DiffusionConfig(Section):
+    """The forward process and what the network learns."""
+
+    schedule: Literal["linear", "cosine"] = Field("linear", description="betas; not used by prediction: flow")
+    num_train_timesteps: Annotated[int, Field(ge=10)] = 1000
+    prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
+    learn_variance: bool = False
+    weighting: Literal["none", "min-snr"] = "none"
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    p_uncond: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="probability of dropping the condition in training"
+    )
+
+    @model_validator(mode="after")
+    def _flow_has_no_variance(self) -> "DiffusionConfig":
+        if self.learn_variance and self.prediction == "flow":
+            raise ValueError("learn_variance needs prediction epsilon, v or sample; flow has no variance")
+        return self
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
+
+    sampler: str = "dpmpp"
+    num_inference_steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 = unguided")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="share of the noise levels, 0 = clean and 1 = pure noise, that is guided"
+    )
+    dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="quantile of |x0| that is scaled back to 1 (Saharia et al. 2022); default: clip only"
+    )
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: Positive = 20_000
+    batch_size: Positive = Field(64, description="images per optimiser step, over all processes")
+    accumulation_steps: Positive = Field(1, description="parts a process computes its share of a batch in")
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the GPU has it, else float32"
+    )
+    compile: bool = False
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    log_every: Positive = 20
+    preview_every: Positive = 1000
+    checkpoint_every: Positive = 1000
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    max_nonfinite_steps: Positive = Field(10, description="stop after so many non-finite losses in a row")
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """Everything that defines a run; saved as ``config.yaml`` in its folder, which is enough to repeat it."""
+
+    recipe: Literal["diffusion"] = "diffusion"
+    output: Path | None = Field(None, description="run folder; default: runs/<name of the config file>")
+    data: DataConfig = DataConfig()
+    codec: CodecConfig = CodecConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases (an alias bomb grows exponentially) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError("YAML aliases (*name) are not accepted in a configuration; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        repeated = [key for key in keys if keys.count(key) > 1]
+        if repeated:
+            raise ConfigError(f"key '{repeated[0]}' appears twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping from ``path``.
+
+    Raises:
+        ConfigError: the file is missing, larger than 1 MB, not UTF-8, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most 1,000,000")
+    try:
+        # The loader is SafeLoader with two more refusals: it can build plain values only.
+        content = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}': expected key.path=value, for example training.steps=1000")
+    *parents, last = key.strip().split(".")
+    section = content
+    for parent in parents:
+        child = section.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
+        section = child
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        section[last] = text
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at ``location`` accepts."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        location = item["loc"]
+        key = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            hint = nearest_name(str(location[-1]), known)
+            lines.append(f"unknown key '{key}'{hint}; known here: {', '.join(known)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}, found {item['input']!r}" if key else message)
+    return "\n".join(lines)
+
+
+def parse_config(content: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Check ``content`` against :class:`RunConfig`.
+
+    Raises:
+        ConfigError: unknown keys (the nearest known one is named) or values of a wrong type or range.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read the YAML file at ``path``, apply ``key.path=value`` overrides and check the result.
+
+    The run folder (``output``) defaults to ``runs/<file stem>``.
+
+    Raises:
+        ConfigError: see :func:`read_yaml` and :func:`parse_config`.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    content.setdefault("output", str(Path("runs") / path.stem))
+    return parse_config(content, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return ``config`` as YAML text that :func:`load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

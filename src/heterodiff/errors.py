@@ -1,0 +1,36 @@
+"""Errors meant for the user: each says what was wrong, where, what was expected and the way out."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HeterodiffError(ValueError):
+    """A user's mistake or unusable input. The command line prints it as one message and exits with 1."""
+
+
+class ConfigError(HeterodiffError):
+    """A configuration that cannot be used."""
+
+
+class DataError(HeterodiffError):
+    """Images, labels or folders that cannot be used."""
+
+
+class CheckpointError(HeterodiffError):
+    """Weights or a checkpoint that cannot be loaded."""
+
+
+class RunError(HeterodiffError):
+    """A run folder that cannot be used as asked."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for a ``name`` of some ``kind`` that is not among the ``known`` ones."""
+    known = list(known)
+    return f"unknown {kind} '{name}'{nearest_name(name, known)}; known: {', '.join(known)}"
