@@ -39,8 +39,7 @@ class DataConfig(Section):
     )
     value_range: tuple[float, float] | None = Field(
         None,
-        description="stored values mapped to 0 and 1; default: 0..255 for 8 bits, else measured on the "
-        "training images",
+        description="stored values mapped to 0 and 1; default: 0..255 for 8 bits, else measured on the training images",
     )
     resize: Literal["crop", "stretch"] = Field(
         "crop", description="crop: keep the aspect ratio and cut the centre; stretch: both sides to image_size"
@@ -166,7 +165,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
             raise ConfigError(f"key '{repeated[0]}' appears twice (line {node.start_mark.line + 1})")
@@ -185,7 +184,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most 1,000,000")
     try:
         # The loader is SafeLoader with two more refusals: it can build plain values only.
-        content = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506
+        content = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

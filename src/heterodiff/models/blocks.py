@@ -1,0 +1,185 @@
+"""Building blocks of the ADM U-Net (Dhariwal & Nichol 2021), in channels-last layout.
+
+Parameter names and shapes are those of guided-diffusion, so that its checkpoints load as they are.
+Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view
+(B, H*W, C) free of copies.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heterodiff.models.conditioning import attend_with_condition
+
+NORM_GROUPS = 32
+
+
+class GroupNorm32(nn.GroupNorm):
+    """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
+
+    def __init__(self, channels: int):
+        super().__init__(NORM_GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch.group_norm, unlike F.group_norm, accepts one value per group (1x1 maps, 32 channels).
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return torch.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class Pointwise(nn.Conv1d):
+    """A 1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weight.squeeze(-1), self.bias)
+
+
+def zero_(module: nn.Module) -> nn.Module:
+    """Set all parameters of ``module`` to zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+
+def make_activation(activation: str) -> nn.Module:
+    """``silu``, or ``identity`` for earlier checkpoints whose norms ignored their activation."""
+    return {"silu": nn.SiLU, "identity": nn.Identity}[activation]()
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C); a view when ``x`` is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H*W, C) -> channels-last (B, C, H, W); a view."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
+    """Sinusoids [cos, sin] of ``timestep`` (B,), frequencies exp(-ln(10000) i / half): (B, width) float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timestep.device))
+    angles = timestep.float()[:, None] * frequencies
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, width % 2))
+
+
+class Downsample(nn.Module):
+    """Halve height and width: stride-2 3x3 convolution, or average pooling."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then an optional 3x3 convolution."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = conv3x3(channels, channels) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the embedding, by addition or by scale and shift (FiLM).
+
+    Args:
+        in_channels, out_channels: of the feature map.
+        embedding_dim: width E of the block embedding.
+        dropout: probability before the last convolution.
+        use_scale_shift_norm: GN(h) (1 + scale) + shift instead of adding the embedding before the norm.
+        activation: ``silu`` or ``identity`` (see :func:`make_activation`).
+        resample: ``"up"``, ``"down"`` or None; resampling inside the block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        dropout: float,
+        use_scale_shift_norm: bool = False,
+        activation: str = "silu",
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm32(in_channels), make_activation(activation), conv3x3(in_channels, out_channels)
+        )
+        if resample == "up":
+            self.resample: nn.Module | None = Upsample(in_channels, use_conv=False)
+        else:
+            self.resample = Downsample(in_channels, use_conv=False) if resample == "down" else None
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU() if use_scale_shift_norm else make_activation(activation),
+            nn.Dropout(dropout),
+            zero_(conv3x3(out_channels, out_channels)),
+        )
+        self.skip_connection: nn.Module = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H', W')."""
+        if self.resample is None:
+            h = self.in_layers(x)
+        else:
+            h = self.in_layers[2](self.resample(self.in_layers[1](self.in_layers[0](x))))
+            x = self.resample(x)
+        e = self.emb_layers(embedding)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """x + proj(attention(GN(x))) over all positions and, with ``condition_dim``, the condition tokens.
+
+    Weight rows: ``qkv`` per head [q; k; v], ``encoder_kv`` per head [k; v] (guided-diffusion's legacy order).
+    """
+
+    def __init__(self, channels: int, num_heads: int, condition_dim: int | None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNorm32(channels)
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.encoder_kv = None if condition_dim is None else Pointwise(condition_dim, 2 * channels)
+        self.proj_out = zero_(Pointwise(channels, channels))
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """x (B, C, H, W), condition (B, E) or None (no row has one) -> (B, C, H, W)."""
+        height, width = x.shape[2:]
+        qkv = self.qkv(to_tokens(self.norm(x)))
+        q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)  # each (B, heads, T, d)
+        if self.encoder_kv is None:
+            a = F.scaled_dot_product_attention(q, k, v)
+        else:
+            weight = self.encoder_kv.weight.squeeze(-1)
+            a = attend_with_condition(q, k, v, condition, weight, self.encoder_kv.bias)
+        return x + to_map(self.proj_out(a.transpose(1, 2).flatten(2)), height, width)

@@ -1,0 +1,183 @@
+"""The heterogeneous decoder block: a convolution branch beside a sparse multi-scale Transformer branch."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heterodiff.models.blocks import GroupNorm32, conv3x3, to_map, to_tokens
+from heterodiff.models.sparse_attention import DevicePattern, Grid, make_pattern, sparse_attention
+
+REGIONAL_PATCHES = (4, 8)
+NUM_HEADS = 8
+
+
+@dataclass(frozen=True)
+class HybridSpec:
+    """What distinguishes the hybrid blocks of the HAE variants (a row each in ``variants.py``).
+
+    Attributes:
+        linear_patches: a Linear over each flattened patch makes its regional token; otherwise a shared 1x1
+            convolution and the mean over the patch.
+        bottleneck_mlp: C -> bottleneck_ratio C -> C instead of C -> 4C -> C.
+        concat_fusion: 1x1(concat(a, b)) instead of 1x1((a + b) / 2).
+    """
+
+    linear_patches: bool
+    bottleneck_mlp: bool
+    concat_fusion: bool
+
+
+@dataclass(frozen=True)
+class PatternSpec:
+    """The sparse pattern of a model; see :func:`heterodiff.models.sparse_attention.make_pattern`."""
+
+    kind: str
+    sparsity: float
+    max_keys: int
+    seed: int
+
+
+class SparseSelfAttention(nn.Module):
+    """Multi-head attention with the parameters of ``nn.MultiheadAttention`` and a sparse key pattern."""
+
+    def __init__(self, channels: int, num_heads: int, pattern: PatternSpec):
+        super().__init__()
+        self.num_heads = num_heads
+        self.pattern = pattern
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.given_masks: dict[int, Tensor] = {}
+        self._placed: dict[tuple[Grid, torch.device], DevicePattern] = {}
+
+    def device_pattern(self, grid: Grid, device: torch.device) -> DevicePattern:
+        """The pattern of ``grid`` on ``device``, placed there once; a given mask of its length goes first."""
+        if (grid, device) not in self._placed:
+            if grid.length in self.given_masks:
+                visible = ~self.given_masks[grid.length][: grid.local]
+                placed = DevicePattern(visible.to(device), None, None, None)
+            else:
+                p = self.pattern
+                pattern = make_pattern(p.kind, grid, p.sparsity, p.max_keys, p.seed)
+                placed = DevicePattern.place(pattern, device)
+            self._placed[grid, device] = placed
+        return self._placed[grid, device]
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Use ``mask`` (S, S), True = hidden, whenever the sequence has S tokens."""
+        self.given_masks[mask.shape[0]] = mask
+        self._placed.clear()
+
+    def forward(self, local: Tensor, regional: Tensor, grid: Grid) -> Tensor:
+        """local (B, L, C) asks, local and regional (B, R, C) answer -> (B, L, C)."""
+        channels = local.shape[-1]
+        q_weight, kv_weight = self.in_proj_weight.split([channels, 2 * channels])
+        q_bias, kv_bias = self.in_proj_bias.split([channels, 2 * channels])
+        q = F.linear(local, q_weight, q_bias)
+        kv = F.linear(torch.cat([local, regional], dim=1), kv_weight, kv_bias)
+        pattern = self.device_pattern(grid, local.device)
+        return self.out_proj(sparse_attention(q, kv, pattern, self.num_heads))
+
+
+class BottleneckMLP(nn.Module):
+    """C -> ratio C -> C with GELU; wrapped so that its parameters are named as in earlier checkpoints."""
+
+    def __init__(self, channels: int, ratio: float, dropout: float):
+        super().__init__()
+        self.mlp = make_mlp(channels, max(1, int(channels * ratio)), dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+def make_mlp(channels: int, hidden: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(channels, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, channels),
+        nn.Dropout(dropout),
+    )
+
+
+class MultiScaleTransformer(nn.Module):
+    """MSTB: h + A + MLP(LN(A)), A = sparse attention of local tokens over local and regional ones."""
+
+    def __init__(self, channels: int, spec: HybridSpec, bottleneck_ratio: float, dropout: float, pattern: PatternSpec):
+        super().__init__()
+        self.local_norm = nn.LayerNorm(channels)
+        self.regional_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in REGIONAL_PATCHES)
+        self.patch_projections: nn.ModuleList | None = None
+        self.shared_patch_embed: nn.Conv2d | None = None
+        if spec.linear_patches:
+            self.patch_projections = nn.ModuleList(nn.Linear(channels * p * p, channels) for p in REGIONAL_PATCHES)
+        else:
+            self.shared_patch_embed = nn.Conv2d(channels, channels, 1)
+        self.multihead_attn = SparseSelfAttention(channels, NUM_HEADS, pattern)
+        self.norm_out = nn.LayerNorm(channels)
+        self.mlp: nn.Module = (
+            BottleneckMLP(channels, bottleneck_ratio, dropout)
+            if spec.bottleneck_mlp
+            else make_mlp(channels, 4 * channels, dropout)
+        )
+
+    def _regional_tokens(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, R, C): one token a patch, for each patch size in turn."""
+        tokens = []
+        for i, p in enumerate(REGIONAL_PATCHES):
+            height, width = x.shape[2:]
+            padded = F.pad(x, (0, -width % p, 0, -height % p), mode="replicate")
+            if self.patch_projections is None:
+                token = to_tokens(F.avg_pool2d(padded, p))
+            else:
+                patches = F.unfold(padded, p, stride=p).transpose(1, 2)  # (B, R, C p p), channel-major
+                token = self.patch_projections[i](patches)
+            tokens.append(self.regional_norms[i](token))
+        return torch.cat(tokens, dim=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (B, C, H, W) -> (B, C, H, W)."""
+        height, width = h.shape[2:]
+        embedded = h if self.shared_patch_embed is None else self.shared_patch_embed(h)
+        local = self.local_norm(to_tokens(embedded))
+        grid = Grid(height, width, REGIONAL_PATCHES)
+        a = self.multihead_attn(local, self._regional_tokens(embedded), grid)
+        return h + to_map(a + self.mlp(self.norm_out(a)), height, width)
+
+
+class HybridBlock(nn.Module):
+    """x + fuse(conv branch, transformer branch), both on x plus the block embedding."""
+
+    def __init__(
+        self,
+        channels: int,
+        embedding_dim: int,
+        spec: HybridSpec,
+        bottleneck_ratio: float,
+        dropout: float,
+        pattern: PatternSpec,
+    ):
+        super().__init__()
+        self.concat_fusion = spec.concat_fusion
+        self.conv_branch = nn.Sequential(
+            GroupNorm32(channels),
+            nn.SiLU(),
+            conv3x3(channels, channels),
+            GroupNorm32(channels),
+            nn.SiLU(),
+            conv3x3(channels, channels),
+        )
+        self.transformer_branch = MultiScaleTransformer(channels, spec, bottleneck_ratio, dropout, pattern)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, channels))
+        self.fusion_conv = nn.Conv2d(2 * channels if spec.concat_fusion else channels, channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
+        h = x + self.emb_layers(embedding)[:, :, None, None]
+        a, b = self.conv_branch(h), self.transformer_branch(h)
+        fused = torch.cat([a, b], dim=1) if self.concat_fusion else (a + b) / 2
+        return x + self.fusion_conv(fused)

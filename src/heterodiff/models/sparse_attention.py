@@ -1,0 +1,244 @@
+"""Deterministic sparse attention patterns and attention that only touches the keys they name.
+
+A sequence holds S = L + R tokens: L = H*W local ones in row-major order, then the regional tokens of each patch
+size p in turn, ceil(H/p) * ceil(W/p) of them. Only local tokens ask. Queries are grouped into blocks that share
+one key list, so that attention is one gather and one dense product per block.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DENSE_LIMIT = 512
+"""Up to this sequence length the key sets are applied as a mask to dense attention, which is faster there."""
+BLOCK_ROUNDING = 1.25
+"""Blocks of queries may share up to this many times the nominal number of keys."""
+MIN_KEYS = 16
+"""Below this many keys sparsity saves nothing and starves small maps."""
+FAR_SHARE = 0.1
+REGIONAL_SHARE = 0.8
+SEQUENCE_BLOCK = 16
+
+PATTERNS = ("multiscale", "sequence")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the keys of a pattern live: a local map and one coarser map per patch size."""
+
+    height: int
+    width: int
+    patch_sizes: tuple[int, ...]
+
+    @property
+    def local(self) -> int:
+        return self.height * self.width
+
+    @property
+    def regional(self) -> list[tuple[int, int]]:
+        return [(math.ceil(self.height / p), math.ceil(self.width / p)) for p in self.patch_sizes]
+
+    @property
+    def length(self) -> int:
+        return self.local + sum(h * w for h, w in self.regional)
+
+
+@dataclass(frozen=True)
+class KeyPattern:
+    """Which keys each local query sees.
+
+    Attributes:
+        queries: (blocks, queries per block) indices of local tokens; a token may appear twice.
+        keys: (blocks, K) distinct indices of tokens, shared by the queries of a block.
+        position: (L,) where in ``queries.flatten()`` each local token's answer is found.
+        length: S.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    position: np.ndarray
+    length: int
+
+    def visible(self) -> np.ndarray:
+        """Boolean (L, S): True where a query sees a key."""
+        block_of = self.position // self.queries.shape[1]
+        seen = np.zeros((len(self.position), self.length), dtype=bool)
+        np.put_along_axis(seen, self.keys[block_of], True, axis=1)
+        return seen
+
+
+@lru_cache(maxsize=64)
+def make_pattern(kind: str, grid: Grid, sparsity: float, max_keys: int, seed: int) -> KeyPattern:
+    """Draw the pattern ``kind`` (one of ``PATTERNS``) for ``grid``; the same arguments give the same pattern.
+
+    Args:
+        sparsity: share of the S keys that a query does not see (0.9: it sees a tenth).
+        max_keys: upper bound on the keys of a query, which makes the cost linear in L for large maps.
+        seed: of the fixed far keys.
+    """
+    builder = {"multiscale": _multiscale, "sequence": _sequence}[kind]
+    return builder(grid, sparsity, max_keys, np.random.default_rng(seed))
+
+
+def _near_square(count: int, height: int, width: int) -> tuple[int, int]:
+    """The largest near-square window of at most ``count`` cells in a (height, width) map."""
+    rows = max(1, min(height, math.isqrt(count)))
+    columns = max(1, min(width, count // rows))
+    return max(1, min(height, count // columns)), columns
+
+
+def _window(centre: np.ndarray, size: int, limit: int) -> np.ndarray:
+    """(n, size) consecutive indices around each ``centre``, shifted to stay inside [0, limit)."""
+    start = np.clip(np.floor(centre - (size - 1) / 2 + 0.5).astype(np.int64), 0, limit - size)
+    return start[:, None] + np.arange(size)
+
+
+def _map_windows(rows: np.ndarray, columns: np.ndarray, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """(n, size) flat indices of the windows of ``size`` around (rows, columns) in a map of ``shape``."""
+    r = _window(rows, size[0], shape[0])
+    c = _window(columns, size[1], shape[1])
+    return (r[:, :, None] * shape[1] + c[:, None, :]).reshape(len(rows), -1)
+
+
+def _tile_starts(limit: int, tile: int) -> np.ndarray:
+    """Starts of tiles that cover [0, limit); the last one is shifted back inside where it would stick out."""
+    return np.minimum(np.arange(0, limit, tile), limit - tile)
+
+
+def _tile_size(window_keys: int, height: int, width: int) -> int:
+    """The largest tile whose queries all keep neighbours on every side within ``window_keys`` keys."""
+    for tile in (8, 4, 2):
+        margin = max(1, tile // 8)
+        if tile <= min(height, width) and (tile + 2 * margin) ** 2 <= window_keys:
+            return tile
+    return 1
+
+
+def _far_keys(rng: np.random.Generator, local: int, window: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) distinct local tokens outside each block's ``window`` (n, k)."""
+    order = rng.permutation(local)
+    blocks, size = window.shape
+    candidates = order[(np.arange(blocks)[:, None] * count + np.arange(count + size)) % local]
+    inside = (candidates[:, :, None] == window[:, None, :]).any(-1)
+    chosen = np.argsort(inside, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(candidates, chosen, axis=1)
+
+
+def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generator) -> KeyPattern:
+    """Every query sees all scales: regional tokens, a local window around it, a few far local keys."""
+    height, width, length = grid.height, grid.width, grid.length
+    nominal = int((1 - sparsity) * length)
+    budget = min(max(nominal, MIN_KEYS), max_keys, length)
+    far = min(int(FAR_SHARE * budget), max(0, grid.local - budget))
+    scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget))
+    regional = sum(math.prod(size) for size in scales)
+
+    rounded = min(int(BLOCK_ROUNDING * (1 - sparsity) * length), max_keys)
+    tile = _tile_size(rounded - regional - far, height, width) if length > DENSE_LIMIT else 1
+    window_keys = max(1, (rounded if tile > 1 else budget) - regional - far)
+
+    top, left = _tile_starts(height, tile), _tile_starts(width, tile)
+    tile_rows = np.repeat(top, len(left))
+    tile_columns = np.tile(left, len(top))
+    centre_row, centre_column = tile_rows + (tile - 1) / 2, tile_columns + (tile - 1) / 2
+    queries = _map_windows(centre_row, centre_column, (tile, tile), (height, width))
+    window_size = _near_square(window_keys, height, width)
+    window = _map_windows(centre_row, centre_column, window_size, (height, width))
+    keys = [window, _far_keys(rng, grid.local, window, far)]
+    offset = grid.local
+    for patch, shape, size in zip(grid.patch_sizes, grid.regional, scales, strict=True):
+        row, column = (centre_row + 0.5) / patch - 0.5, (centre_column + 0.5) / patch - 0.5
+        keys.append(offset + _map_windows(row, column, size, shape))
+        offset += shape[0] * shape[1]
+    return _pattern(queries, np.concatenate(keys, axis=1), grid)
+
+
+def _regional_sizes(grid: Grid, budget: int) -> list[tuple[int, int]]:
+    """The window each regional map is seen through: whole maps if they fit, else equal shares, coarsest first."""
+    if sum(h * w for h, w in grid.regional) <= budget:
+        return grid.regional
+    sizes: dict[int, tuple[int, int]] = {}
+    for patch in sorted(grid.patch_sizes, reverse=True):
+        height, width = grid.regional[grid.patch_sizes.index(patch)]
+        share = max(1, budget // (len(grid.patch_sizes) - len(sizes)))
+        sizes[patch] = (height, width) if height * width <= share else _near_square(share, height, width)
+        budget -= math.prod(sizes[patch])
+    return [sizes[patch] for patch in grid.patch_sizes]
+
+
+def _sequence(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generator) -> KeyPattern:
+    """A band over the concatenated sequence plus random keys, the pattern of earlier checkpoints.
+
+    Per query up to ``DENSE_LIMIT`` tokens; beyond, blocks of 16 queries share the band around their centre.
+    """
+    length, local = grid.length, grid.local
+    keep = max(1, int(length * (1 - sparsity)))
+    half = min(int(length * (1 - sparsity) / 2), max_keys // 2)
+    random_keys = min(max(1, keep // 4), max_keys // 4) if keep > 4 else 0
+    block = SEQUENCE_BLOCK if length > DENSE_LIMIT else 1
+    starts = _tile_starts(local, min(block, local))
+    queries = starts[:, None] + np.arange(min(block, local))
+    centre = starts + (queries.shape[1] - 1) / 2
+    band = _window(centre, min(2 * half + 1, length), length)
+    far = _far_keys(rng, length, band, min(random_keys, length - band.shape[1]))
+    return _pattern(queries, np.concatenate([band, far], axis=1), grid)
+
+
+def _pattern(queries: np.ndarray, keys: np.ndarray, grid: Grid) -> KeyPattern:
+    flat = queries.reshape(-1)
+    position = np.empty(grid.local, dtype=np.int64)
+    position[flat[::-1]] = np.arange(len(flat))[::-1]  # the first answer of a token that appears twice
+    return KeyPattern(queries, np.sort(keys, axis=1), position, grid.length)
+
+
+@dataclass(frozen=True)
+class DevicePattern:
+    """A :class:`KeyPattern` as tensors on one device, ready for :func:`sparse_attention`."""
+
+    mask: Tensor | None
+    queries: Tensor | None
+    keys: Tensor | None
+    position: Tensor | None
+
+    @classmethod
+    def place(cls, pattern: KeyPattern, device: torch.device) -> "DevicePattern":
+        if pattern.length <= DENSE_LIMIT:
+            return cls(torch.from_numpy(pattern.visible()).to(device), None, None, None)
+        tensors = (torch.from_numpy(a).to(device) for a in (pattern.queries, pattern.keys, pattern.position))
+        return cls(None, *tensors)
+
+
+def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
+    """Multi-head attention in which a query only meets the keys of its pattern.
+
+    Args:
+        q: (B, L, C) queries.
+        kv: (B, S, 2C) keys and values side by side, so that one gather serves both.
+        pattern: the key lists; keys that it leaves out are neither scored nor stored for S > ``DENSE_LIMIT``.
+        num_heads: C is split into so many heads.
+
+    Returns:
+        (B, L, C).
+    """
+    batch, _, channels = q.shape
+    width = channels // num_heads
+    if pattern.mask is not None:
+        qh = q.unflatten(-1, (num_heads, width)).transpose(1, 2)
+        kh, vh = kv.unflatten(-1, (2, num_heads, width)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=pattern.mask)
+        return out.transpose(1, 2).flatten(2)
+    assert pattern.queries is not None
+    assert pattern.keys is not None
+    assert pattern.position is not None
+    blocks, per_block = pattern.queries.shape
+    qb = q.index_select(1, pattern.queries.flatten()).view(batch * blocks, per_block, num_heads, width)
+    kvb = kv.index_select(1, pattern.keys.flatten()).view(batch * blocks, -1, 2, num_heads, width)
+    kh, vh = kvb.permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(qb.transpose(1, 2), kh, vh)
+    out = out.transpose(1, 2).reshape(batch, blocks * per_block, channels)
+    return out.index_select(1, pattern.position)

@@ -1,0 +1,347 @@
+"""The conditional U-Net of the HAE family: ADM encoder and, per variant, a hybrid CNN-Transformer decoder."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.models.blocks import (
+    NORM_GROUPS,
+    AttentionBlock,
+    Downsample,
+    GroupNorm32,
+    ResBlock,
+    Upsample,
+    conv3x3,
+    make_activation,
+    timestep_embedding,
+    zero_,
+)
+from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
+from heterodiff.models.sparse_attention import PATTERNS
+from heterodiff.models.variants import VARIANTS
+
+
+@dataclass
+class UNetOutput(BaseOutput):
+    """Output of :class:`HAEUNet`: ``sample`` (B, out_channels, H, W)."""
+
+    sample: Tensor
+
+
+class Stage(nn.ModuleList):
+    """Layers applied in turn, each given what it needs of the embedding and the condition."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, embedding: Tensor, condition: Tensor | None, recompute: Callable[..., bool]) -> Tensor:
+        for layer in self:
+            arguments: tuple[Tensor | None, ...] = ()
+            if isinstance(layer, ResBlock | HybridBlock):
+                arguments = (embedding,)
+            elif isinstance(layer, AttentionBlock):
+                arguments = (condition,)
+            x = checkpoint(layer, x, *arguments, use_reentrant=False) if recompute(layer) else layer(x, *arguments)
+        return x
+
+
+class HAEUNet(ModelMixin, ConfigMixin):
+    """U-Net denoiser with class condition; with a hybrid CNN-Transformer decoder in the HAE variants.
+
+    Args:
+        sample_size: height and width (or one number) it is meant for; other sizes divisible by the network's
+            factor 2^(levels - 1) run too.
+        in_channels, out_channels: of the images; out_channels is twice in_channels with a learned variance.
+        variant: a name of ``heterodiff.list_models()``.
+        model_channels: base width mc; level i has mc * channel_mult[i] channels.
+        layers_per_block: residual blocks a level (the decoder has one more).
+        attention_resolutions: downsampling factors at which attention follows each residual block.
+        dropout: probability in residual blocks and Transformer MLPs.
+        channel_mult: width factor of each level.
+        num_classes: class labels are 0 .. num_classes - 1, and -1 for none; None for an unconditional network.
+        num_heads, num_head_channels, num_heads_upsample: attention heads; num_head_channels (if given) sets the
+            width of a head instead of their number; num_heads_upsample (if given) holds in the decoder.
+        use_scale_shift_norm: condition residual blocks by scale and shift (FiLM).
+        resblock_updown: resample inside residual blocks; conv_resample: with a convolution.
+        dims: spatial dimensions; only 2.
+        use_checkpoint: recompute every block in the backward pass (less memory, more time).
+        use_hae: False removes the hybrid blocks (the plain ``unet``).
+        bottleneck_ratio: hidden width of the bottleneck MLP, relative.
+        memory_optimization: recompute what costs the most memory; default of ``hae-v2-conservative``.
+        zero_threshold: with memory_optimization, an embedding row whose largest absolute value is at most this
+            counts as no condition.
+        activation: ``identity`` for earlier checkpoints whose norms ignored their activation.
+        class_embedding: ``mlp``, or ``direct``: one embedding table of the block embedding's width.
+        condition_tokens: whether attention also sees the condition tokens.
+        attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
+
+    Raises:
+        ConfigError: an argument that no network can be built from.
+
+    Source: Dhariwal & Nichol 2021 (ADM) for the U-Net.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        variant: str = "unet",
+        model_channels: int = 128,
+        layers_per_block: int = 2,
+        attention_resolutions: Sequence[int] = (8, 16),
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        num_classes: int | None = None,
+        num_heads: int = 4,
+        num_head_channels: int | None = None,
+        num_heads_upsample: int | None = None,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_hae: bool = True,
+        bottleneck_ratio: float = 0.25,
+        memory_optimization: bool | None = None,
+        zero_threshold: float = 1e-6,
+        activation: str = "silu",
+        class_embedding: str = "mlp",
+        condition_tokens: bool = True,
+        attention_pattern: str = "multiscale",
+        sparsity: float = 0.9,
+        max_keys: int = 1024,
+        pattern_seed: int = 0,
+    ):
+        super().__init__()
+        self._check_arguments()
+        spec = VARIANTS[variant]
+        self.memory_optimization = spec.memory_optimization if memory_optimization is None else memory_optimization
+        self.zero_threshold = zero_threshold
+        self.gradient_checkpointing = use_checkpoint
+        self.factor = 2 ** (len(channel_mult) - 1)
+        embedding_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        if num_classes is not None:
+            direct = class_embedding == "direct"
+            self.label_emb = nn.Embedding(num_classes, embedding_dim if direct else model_channels)
+            self.class_emb = (
+                None
+                if direct
+                else nn.Sequential(
+                    nn.Linear(model_channels, embedding_dim),
+                    nn.SiLU(),
+                    nn.Linear(embedding_dim, embedding_dim),
+                )
+            )
+        pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
+        self._build(embedding_dim, spec.hybrid if use_hae else None, pattern)
+
+    def _check_arguments(self) -> None:
+        c = self.config
+        if c.variant not in VARIANTS:
+            raise ConfigError(unknown_name("model variant", c.variant, VARIANTS))
+        if c.attention_pattern not in PATTERNS:
+            raise ConfigError(unknown_name("attention_pattern", c.attention_pattern, PATTERNS))
+        if c.dims != 2:
+            raise ConfigError(f"dims: expected 2 (images), found {c.dims}")
+        widths = {c.model_channels * mult for mult in c.channel_mult}
+        if not widths or any(width % NORM_GROUPS for width in widths):
+            raise ConfigError(
+                f"model_channels * channel_mult: every level needs a multiple of {NORM_GROUPS} channels, "
+                f"found {sorted(widths)}; use model_channels={max(32, round(c.model_channels / 32) * 32)}"
+            )
+        for width in widths:
+            for heads in (c.num_heads, c.num_heads_upsample):
+                head = c.num_head_channels or width // (heads or c.num_heads)
+                if head == 0 or width % head:
+                    raise ConfigError(f"attention heads: {width} channels do not split into heads of {head}")
+        if odd := [f for f in c.attention_resolutions if f < 1 or f & (f - 1)]:
+            raise ConfigError(f"attention_resolutions: downsampling factors are powers of 2, found {odd}")
+
+    def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec) -> None:
+        c = self.config
+        condition_dim = embedding_dim if c.num_classes is not None and c.condition_tokens else None
+
+        def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(
+                in_channels,
+                out_channels,
+                embedding_dim,
+                c.dropout,
+                use_scale_shift_norm=c.use_scale_shift_norm,
+                activation=c.activation,
+                resample=resample,
+            )
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            if c.num_head_channels is not None:
+                heads = channels // c.num_head_channels
+            return AttentionBlock(channels, heads, condition_dim)
+
+        channels = c.model_channels * c.channel_mult[0]
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels, channels))])
+        skips = [channels]
+        last = len(c.channel_mult) - 1
+        for level, mult in enumerate(c.channel_mult):
+            for _ in range(c.layers_per_block):
+                layers: list[nn.Module] = [res(channels, c.model_channels * mult)]
+                channels = c.model_channels * mult
+                if 2**level in c.attention_resolutions:
+                    layers.append(attention(channels, c.num_heads))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(channels)
+            if level != last:
+                down = res(channels, channels, "down") if c.resblock_updown else Downsample(channels, c.conv_resample)
+                self.input_blocks.append(Stage(down))
+                skips.append(channels)
+        self.middle_block = Stage(res(channels, channels), attention(channels, c.num_heads), res(channels, channels))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(c.channel_mult))):
+            for i in range(c.layers_per_block + 1):
+                layers = [res(channels + skips.pop(), c.model_channels * mult)]
+                channels = c.model_channels * mult
+                if 2**level in c.attention_resolutions:
+                    layers.append(attention(channels, c.num_heads_upsample or c.num_heads))
+                if level and i == c.layers_per_block:
+                    if hybrid is not None:
+                        layers.append(
+                            HybridBlock(channels, embedding_dim, hybrid, c.bottleneck_ratio, c.dropout, pattern)
+                        )
+                    layers.append(
+                        res(channels, channels, "up") if c.resblock_updown else Upsample(channels, c.conv_resample)
+                    )
+                self.output_blocks.append(Stage(*layers))
+        self.out = nn.Sequential(
+            GroupNorm32(channels),
+            make_activation(c.activation),
+            zero_(conv3x3(channels, c.out_channels or c.in_channels)),
+        )
+
+    def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
+        """The sparse attention of each hybrid block."""
+        return (m for m in self.modules() if isinstance(m, SparseSelfAttention))
+
+    def set_attention_masks(self, masks: dict[int, Tensor]) -> None:
+        """Use given masks instead of the pattern: ``{S: BoolTensor (S, S)}``, True = hidden, by sequence length.
+
+        Raises:
+            ConfigError: a mask that is not boolean of shape (S, S).
+        """
+        for length, mask in masks.items():
+            if mask.dtype != torch.bool or mask.shape != (length, length):
+                raise ConfigError(
+                    f"attention mask for S={length}: expected bool ({length}, {length}), "
+                    f"found {mask.dtype} {tuple(mask.shape)}"
+                )
+            for attention in self.sparse_attentions():
+                attention.set_mask(mask)
+
+    def _check_sample(self, sample: Tensor) -> None:
+        height, width = sample.shape[2:]
+        if sample.shape[1] != self.config.in_channels:
+            raise ConfigError(
+                f"sample: expected {self.config.in_channels} channels, found {tuple(sample.shape)} (B, C, H, W)"
+            )
+        check_size(height, width, self.factor)
+
+    def class_condition(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
+        """c (B, E) of ``class_labels`` (B,), exactly zero where the label is -1; None if no row has a condition.
+
+        Raises:
+            ConfigError: labels for a network without classes, of a wrong shape, or outside the range.
+        """
+        if class_labels is None:
+            return None
+        num_classes = self.config.num_classes
+        if num_classes is None:
+            raise ConfigError("class_labels given, but this network was built without classes (num_classes=None)")
+        if class_labels.shape != (batch,):
+            raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
+        labelled = class_labels >= 0
+        if not torch.compiler.is_compiling() and class_labels.device.type == "cpu":
+            # Elsewhere the check would wait for the device; an index error is raised there.
+            if class_labels.numel() and not -1 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
+                found = sorted(set(class_labels.tolist()))
+                raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
+            if self.memory_optimization and not labelled.any() and not torch.is_grad_enabled():
+                return None
+        c = self.label_emb(class_labels.clamp(min=0))
+        if self.class_emb is not None:
+            c = self.class_emb(c)
+        if self.memory_optimization:
+            labelled = labelled & (c.detach().abs().amax(dim=1) > self.zero_threshold)
+        return torch.where(labelled[:, None], c, 0)
+
+    def _recompute(self, layer: nn.Module) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return self.gradient_checkpointing or (
+            self.memory_optimization and isinstance(layer, HybridBlock | AttentionBlock)
+        )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNetOutput | tuple[Tensor]:
+        """Predict from noisy images.
+
+        Args:
+            sample: (B, in_channels, H, W); H and W divisible by the network's factor.
+            timestep: (B,), (1,) or a number; fractions are allowed.
+            class_labels: (B,) integers, -1 for rows without a condition; None if no row has one.
+
+        Returns:
+            ``UNetOutput`` with ``sample`` (B, out_channels, H, W), or a tuple of it.
+
+        Raises:
+            ConfigError: shapes or labels that do not fit the network.
+        """
+        self._check_sample(sample)
+        batch = sample.shape[0]
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
+        embedding = self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.dtype))
+        condition = self.class_condition(class_labels, batch)
+        if condition is not None:
+            embedding = embedding + condition
+        h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, embedding, condition, self._recompute)
+            skips.append(h)
+        h = self.middle_block(h, embedding, condition, self._recompute)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, condition, self._recompute)
+        out = self.out(h)
+        return UNetOutput(sample=out) if return_dict else (out,)
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Check that a network that halves its maps log2(factor) times can take (height, width).
+
+    Raises:
+        ConfigError: it cannot; the nearest sizes that it can are named.
+    """
+    if height % factor == 0 and width % factor == 0:
+        return
+    nearest = [sorted({max(factor, n // factor * factor), -(-n // factor) * factor}) for n in (height, width)]
+    raise ConfigError(
+        f"image size {height}x{width}: this network needs height and width divisible by {factor}; "
+        f"nearest heights {nearest[0]}, nearest widths {nearest[1]} (data.image_size), or fewer levels "
+        "(model.channel_mult)"
+    )

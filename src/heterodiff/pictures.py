@@ -1,0 +1,204 @@
+"""Tensors to pictures: one image, one file, one captioned grid."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from heterodiff.errors import DataError
+
+BACKGROUND = (255, 255, 255)
+INK = (45, 50, 60)
+GAP = 6
+MARGIN = 12
+MAX_ENLARGED_SIDE = 512
+PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def _channel_mosaic(image: Tensor) -> Tensor:
+    """Lay the channels of a (C, H, W) image side by side in a near-square (1, rows H, columns W) one."""
+    channels, height, width = image.shape
+    columns = math.ceil(math.sqrt(channels))
+    rows = math.ceil(channels / columns)
+    padded = torch.cat([image, image.new_zeros(rows * columns - channels, height, width)])
+    tiled = padded.reshape(rows, columns, height, width).permute(0, 2, 1, 3)
+    return tiled.reshape(1, rows * height, columns * width)
+
+
+def _check_image(image: Tensor) -> Tensor:
+    if image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"an image has the shape (C, H, W), found {tuple(image.shape)}")
+    return image.detach().to("cpu", torch.float32)
+
+
+def to_pil(image: Tensor, mosaic: bool = False) -> Image.Image:
+    """Turn one image into a picture that can be looked at.
+
+    Args:
+        image: (C, H, W), values in [0, 1]; values outside are clipped, NaN is drawn black.
+        mosaic: show 3 or 4 channels as grey tiles too; right for modalities, wrong for colours.
+
+    Returns:
+        Mode L, RGB or RGBA for 1, 3 or 4 channels; otherwise L, the channels as a near-square mosaic.
+
+    Raises:
+        ValueError: ``image`` does not have three non-empty dimensions.
+    """
+    image = _check_image(image)
+    if mosaic or image.shape[0] not in PNG_MODES:
+        image = _channel_mosaic(image)
+    values = image.nan_to_num(0).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(values.squeeze(2) if values.shape[2] == 1 else values)
+
+
+def save_image(
+    image: Tensor,
+    path_stem: str | Path,
+    spec_dtype: str = "uint8",
+    value_range: tuple[float, float] = (0, 255),
+) -> Path:
+    """Write one image in the units of the data it was trained on.
+
+    8-bit data with 1, 3 or 4 channels become an 8-bit PNG and 16-bit data with one channel a 16-bit PNG;
+    everything else becomes a float32 ``.npy`` of shape (C, H, W), because PNG cannot hold it.
+
+    Args:
+        image: (C, H, W), values in [0, 1]; values outside are clipped.
+        path_stem: path without the suffix (dots in it are kept); missing folders are made.
+        spec_dtype: type of the stored data: ``uint8``, ``uint16``, or any other name for float.
+        value_range: the stored values that 0 and 1 stand for.
+
+    Returns:
+        The path written.
+
+    Raises:
+        DataError: the image contains NaN or infinity.
+        ValueError: ``image`` does not have three non-empty dimensions.
+    """
+    image = _check_image(image)
+    if not bool(torch.isfinite(image).all()):
+        raise DataError(f"{path_stem}: the image to save contains NaN or infinite values; nothing written")
+    low, high = value_range
+    stored = low + image.double().clamp(0, 1).numpy() * (high - low)
+    Path(path_stem).parent.mkdir(parents=True, exist_ok=True)
+    channels = image.shape[0]
+    if spec_dtype == "uint8" and channels in PNG_MODES:
+        pixels = stored.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    elif spec_dtype == "uint16" and channels == 1:
+        pixels = stored.round().clip(0, 65535).astype(np.uint16).transpose(1, 2, 0)
+    else:
+        path = Path(f"{path_stem}.npy")
+        np.save(path, stored.astype(np.float32), allow_pickle=False)
+        return path
+    path = Path(f"{path_stem}.png")
+    Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(path)
+    return path
+
+
+@lru_cache(maxsize=16)
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib: the same letters on every machine, most alphabets covered."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return ``text`` on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _enlarge(picture: Image.Image, min_side: int) -> Image.Image:
+    """Enlarge by the smallest integer factor that brings the shorter side to ``min_side`` (bounded)."""
+    short, long = sorted(picture.size)
+    factor = max(1, min(math.ceil(min_side / short), MAX_ENLARGED_SIDE // long))
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST) if factor > 1 else picture
+
+
+def _on_background(picture: Image.Image) -> Image.Image:
+    if picture.mode != "RGBA":
+        return picture.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (*BACKGROUND, 255)), picture).convert("RGB")
+
+
+def image_grid(
+    images: Tensor,
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    min_side: int = 64,
+    title: str | None = None,
+    mosaic: bool = False,
+) -> Image.Image:
+    """Lay images out in a grid on white, row by row.
+
+    Args:
+        images: (B, C, H, W), values in [0, 1].
+        labels: one caption per image, drawn under it; or one per row, drawn at its left.
+        columns: images per row; by default the grid comes out near-square.
+        min_side: images with a shorter side are enlarged by an integer factor, nearest neighbour.
+        title: one line above the grid.
+        mosaic: show every channel as a grey tile, see :func:`to_pil`.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: no images, a wrong shape, or a number of labels that fits neither images nor rows.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images have the shape (B, C, H, W) with B >= 1, found {tuple(images.shape)}")
+    tiles = [_enlarge(_on_background(to_pil(image, mosaic)), min_side) for image in images]
+    tile_width, tile_height = tiles[0].size
+    if columns is None:
+        columns = max(1, round(math.sqrt(len(tiles) * tile_height / tile_width)))
+    columns = min(columns, len(tiles))
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, found {columns}")
+    rows = math.ceil(len(tiles) / columns)
+    if labels is not None and len(labels) not in (len(tiles), rows):
+        raise ValueError(f"expected {len(tiles)} labels (images) or {rows} (rows), found {len(labels)}")
+    captions = [str(label) for label in labels] if labels is not None and len(labels) == len(tiles) else []
+    row_names = [str(label) for label in labels] if labels is not None and not captions else []
+
+    # Text keeps a readable size whatever the tiles are; cells widen for it, within limits.
+    size = min(20, max(12, tile_height // 9))
+    font, title_font = _font(size), _font(size + 3, bold=True)
+    line_height = round(size * 1.5)
+    widest = max((math.ceil(font.getlength(text)) for text in captions), default=0)
+    cell_width = max(tile_width, min(widest, 140))
+    left = max((math.ceil(font.getlength(text)) for text in row_names), default=0)
+    left = min(left, 180)
+    offset_x = MARGIN + (left + 2 * GAP if row_names else 0)
+    offset_y = MARGIN + (round((size + 3) * 1.8) if title else 0)
+    cell_height = tile_height + (line_height if captions else 0)
+    width = offset_x + columns * (cell_width + GAP) - GAP + MARGIN
+    height = offset_y + rows * (cell_height + GAP) - GAP + MARGIN
+
+    picture = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    if title:
+        draw.text((MARGIN, MARGIN), _shorten(title, title_font, width - 2 * MARGIN), INK, title_font)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        x = offset_x + column * (cell_width + GAP)
+        y = offset_y + row * (cell_height + GAP)
+        picture.paste(tile, (x + (cell_width - tile_width) // 2, y))
+        if captions:
+            text = _shorten(captions[index], font, cell_width)
+            draw.text((x + cell_width / 2, y + tile_height + 2), text, INK, font, anchor="ma")
+    for row, name in enumerate(row_names):
+        y = offset_y + row * (cell_height + GAP) + tile_height / 2
+        draw.text((MARGIN + left, y), _shorten(name, font, left), INK, font, anchor="rm")
+    return picture
