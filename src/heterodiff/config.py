@@ -33,7 +33,10 @@ class DataConfig(Section):
     source: str = Field("images", description="`images`, or a built-in source such as `digits`")
     path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl)")
     image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
-    channels: Positive | None = Field(None, description="expected channels; default: those of the first image")
+    channels: Positive | None = Field(
+        None,
+        description="expected channels; 8-bit pictures are converted to 1, 3 or 4; default: those of the first image",
+    )
     labels: Literal["auto", "required", "none"] = Field(
         "auto", description="auto: labels if there are any; required: an error without; none: ignore them"
     )
@@ -50,7 +53,7 @@ class DataConfig(Section):
     random_crop: Annotated[int, Field(ge=0)] = Field(
         0, description="pad by so many pixels (replicated) and crop back at a random position"
     )
-    on_bad: Literal["error", "skip"] = Field("error", description="what to do with unreadable images")
+    on_bad: Literal["error", "skip"] = Field("error", description="what to do with images that cannot be used")
     memory_limit_gb: Annotated[float, Field(ge=0)] = Field(
         4.0, description="decode all images once into memory when they need at most this"
     )

@@ -1,0 +1,159 @@
+"""From surveyed images to a training and a validation set: policy, labels, split, value range."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from heterodiff.config import DataConfig
+from heterodiff.data.collection import Collection
+from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.data.findings import listing, show
+from heterodiff.data.labels import index_labels
+from heterodiff.data.split import apply_split, draw_split
+from heterodiff.data.survey import Measured, Survey
+from heterodiff.errors import DataError
+
+Range = tuple[float, float]
+_FULL_RANGE: dict[str, Range] = {"uint8": (0.0, 255.0), "bool": (0.0, 1.0)}
+_LEAST_COVERAGE = 0.05
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A training and a validation set with what the user should know about them."""
+
+    spec: ImageSpec
+    train: ImageDataset
+    val: ImageDataset
+    skipped: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    def split_to_dict(self) -> dict[str, list[str]]:
+        """Return the names of the training and validation images; JSON-able, read back by ``load_data(split=)``."""
+        return {"train": list(self.train.names), "val": list(self.val.names)}
+
+
+def _apply_bad_policy(collection: Collection, survey: Survey, config: DataConfig) -> None:
+    bad, total = survey.bad, len(survey.images) + len(survey.bad)
+    if not survey.images:
+        raise DataError(f"{collection.where}: none of {total:,} images can be used:\n{listing(bad)}")
+    if bad and config.on_bad == "error":
+        raise DataError(
+            f"{collection.where}: {len(bad):,} of {total:,} images cannot be used:\n{listing(bad)}\n"
+            "Repair or remove them (`heterodiff check` lists all), or set data.on_bad=skip to leave them out"
+        )
+
+
+def _refuse_mixed_sizes(collection: Collection, survey: Survey, config: DataConfig) -> None:
+    sizes = survey.sizes
+    if config.image_size is None and len(sizes) > 1:
+        common = sizes.most_common(5)
+        seen = ", ".join(f"{height}x{width} ({count:,} images)" for (height, width), count in common)
+        more = f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""
+        (height, width), _ = common[0]
+        raise DataError(
+            f"{collection.where}: images differ in size (height x width): {seen}{more}; "
+            f"set data.image_size, for example [{height}, {width}], to resize them"
+        )
+
+
+def _refuse_unlike_spec(collection: Collection, survey: Survey, spec: ImageSpec) -> None:
+    channels = survey.images[0].shape[0]
+    for what, expected, found, way_out in (
+        ("channels", spec.channels, channels, f"use images of {spec.channels} channels"),
+        ("height and width", (spec.height, spec.width), survey.size, "set data.image_size to the expected size"),
+        ("number type", spec.dtype, survey.dtype, "store the images as they were for training"),
+    ):
+        if expected != found:
+            raise DataError(f"{collection.where}: {what}: the run expects {expected}, found {found}; {way_out}")
+
+
+def _extent(images: Sequence[Measured]) -> Range:
+    return min(image.low for image in images), max(image.high for image in images)
+
+
+def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, config: DataConfig) -> Range:
+    """Choose the stored values that become 0 and 1: as configured, by number type, or measured on ``train``."""
+    low, high = _extent(train)
+    if low == high:
+        raise DataError(
+            f"{collection.where}: all training images hold the single value {low:g}, there is nothing to learn; "
+            "check how they were saved"
+        )
+    chosen = config.value_range or collection.value_range or _FULL_RANGE.get(dtype, (low, high))
+    if not (np.isfinite(chosen).all() and chosen[0] < chosen[1]):
+        raise DataError(f"data.value_range: expected two numbers, the lower first, found {list(chosen)}")
+    return chosen
+
+
+def _range_warnings(
+    used: Sequence[Measured], train: Sequence[Measured], spec: ImageSpec, measured_here: bool
+) -> list[str]:
+    warnings = []
+    low, high = spec.value_range
+    if measured_here:
+        warnings.append(
+            f"stored values {low:g} to {high:g}, measured on the training images, are mapped to 0 and 1; "
+            "set data.value_range to fix them"
+        )
+    outside = sum(image.low < low or image.high > high for image in used)
+    if outside:
+        warnings.append(f"{outside:,} images have values outside {low:g} to {high:g}; these are clamped")
+    least, most = _extent(train)
+    if min(most, high) - max(least, low) < _LEAST_COVERAGE * (high - low):
+        warnings.append(
+            f"stored values {least:g} to {most:g} cover less than {_LEAST_COVERAGE:.0%} of the range {low:g} to "
+            f"{high:g}: images are nearly uniform; check data.value_range"
+        )
+    return warnings
+
+
+def assemble(
+    collection: Collection,
+    survey: Survey,
+    config: DataConfig,
+    split: dict[str, Any] | None = None,
+    spec: ImageSpec | None = None,
+) -> LoadedData:
+    """Apply policy and configuration to surveyed images; arguments and errors as `sources.load_data`."""
+    if collection.problems:
+        raise DataError(
+            f"{collection.where}: {len(collection.problems):,} metadata rows cannot be used:\n"
+            f"{listing(collection.problems)}"
+        )
+    _apply_bad_policy(collection, survey, config)
+    _refuse_mixed_sizes(collection, survey, config)
+    if spec is not None:
+        _refuse_unlike_spec(collection, survey, spec)
+    rows = np.array([image.row for image in survey.images])
+    names = [collection.names[row] for row in rows]
+    class_names, labels, warnings = index_labels(
+        [collection.class_of[row] for row in rows], collection.where, config, spec
+    )
+    if split is None:
+        held_out = draw_split(names, labels, config.val_fraction, config.split_seed)
+    else:
+        held_out = apply_split(names, split, collection.where)
+    if held_out.all():
+        raise DataError(f"{collection.where}: no image is left for training; delete the saved split to split again")
+    train = [image for image, out in zip(survey.images, held_out, strict=True) if not out]
+    measured_here = False
+    if spec is None:
+        value_range = _value_range(train, collection, survey.dtype, config)
+        measured_here = not (config.value_range or collection.value_range or survey.dtype in _FULL_RANGE)
+        spec = ImageSpec(*survey.size, survey.images[0].shape[0], class_names, value_range, survey.dtype)
+    warnings = [*collection.warnings, *warnings, *_range_warnings(survey.images, train, spec, measured_here)]
+    if survey.bad:
+        warnings.append(f"{len(survey.bad):,} images cannot be used and were skipped: {show(survey.bad[0].name)} ...")
+    if not survey.fits_memory:
+        warnings.append("images are decoded at every access: they need more memory than data.memory_limit_gb")
+
+    def part(mask: np.ndarray) -> ImageDataset:
+        assert survey.store is not None
+        chosen = np.flatnonzero(mask)
+        return ImageDataset(spec, survey.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
+
+    skipped = tuple((item.name, item.problem) for item in survey.bad)
+    return LoadedData(spec, part(~held_out), part(held_out), skipped, tuple(warnings))

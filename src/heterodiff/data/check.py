@@ -1,0 +1,95 @@
+"""Look at every image and report all that is wrong, instead of stopping at the first."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from heterodiff.config import DataConfig
+from heterodiff.data.assemble import assemble
+from heterodiff.data.collection import Collection
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.findings import DataFinding
+from heterodiff.data.labels import sort_classes
+from heterodiff.data.sources import open_source
+from heterodiff.data.survey import Measured, Survey, survey_images
+from heterodiff.errors import DataError
+
+__all__ = ["DataFinding", "DataSummary", "check_data"]
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `check_data` found.
+
+    Attributes:
+        spec: as training would use it; ``None`` while ``problems`` prevent training.
+        class_counts: usable images by class name; unlabelled images count under "".
+        sizes: the most common stored (height, width) with their number of images.
+        dtypes: number types seen with their number of images.
+        minimum, maximum, mean, std: of the stored values, every image weighted alike; NaN without images.
+        bad: every image, folder and metadata row that cannot be used.
+        problems: errors beyond single images that training would stop with.
+        warnings: what training would warn of.
+    """
+
+    spec: ImageSpec | None
+    class_counts: dict[str, int]
+    sizes: tuple[tuple[tuple[int, int], int], ...]
+    dtypes: dict[str, int]
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    bad: tuple[DataFinding, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _class_counts(collection: Collection, survey: Survey) -> dict[str, int]:
+    counts = Counter(collection.class_of[image.row] for image in survey.images)
+    unlabelled = counts.pop(None, 0)
+    names = sort_classes({name for name in counts if name is not None})
+    return {name: counts[name] for name in names} | ({"": unlabelled} if unlabelled else {})
+
+
+def _statistics(images: Sequence[Measured]) -> tuple[float, float, float, float]:
+    if not images:
+        return math.nan, math.nan, math.nan, math.nan
+    mean = math.fsum(image.mean for image in images) / len(images)
+    mean_square = math.fsum(image.mean_square for image in images) / len(images)
+    low, high = min(image.low for image in images), max(image.high for image in images)
+    return low, high, mean, math.sqrt(max(0.0, mean_square - mean * mean))
+
+
+def check_data(config: DataConfig) -> DataSummary:
+    """Read every image of ``config`` and list what is wrong with each, keeping none in memory.
+
+    Raises:
+        DataError: there is nothing to look at: unknown source, missing or empty folder, unreadable metadata file.
+    """
+    collection = open_source(config)
+    survey = survey_images(collection, config, keep=False, moments=True)
+    spec: ImageSpec | None = None
+    problems: tuple[str, ...] = ()
+    warnings = collection.warnings
+    if survey.images:
+        lenient = config.model_copy(update={"on_bad": "skip"})
+        collection_of_good_rows = replace(collection, problems=())
+        try:
+            loaded = assemble(collection_of_good_rows, survey, lenient)
+            spec, warnings = loaded.spec, loaded.warnings
+        except DataError as error:
+            problems = (str(error),)
+    else:
+        problems = (f"{collection.where}: no usable image",)
+    return DataSummary(
+        spec,
+        _class_counts(collection, survey),
+        tuple(survey.sizes.most_common(5)),
+        dict(survey.dtypes.most_common()),
+        *_statistics(survey.images),
+        bad=(*survey.bad, *collection.problems),
+        problems=problems,
+        warnings=warnings,
+    )

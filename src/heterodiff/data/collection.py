@@ -1,0 +1,57 @@
+"""What a source yields: names, class names and a way to read each image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from heterodiff.data.decode import decode_file
+from heterodiff.data.findings import DataFinding
+from heterodiff.data.layout import plain_numbers
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Decode row ``i`` from file ``root / names[i]``. A class, not a closure, so that workers can pickle it."""
+
+    root: Path
+    names: tuple[str, ...]
+    channels: int | None
+
+    def __call__(self, row: int) -> np.ndarray:
+        return decode_file(self.root / self.names[row], self.channels)
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Take row ``i`` of ``images`` (N, C, H, W)."""
+
+    images: np.ndarray
+
+    def __call__(self, row: int) -> np.ndarray:
+        return plain_numbers(self.images[row])
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All images of a source before any of them is looked at.
+
+    Attributes:
+        where: the folder, file or built-in name, for messages.
+        names: one per image, unique, in the order of the data set.
+        class_of: class name of each image, ``None`` = unlabelled.
+        read: row -> (C, H, W) array; raises ``BadImage``.
+        value_range: stored values that mean 0 and 1, where the source knows them.
+        unreadable: folders that could not be listed; handled like bad images.
+        problems: wrong metadata rows; always an error.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    class_of: tuple[str | None, ...]
+    read: Callable[[int], np.ndarray]
+    value_range: tuple[float, float] | None = None
+    unreadable: tuple[DataFinding, ...] = ()
+    problems: tuple[DataFinding, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,166 @@
+"""Images in memory or decoded at each access, behind one interface."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from heterodiff.data.findings import BadImage, show
+from heterodiff.data.resize import Size, covering_size, resize_image
+from heterodiff.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Everything a run must remember about its images.
+
+    Attributes:
+        height, width, channels: of every image after resizing.
+        class_names: by label; () when unlabelled.
+        value_range: stored values mapped to 0 and to 1.
+        dtype: of the stored values: bool, uint8, uint16, or float32 for all other number types.
+    """
+
+    height: int
+    width: int
+    channels: int
+    class_names: tuple[str, ...]
+    value_range: tuple[float, float]
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary that :meth:`from_dict` reads back."""
+        return asdict(self) | {"class_names": list(self.class_names), "value_range": list(self.value_range)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "ImageSpec":
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: keys are missing or unknown, or values have the wrong type.
+        """
+        try:
+            values = dict(content)
+            values["class_names"] = tuple(str(name) for name in values["class_names"])
+            low, high = (float(value) for value in values["value_range"])
+            values["value_range"] = (low, high)
+            values |= {key: int(values[key]) for key in ("height", "width", "channels")}
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            expected = ", ".join(cls.__dataclass_fields__)
+            raise DataError(f"saved image specification: expected {expected}; found {content!r:.200}") from error
+
+
+class ImageStore(Protocol):
+    """Rows of images of one shape and number type."""
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return images ``rows`` as (B, C, H, W) in their stored number type."""
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Images decoded once: ``images`` (N, C, H, W)."""
+
+    images: np.ndarray
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        return self.images[rows]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Decode and resize one row; what both the memory and the lazy store hold comes from here.
+
+    Attributes:
+        read: row -> (C, H, W) as stored.
+        size: (height, width) to resize to, ``None`` = as stored.
+    """
+
+    read: Callable[[int], np.ndarray]
+    size: Size | None
+    resize: Literal["crop", "stretch"]
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ``BadImage`` if an image of ``shape`` (C, H, W) cannot be brought to the wanted size."""
+        if self.size is not None and self.resize == "crop":
+            covering_size(shape, self.size)
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """Return ``image`` (C, H, W) at the wanted size."""
+        return image if self.size is None else resize_image(image, self.size, self.resize)
+
+
+@dataclass(frozen=True)
+class LazyStore:
+    """Images decoded at every access, for data sets larger than memory."""
+
+    reader: ImageReader
+    names: tuple[str, ...]
+    where: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def _read(self, row: int) -> np.ndarray:
+        try:
+            image = self.reader.fit(self.reader.read(row))
+        except BadImage as reason:
+            raise DataError(
+                f"{self.where}: {show(self.names[row])} was readable before and is not now: {reason}; restore the file"
+            ) from None
+        if image.shape != self.shape or image.dtype != self.dtype:
+            raise DataError(
+                f"{self.where}: {show(self.names[row])} has changed: expected {self.shape} {self.dtype}, "
+                f"found {image.shape} {image.dtype}; restore the file or start again"
+            )
+        return image
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        if len(rows) == 0:
+            return np.empty((0, *self.shape), self.dtype)
+        return np.stack([self._read(int(row)) for row in rows])
+
+
+class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Images with labels; items are float32 (C, H, W) in [0, 1] and the class index (-1 = unlabelled).
+
+    Args:
+        spec: shape, classes and value range of the images.
+        store: holds the images, and perhaps others.
+        rows: rows of ``store`` that make up this data set.
+        names: name of each image (file name relative to the data folder, or index).
+        labels: class index of each image, -1 = unlabelled.
+    """
+
+    def __init__(
+        self, spec: ImageSpec, store: ImageStore, rows: np.ndarray, names: list[str], labels: np.ndarray
+    ) -> None:
+        assert len(rows) == len(names) == len(labels)
+        self.spec = spec
+        self.names = names
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self._store = store
+        self._rows = np.asarray(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (B, C, H, W) float32 in [0, 1] and labels (B,) int64 of ``indices``.
+
+        Raises:
+            IndexError: an index is out of range.
+            DataError: a file that is decoded on access has become unreadable or has changed.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        stored = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
+        low, high = self.spec.value_range
+        images = stored.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0.0, 1.0)
+        return images, torch.from_numpy(self.labels[chosen])

@@ -1,0 +1,53 @@
+"""The sources of images by name, and loading them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from heterodiff.config import DataConfig
+from heterodiff.data.assemble import LoadedData, assemble
+from heterodiff.data.builtin.digits import open_digits
+from heterodiff.data.collection import Collection
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.images import open_images
+from heterodiff.data.survey import survey_images
+from heterodiff.errors import DataError, unknown_name
+
+__all__ = ["LoadedData", "list_sources", "load_data", "open_source"]
+
+_SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
+    "images": open_images,
+    "digits": open_digits,
+}
+
+
+def list_sources() -> list[str]:
+    """Return the names that ``data.source`` accepts."""
+    return list(_SOURCES)
+
+
+def open_source(config: DataConfig) -> Collection:
+    """List the images of ``config.source`` without decoding them.
+
+    Raises:
+        DataError: unknown source, or nothing usable at ``config.path``.
+    """
+    if config.source not in _SOURCES:
+        raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
+    return _SOURCES[config.source](config)
+
+
+def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
+    """Read all images once and return the training and validation sets.
+
+    Args:
+        split: a saved ``LoadedData.split_to_dict()`` to reuse instead of drawing the split again.
+        spec: a saved specification: its value range and class order are reused instead of measured, and images
+            must have its size, channels and number type.
+
+    Raises:
+        DataError: nothing to load, images that cannot be used (with ``on_bad=error``), differing sizes without
+            ``image_size``, unusable labels or metadata, a single value everywhere, or a split or specification that
+            does not fit. The message names the files and the way out.
+    """
+    collection = open_source(config)
+    return assemble(collection, survey_images(collection, config, keep=True), config, split, spec)

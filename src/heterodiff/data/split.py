@@ -1,0 +1,65 @@
+"""Which images are held out: drawn per class, from names and a seed alone."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from heterodiff.data.findings import show
+from heterodiff.errors import DataError
+
+
+def _draw(seed: int, name: str) -> bytes:
+    """A random rank for ``name``: by hash, so it stays the same when files are added, on any platform."""
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def draw_split(names: Sequence[str], labels: np.ndarray, val_fraction: float, seed: int) -> np.ndarray:
+    """Return a boolean mask (N,) of the images held out.
+
+    Every class (and the unlabelled images, -1) gives its rounded share, at least one image and never all; a class
+    of one image gives none.
+    """
+    mask = np.zeros(len(names), dtype=bool)
+    if val_fraction == 0:
+        return mask
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[int(label)].append(index)
+    for indices in members.values():
+        if len(indices) > 1:
+            count = min(max(1, round(len(indices) * val_fraction)), len(indices) - 1)
+            mask[sorted(indices, key=lambda index: _draw(seed, names[index]))[:count]] = True
+    return mask
+
+
+def _names(split: dict[str, Any], part: str) -> list[str]:
+    names = split.get(part) if isinstance(split, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"saved split: expected a list of image names under '{part}'; delete it to split again")
+    return names
+
+
+def apply_split(names: Sequence[str], split: dict[str, Any], where: str) -> np.ndarray:
+    """Return the mask (N,) of the images that the saved ``split`` holds out.
+
+    Raises:
+        DataError: the split is malformed, or does not name exactly the images found.
+    """
+    train, val = _names(split, "train"), _names(split, "val")
+    repeated = [name for name, count in Counter([*train, *val]).items() if count > 1]
+    if repeated:
+        raise DataError(f"saved split: {show(repeated[0])} appears twice; delete the split to draw it again")
+    saved, found = {*train, *val}, set(names)
+    missing, new = sorted(saved - found), sorted(found - saved)
+    if missing or new:
+        examples = [f"missing {show(name)}" for name in missing[:3]] + [f"new {show(name)}" for name in new[:3]]
+        raise DataError(
+            f"{where}: the saved split does not fit the {len(found):,} usable images found: {len(missing):,} are "
+            f"missing, {len(new):,} are new ({', '.join(examples)}). Restore the images, or start a new run, "
+            "which splits again"
+        )
+    held_out = set(val)
+    return np.array([name in held_out for name in names], dtype=bool)

@@ -1,0 +1,155 @@
+"""One pass over all images: which are usable, what they hold, and a copy in memory when it fits."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from heterodiff.config import DataConfig
+from heterodiff.data.collection import Collection
+from heterodiff.data.dataset import ImageReader, ImageStore, LazyStore, MemoryStore
+from heterodiff.data.findings import BadImage, DataFinding
+
+PROGRESS_FROM = 2_000
+_WINDOW = 1_024
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One usable image: stored shape (C, H, W), lowest and highest value; mean and mean square if asked for."""
+
+    row: int
+    shape: tuple[int, ...]
+    low: float
+    high: float
+    mean: float = math.nan
+    mean_square: float = math.nan
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Result of the pass; ``images`` in row order, all with the channels and number type of the first."""
+
+    images: tuple[Measured, ...]
+    bad: tuple[DataFinding, ...]
+    dtypes: Counter[str]
+    dtype: str
+    size: tuple[int, int]
+    store: ImageStore | None
+    fits_memory: bool
+
+    @property
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """How many images have which stored (height, width)."""
+        return Counter((image.shape[1], image.shape[2]) for image in self.images)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    if total <= PROGRESS_FROM:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading images", total=total)
+        yield lambda: progress.advance(task)
+
+
+class _Surveyor:
+    """Reads rows, in threads after the first usable one, which fixes channels and number type."""
+
+    def __init__(self, collection: Collection, config: DataConfig, keep: bool, moments: bool) -> None:
+        self.collection = collection
+        self.reader = ImageReader(collection.read, config.image_size, config.resize)
+        self.channels = config.channels
+        self.limit_bytes = config.memory_limit_gb * 1e9
+        self.keep = keep
+        self.fits = False
+        self.moments = moments
+        self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
+        self.kept: np.ndarray | None = None
+        self.dtypes: Counter[str] = Counter()
+
+    def _refuse_unlike_first(self, image: np.ndarray) -> None:
+        channels, dtype = self.channels, None
+        source = "data.channels says"
+        if self.first is not None:
+            name, dtype, shape = self.first
+            if channels is None:
+                channels, source = shape[0], f"the first image ({name}) has"
+        if channels is not None and image.shape[0] != channels:
+            found = "1 channel" if image.shape[0] == 1 else f"{image.shape[0]} channels"
+            raise BadImage(f"{found}, {source} {channels}")
+        if dtype is not None and image.dtype != dtype:
+            raise BadImage(f"values of type {image.dtype}, the first image ({name}) has {dtype}")
+
+    def _accept_first(self, row: int, image: np.ndarray) -> None:
+        fitted = self.reader.fit(image)
+        self.first = (self.collection.names[row], fitted.dtype, fitted.shape)
+        count = len(self.collection.names)
+        self.fits = count * fitted.nbytes <= self.limit_bytes
+        if self.keep and self.fits:
+            self.kept = np.empty((count, *fitted.shape), fitted.dtype)
+
+    def measure(self, row: int) -> Measured | DataFinding:
+        """Read ``row`` once: check, measure and keep it."""
+        try:
+            image = self.collection.read(row)
+            self.dtypes[image.dtype.name] += 1
+            self._refuse_unlike_first(image)
+            self.reader.check_shape(image.shape)
+        except BadImage as reason:
+            return DataFinding(self.collection.names[row], str(reason))
+        if self.first is None:
+            self._accept_first(row, image)
+        if self.kept is not None:
+            fitted = self.reader.fit(image)
+            if fitted.shape == self.kept.shape[1:]:  # otherwise sizes differ, which the caller reports for all
+                self.kept[row] = fitted
+        low, high = float(image.min()), float(image.max())
+        if not self.moments:
+            return Measured(row, image.shape, low, high)
+        values = image.astype(np.float64)
+        return Measured(row, image.shape, low, high, float(values.mean()), float(np.square(values).mean()))
+
+    def run(self) -> Iterator[Measured | DataFinding]:
+        """Yield the results in row order."""
+        count, row = len(self.collection.names), 0
+        while row < count and self.first is None:
+            yield self.measure(row)
+            row += 1
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(row, count, _WINDOW):
+                yield from pool.map(self.measure, range(start, min(start + _WINDOW, count)))
+
+
+def survey_images(collection: Collection, config: DataConfig, *, keep: bool, moments: bool = False) -> Survey:
+    """Read every image of ``collection`` once.
+
+    Args:
+        keep: hold the decoded images in memory if they fit ``config.memory_limit_gb``.
+        moments: also measure mean and mean square (slower).
+    """
+    surveyor = _Surveyor(collection, config, keep, moments)
+    images: list[Measured] = []
+    bad = list(collection.unreadable)
+    with _progress(len(collection.names)) as advance:
+        for result in surveyor.run():
+            advance()
+            if isinstance(result, Measured):
+                images.append(result)
+            else:
+                bad.append(result)
+    if surveyor.first is None:
+        return Survey((), tuple(bad), surveyor.dtypes, "", (0, 0), None, False)
+    _, dtype, shape = surveyor.first
+    lazy = LazyStore(surveyor.reader, collection.names, collection.where, shape, dtype)
+    store = lazy if surveyor.kept is None else MemoryStore(surveyor.kept)
+    return Survey(tuple(images), tuple(bad), surveyor.dtypes, dtype.name, (shape[1], shape[2]), store, surveyor.fits)

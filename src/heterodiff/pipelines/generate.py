@@ -1,0 +1,208 @@
+"""Drawing images from a trained class-conditional model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL.Image import Image
+from torch import Tensor
+
+from heterodiff.codecs.base import Codec, PixelCodec
+from heterodiff.config import SamplingConfig
+from heterodiff.diffusion.guidance import guided_denoiser, null_labels
+from heterodiff.diffusion.sampling import draw_noise, sample
+from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
+from heterodiff.errors import ConfigError, nearest_name
+from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.models.unet import HAEUNet
+from heterodiff.pictures import to_pil
+
+Labels = int | str | Sequence[int | str] | Tensor
+
+
+@dataclass
+class GenerationOutput(BaseOutput):
+    """Images of a pipeline: a tensor (B, C, H, W) in [0, 1], or a list of PIL images."""
+
+    images: Tensor | list[Image]
+
+
+class GenerationPipeline(DiffusionPipeline):
+    """Network and schedule of a run, ready to draw images; ``heterodiff.load`` builds it from a run folder.
+
+    Args:
+        unet: the denoiser, called as ``unet(z, time, class_labels=...)``.
+        scheduler: the diffusers scheduler that describes the training schedule and the prediction type.
+    """
+
+    def __init__(self, unet: HAEUNet, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.codec: Codec = PixelCodec()
+        self.defaults = SamplingConfig()
+        self.class_names: tuple[str, ...] = ()
+        self.sample_size: tuple[int, int] = _pair(unet.config.sample_size)
+
+    def class_index(self, label: int | str) -> int:
+        """The index of a class given by name or index; -1 is "no condition".
+
+        Raises:
+            ConfigError: no such class; the nearest name or the range is named.
+        """
+        count = self.unet.config.num_classes or 0
+        text = str(label)
+        if text in self.class_names:
+            return self.class_names.index(text)
+        try:
+            index = int(text)
+        except ValueError:
+            index = count
+        if NO_CLASS <= index < count:
+            return index
+        known = ", ".join(self.class_names[:20])
+        names = f" (classes: {known}{', ...' if len(self.class_names) > 20 else ''})" if known else ""
+        if count == 0:
+            raise ConfigError(f"class '{label}': this model was trained without classes; leave the class out")
+        hint = nearest_name(text, self.class_names)
+        raise ConfigError(f"class '{label}'{hint}: expected a class name, 0..{count - 1}, or -1 for none{names}")
+
+    def _labels(self, class_labels: Labels | None, num_images: int | None) -> Tensor:
+        if class_labels is None:
+            return torch.full((1 if num_images is None else num_images,), NO_CLASS)
+        if isinstance(class_labels, int | str):
+            return torch.full((1 if num_images is None else num_images,), self.class_index(class_labels))
+        items = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+        if num_images not in (None, len(items)):
+            raise ConfigError(f"num_images={num_images}, but {len(items)} class labels were given; leave one out")
+        return torch.tensor([self.class_index(item) for item in items], dtype=torch.long)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        num_images: int | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        timesteps: Sequence[int] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        dynamic_threshold: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 100,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            class_labels: class names or indices, one an image (-1: no condition); or a single one.
+            num_images: how many, where ``class_labels`` is a single class or None.
+            num_inference_steps, guidance_scale, sampler, guidance_interval, dynamic_threshold: default to the
+                run's ``sampling`` section; see :class:`heterodiff.config.SamplingConfig`.
+            timesteps: explicit training timesteps, descending, instead of num_inference_steps.
+            generator: one for all images, or a list of one an image; with a list, an image does not depend on
+                which others are drawn with it.
+            size: (height, width); default: that of the training images.
+            batch_size: how many images to draw at once.
+            output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"pil"`` for pictures.
+
+        Returns:
+            :class:`GenerationOutput`, or with ``return_dict=False`` a tuple of its images.
+
+        Raises:
+            ConfigError: unknown class, sampler or output type; a label outside the range; steps that do not fit.
+        """
+        if output_type not in ("pt", "pil"):
+            raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
+        labels = self._labels(class_labels, num_images)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ConfigError(f"{len(generator)} generators for {len(labels)} images: expected one an image")
+        d = self.defaults
+        parts = []
+        for start in range(0, len(labels), batch_size):
+            some = labels[start : start + batch_size]
+            z = self._draw(
+                some,
+                generator[start : start + batch_size] if isinstance(generator, list) else generator,
+                size or self.sample_size,
+                scale=d.guidance_scale if guidance_scale is None else guidance_scale,
+                interval=guidance_interval or d.guidance_interval,
+                sampler=sampler or d.sampler,
+                num_inference_steps=num_inference_steps or d.num_inference_steps,
+                timesteps=timesteps,
+                dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
+            )
+            parts.append(self.codec.decode(z).cpu())
+        drawn = torch.cat(parts)
+        images: Tensor | list[Image] = drawn if output_type == "pt" else [to_pil(image) for image in drawn]
+        return GenerationOutput(images=images) if return_dict else (images,)
+
+    def _draw(
+        self,
+        labels: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        size: tuple[int, int],
+        *,
+        scale: float,
+        interval: tuple[float, float],
+        sampler: str,
+        num_inference_steps: int,
+        timesteps: Sequence[int] | None,
+        dynamic_threshold: float | None,
+    ) -> Tensor:
+        unet = self.unet
+        labels = labels.to(self.device)
+        conditional = unet.config.num_classes is not None
+        schedule = NoiseSchedule.from_scheduler(self.scheduler)
+
+        def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            return unet(z, time, class_labels=condition if conditional else None).sample
+
+        all_unlabelled = bool((labels < 0).all())  # both branches would be the same
+        denoise = guided_denoiser(
+            model_call,
+            labels,
+            null_labels(labels),
+            1.0 if all_unlabelled else scale,
+            schedule.num_train_timesteps,
+            interval,
+        )
+        channels = unet.config.in_channels
+        with self.progress_bar(total=1) as bar:
+
+            def progress(step: int, total: int, x0: Tensor) -> None:
+                bar.total = total
+                bar.update(1)
+
+            return sample(
+                denoise,
+                schedule,
+                prediction_of(self.scheduler),
+                noise=draw_noise((len(labels), channels, *size), generator, self.device),
+                sampler=sampler,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                generator=generator,
+                learned_variance=(unet.config.out_channels or channels) == 2 * channels,
+                clip_sample=self.codec.clip_sample,
+                dynamic_threshold=dynamic_threshold,
+                callback=progress,
+            )
+
+
+def seeded_generators(seed: int, count: int, first: int = 0) -> list[torch.Generator]:
+    """One generator an image: image k of a seed is the same however many are drawn and in which batches."""
+    generators = []
+    for k in range(first, first + count):
+        generator = torch.Generator()
+        generators.append(generator.manual_seed((seed * 1_000_003 + k) & 0x7FFFFFFFFFFFFFFF))
+    return generators
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

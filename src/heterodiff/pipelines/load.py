@@ -1,0 +1,84 @@
+"""From a run folder to the pipeline that fits it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import schedulers
+from safetensors import SafetensorError
+
+from heterodiff.codecs.base import make_codec
+from heterodiff.config import load_config
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.errors import CheckpointError, RunError, unknown_name
+from heterodiff.models.unet import HAEUNet
+from heterodiff.pipelines.generate import GenerationPipeline
+
+DATA_FILE = "data.json"
+CONFIG_FILE = "config.yaml"
+
+
+def load(run: str | Path, device: str | torch.device | None = None) -> GenerationPipeline:
+    """Load the pipeline of a run folder, or of a folder written by ``heterodiff import``.
+
+    Args:
+        run: folder with ``model_index.json``, ``unet/`` and ``scheduler/``; ``config.yaml`` and ``data.json``, where
+            present, bring sampling defaults and class names.
+        device: default: a GPU if there is one, else the CPU.
+
+    Raises:
+        RunError: no such folder, or nothing to load in it yet.
+        CheckpointError: weights or configuration that cannot be read, or of another kind.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder; `heterodiff train` makes one")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise RunError(f"{folder}: no model_index.json, so no finished weights here yet; train it first")
+    kind = _read_json(index).get("_class_name")
+    if kind != GenerationPipeline.__name__:
+        raise CheckpointError(f"{index}: expected a GenerationPipeline, found {kind}; it needs another loader")
+    pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"))
+    if (folder / CONFIG_FILE).is_file():
+        config = load_config(folder / CONFIG_FILE)
+        pipeline.defaults = config.sampling
+        pipeline.codec = make_codec(config.codec)
+    if (folder / DATA_FILE).is_file():
+        pipeline.class_names = ImageSpec.from_dict(_read_json(folder / DATA_FILE)["spec"]).class_names
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _load_unet(folder: Path) -> HAEUNet:
+    kind = _read_json(folder / "config.json").get("_class_name")
+    if kind != HAEUNet.__name__:
+        raise CheckpointError(
+            f"{folder}: expected a network of class HAEUNet, found {kind}; earlier checkpoints come in through "
+            "`heterodiff import`"
+        )
+    try:
+        unet = HAEUNet.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: weights cannot be loaded: {error}") from None
+    return unet.eval()
+
+
+def _load_scheduler(folder: Path) -> Any:
+    config = _read_json(folder / "scheduler_config.json")
+    known = ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"]
+    name = str(config.get("_class_name"))
+    if name not in known:
+        raise CheckpointError(f"{folder}: {unknown_name('scheduler', name, known)}")
+    return getattr(schedulers, name).from_config(config)

@@ -1,0 +1,143 @@
+"""Checkpoints that survive a crash: written beside, flushed, listed with checksums, renamed, and only then trusted."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heterodiff.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on exactly: groups of named tensors (a file each) and plain values."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints in ``folder``, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``checkpoint`` into ``folder`` and delete all but the newest ``keep``.
+
+    The new one appears under its name by one rename, after all of its files and a manifest of their sizes and
+    SHA-256 sums are on disk; until then the older ones stay.
+
+    Raises:
+        CheckpointError: the disk has too little room (bytes needed and free are named) or refuses the write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = checkpoint_path(folder, checkpoint.step)
+    temporary = target.with_suffix(".tmp")
+    _remove_leftovers(folder)
+    needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(_no_room(target, needed, free))
+        temporary.mkdir()
+        for name, group in checkpoint.tensors.items():
+            save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        (temporary / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+        manifest = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(f"{_no_room(target, needed, free)} ({error})") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing, was changed or cut off, or the format is unknown.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        for name, expected in manifest.items():
+            found = _fingerprint(path / name)
+            if found != expected:
+                raise CheckpointError(f"{path / name}: damaged: expected {expected}, found {found}")
+        state = json.loads((path / STATE).read_text("utf-8"))
+        tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    if state.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path}: written by another version of the checkpoint format; expected {FORMAT}")
+    return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
+    """The newest undamaged checkpoint in ``folder`` and what was wrong with newer ones; None if there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    problems: list[str] = []
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if paths:
+        raise CheckpointError(
+            "no usable checkpoint: " + "; ".join(problems) + f"; remove {folder} to start from the beginning"
+        )
+    return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_room(target: Path, needed: int, free: int) -> str:
+    return (
+        f"{target}: could not write the checkpoint: about {needed:,} bytes needed, {free:,} free; "
+        "earlier checkpoints are untouched; make room and start the same command again"
+    )

@@ -1,0 +1,113 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Journal:
+    """Rows of numbers by step, to file and screen.
+
+    Args:
+        folder: run folder.
+        steps: how many the run has.
+        step: how many are done; later rows of an interrupted run are removed, they will be written again.
+        tensorboard: also write event files to ``tensorboard/``.
+        quiet: nothing on the screen.
+    """
+
+    def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, quiet: bool):
+        self.path = folder / METRICS_FILE
+        self.steps = steps
+        self._forget_after(step)
+        self._seconds_before = self._last_seconds()
+        self._start = time.perf_counter()
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=step, note="")
+
+    def __enter__(self) -> "Journal":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        if self.path.is_file():
+            for line in self.path.read_text("utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:  # the line that was being written when the run was killed
+                    continue
+        return rows
+
+    def _forget_after(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = [row for row in self._rows() if row["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        temporary.replace(self.path)
+
+    def _last_seconds(self) -> float:
+        return max((row.get("seconds", 0.0) for row in self._rows()), default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, over all parts of an interrupted run."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` of ``step`` (1-based)."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds, 3)}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s" if "loss" in values else ""
+        if note:
+            self._bar.update(self._task, note=note)
+            if self._bar.disable:
+                left = self.seconds / step * (self.steps - step)
+                self.console.print(f"step {step}/{self.steps}  {note}  about {left:.0f} s left", highlight=False)
+
+    def picture(self, step: int, image: Any) -> None:
+        """Record a PIL ``image`` in TensorBoard."""
+        if self._writer is not None:
+            import numpy as np
+
+            self._writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False)

@@ -1,0 +1,403 @@
+"""The training loop: one for all recipes. It owns devices, precision, EMA, checkpoints, resume and logging."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from heterodiff.config import RunConfig, TrainingConfig
+from heterodiff.data.sources import LoadedData
+from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
+from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
+from heterodiff.training.journal import Journal
+from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws
+from heterodiff.training.run_folder import save_pipeline
+
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+VALIDATION_IMAGES = 256
+
+OnStep = Callable[[int, float], None]
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Learning rate of ``step`` (0-based): linear warm-up, then constant or a half cosine to zero."""
+    warmup = min(config.warmup_steps, config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def precision_of(config: TrainingConfig) -> str:
+    """accelerate's name of the precision to train in."""
+    wanted = config.precision
+    if wanted == "auto":
+        wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a wish that the loop honours between two steps."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.signal = number
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class StepClock:
+    """Time spent on training steps, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of :meth:`Trainer.run` ended: steps done in all, and the signal that stopped it, if any."""
+
+    step: int
+    stopped_by: int | None
+    seconds: float
+
+
+class Trainer:
+    """Trains a recipe's model on ``data`` and keeps the run folder.
+
+    Args:
+        config: the run; ``config.output`` is its folder.
+        recipe: what is trained.
+        data: images and labels.
+
+    Raises:
+        ConfigError: the batch does not split evenly over processes and accumulation steps.
+    """
+
+    def __init__(self, config: RunConfig, recipe: DiffusionRecipe, data: LoadedData):
+        assert config.output is not None
+        self.config, self.recipe, self.data = config, recipe, data
+        self.folder: Path = config.output
+        training = config.training
+        self.accelerator = Accelerator(mixed_precision=precision_of(training))
+        self.device = self.accelerator.device
+        processes = self.accelerator.num_processes
+        if training.batch_size % (processes * training.accumulation_steps):
+            raise ConfigError(
+                f"training.batch_size={training.batch_size} does not split into {processes} process(es) x "
+                f"{training.accumulation_steps} accumulation_steps; use a multiple of "
+                f"{processes * training.accumulation_steps}"
+            )
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(
+            recipe.model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
+        )
+        self.network, self.optimizer = self.accelerator.prepare(recipe.model, optimizer)
+        if training.compile:
+            self.network = torch.compile(self.network)
+        self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay)
+        self.ema.to(self.device)
+        self.step = 0
+        self._nonfinite_in_a_row = 0
+        self._window: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "count": 0}
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    def _draws(self, step: int) -> Draws:
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed(self.config.training.seed, Stream.NOISE, step))
+        return self.recipe.draw(self.config.training.batch_size, generator, self.device)
+
+    def _train_step(self, batch: Batch, share: slice) -> tuple[float, float]:
+        """One optimiser step; the loss and the gradient norm, over all processes."""
+        training, accelerator = self.config.training, self.accelerator
+        draws = self._draws(self.step).rows(share)
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        rank = accelerator.process_index
+        size = len(labels) // training.accumulation_steps
+        self.network.train()
+        losses = []
+        for k in range(training.accumulation_steps):
+            part = slice(k * size, (k + 1) * size)
+            torch.manual_seed(derive_seed(training.seed, Stream.DROPOUT, self.step, rank, k))
+            last = k == training.accumulation_steps - 1
+            with nullcontext() if last else accelerator.no_sync(self.network):
+                loss, _ = self.recipe.losses(self.network, images[part], labels[part], draws.rows(part))
+                accelerator.backward(loss.mean() / training.accumulation_steps)
+            losses.append(loss.detach())
+        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), training.max_grad_norm))
+        all_losses, t, weights = accelerator.gather((torch.cat(losses), draws.t, draws.weights))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, training)
+            self.optimizer.step()
+            self.ema.step(self.recipe.model.parameters())
+            self.recipe.timesteps.update(t, all_losses / weights)
+        self.optimizer.zero_grad()
+        return float(all_losses.mean()), norm
+
+    def _check_finite(self, loss: float, norm: float, batch: Batch, journal: Journal) -> None:
+        """Report a step that was left out because its gradient was not finite; stop after a run of them."""
+        if math.isfinite(norm):
+            self._nonfinite_in_a_row = 0
+            return
+        self._nonfinite_in_a_row += 1
+        names = ", ".join(self.data.train.names[i] for i in batch.indices[:8])
+        report = f"step {self.step + 1}: loss {loss}, gradient norm {norm}: step left out; images: {names}, ..."
+        journal.say(report)
+        if self._nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
+            raise HeterodiffError(
+                f"{self._nonfinite_in_a_row} steps in a row without a finite gradient; the last one: {report}. "
+                "The weights are those before them. Try a lower training.learning_rate or precision float32"
+            )
+
+    def step_once(self) -> float:
+        """One training step outside of a run, for trying out; returns the loss."""
+        batches = StepBatches(
+            self.data.train, self.config.data, self.config.training.batch_size, self.config.training.seed
+        )
+        loss, _ = self._train_step(batches[self.step], slice(None))
+        self.step += 1
+        return loss
+
+    # ---- evaluation while training --------------------------------------------------------------------------
+
+    @contextmanager
+    def _ema_weights(self) -> Iterator[None]:
+        """The EMA weights in place of the trained ones."""
+        parameters = list(self.recipe.model.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.recipe.model.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float | None:
+        """Loss on held-out images; timesteps spread evenly, the same noise at every call."""
+        count = min(len(self.data.val), VALIDATION_IMAGES)
+        if count == 0:
+            return None
+        steps = self.config.diffusion.num_train_timesteps
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed(self.config.training.seed, Stream.VALIDATION))
+        draws = self.recipe.draw(count, generator, self.device)
+        draws.t = ((torch.arange(count, device=self.device) + 0.5) / count * steps).long()
+        draws.weights = torch.ones_like(draws.weights)
+        chosen = np.random.default_rng(0).permutation(len(self.data.val))[:count].tolist()
+        total = 0.0
+        size = min(count, max(1, self.config.training.batch_size // self.config.training.accumulation_steps))
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            images, labels = self.data.val.batch(chosen[part])
+            images, labels = images.to(self.device), labels.to(self.device)
+            loss, _ = self.recipe.losses(self.recipe.model, images, labels, draws.rows(part))
+            total += float(loss.sum())
+        return total / count
+
+    def _evaluate(self, journal: Journal) -> None:
+        """Validation loss and preview picture, from the EMA weights."""
+        if not self.accelerator.is_main_process:
+            return
+        with self._ema_weights():
+            val_loss = self._validation_loss()
+            picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
+        folder = self.folder / SAMPLES
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step_{self.step:06d}.png")
+        journal.picture(self.step, picture)
+        if val_loss is not None:
+            journal.row(self.step, {"val_loss": val_loss})
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that a run needs to go on bit by bit as if it had not stopped."""
+        names = [name for name, _ in self.recipe.model.named_parameters()]
+        optimizer = self.optimizer.state_dict()
+        scaler = self.accelerator.scaler
+        return Checkpoint(
+            step=self.step,
+            tensors={
+                "model": dict(self.recipe.model.state_dict()),
+                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+                "optimizer": {
+                    f"{names[index]}/{key}": torch.as_tensor(value)
+                    for index, state in optimizer["state"].items()
+                    for key, value in state.items()
+                },
+                "recipe": self.recipe.state_dict(),
+            },
+            state={
+                "recipe": self.config.recipe,
+                "ema_step": self.ema.optimization_step,
+                "window": self._window,
+                "nonfinite_in_a_row": self._nonfinite_in_a_row,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "torch": torch.__version__,
+            },
+        )
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Go on from ``checkpoint``.
+
+        Raises:
+            CheckpointError: it belongs to another recipe or network, or parts of it are missing.
+        """
+        kind = checkpoint.state.get("recipe")
+        if kind != self.config.recipe:
+            raise CheckpointError(f"checkpoint of recipe '{kind}', expected '{self.config.recipe}'")
+        tensors, state = checkpoint.tensors, checkpoint.state
+        try:
+            self.recipe.model.load_state_dict(tensors["model"])
+            names = [name for name, _ in self.recipe.model.named_parameters()]
+            for name, shadow in zip(names, self.ema.shadow_params, strict=True):
+                shadow.copy_(tensors["ema"][name])
+            self.ema.optimization_step = state["ema_step"]
+            index = {name: i for i, name in enumerate(names)}
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors["optimizer"].items():
+                name, _, slot = key.rpartition("/")
+                moments.setdefault(index[name], {})[slot] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.recipe.load_state_dict(tensors["recipe"])
+            self._window = dict(state["window"])
+            self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this run: {error}") from None
+        self.step = checkpoint.step
+
+    def _save(self) -> None:
+        """Write a checkpoint, and the EMA weights for pipelines."""
+        if self.accelerator.is_main_process:
+            write_checkpoint(self.folder / CHECKPOINTS, self.checkpoint(), self.config.training.keep_checkpoints)
+            with self._ema_weights():
+                save_pipeline(self.folder, self.recipe.save)
+        self.accelerator.wait_for_everyone()
+
+    # ---- the loop -------------------------------------------------------------------------------------------
+
+    def _loader(self, stop: int) -> DataLoader[Batch]:
+        training = self.config.training
+        batches = StepBatches(
+            self.data.train,
+            self.config.data,
+            training.batch_size,
+            training.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(self.step, stop),
+            num_workers=training.num_workers,
+            persistent_workers=training.num_workers > 0,
+        )
+
+    def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
+        """Train until the configured steps are done, ``stop_after`` is reached, or a signal asks to stop.
+
+        Args:
+            stop_after: stop, with a checkpoint, once so many steps are done in all.
+            on_step: called after each step with its number (1-based) and loss.
+        """
+        training = self.config.training
+        stop = min(training.steps, stop_after or training.steps)
+        quiet = quiet or not self.accelerator.is_main_process
+        request = StopRequest()
+        journal = Journal(self.folder, training.steps, self.step, training.tensorboard and not quiet, quiet)
+        with request.listening(), journal:
+            self._steps(stop, request, journal, on_step)
+            if self.step == stop and request.signal is None:
+                self._evaluate(journal)
+            self._save()
+            return TrainingResult(self.step, request.signal, journal.seconds)
+
+    def _steps(self, stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None) -> None:
+        training = self.config.training
+        batches = iter(self._loader(stop))
+        share = share_of(training.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
+        clock = StepClock()
+        while self.step < stop and request.signal is None:
+            with clock.waiting():
+                batch = next(batches)
+            loss, norm = self._train_step(batch, share)
+            self._check_finite(loss, norm, batch, journal)
+            self.step += 1
+            clock.steps += 1
+            if math.isfinite(norm):
+                for name, value in (("loss", loss), ("grad_norm", norm), ("count", 1)):
+                    self._window[name] += value
+            journal.advance(self.step)
+            if on_step is not None:
+                on_step(self.step, loss)
+            if self.step % training.log_every == 0 or self.step == training.steps:
+                journal.row(self.step, self._row(clock))
+                clock = StepClock()
+            with clock.paused():
+                if self.step % training.preview_every == 0 and self.step < stop:
+                    self._evaluate(journal)
+                if self.step % training.checkpoint_every == 0 and self.step < stop:
+                    self._save()
+
+    def _row(self, clock: "StepClock") -> dict[str, float]:
+        """The numbers to log: means since the last row, over the steps that counted."""
+        window, self._window = self._window, {"loss": 0.0, "grad_norm": 0.0, "count": 0}
+        count = window["count"] or math.nan
+        return {
+            "loss": window["loss"] / count,
+            "lr": learning_rate_at(self.step - 1, self.config.training),
+            "grad_norm": window["grad_norm"] / count,
+            "images_per_second": round(self.config.training.batch_size * clock.steps / clock.seconds, 2),
+            "waiting_share": round(clock.waited / clock.seconds, 4),
+        }

@@ -1,0 +1,161 @@
+"""The recipe ``diffusion``: a denoiser of images, steered by their class labels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from heterodiff.codecs.base import make_codec
+from heterodiff.config import RunConfig
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.diffusion.objective import DiffusionObjective
+from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
+from heterodiff.diffusion.timesteps import make_timestep_sampler
+from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.models.unet import check_size
+from heterodiff.models.variants import create_model
+from heterodiff.pictures import image_grid
+from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+
+PREVIEW_CLASSES = 10
+PREVIEW_COLUMNS = 8
+
+DEFAULT_CHANNEL_MULT = (
+    (8, (1, 2)),
+    (32, (1, 2, 2)),
+    (64, (1, 2, 2, 4)),
+    (128, (1, 1, 2, 3, 4)),
+)
+"""Width factors of the levels by the longer side of the image; larger images use the last row plus one level."""
+
+ATTENTION_SIDE = 16
+"""Maps up to this side get attention by default."""
+
+
+def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
+    """Arguments of :class:`heterodiff.models.unet.HAEUNet` for images as in ``spec``, defaults filled in.
+
+    Raises:
+        ConfigError: the image size does not suit the number of levels (the nearest sizes are named).
+    """
+    m = config.model
+    side = max(spec.height, spec.width)
+    default_mult = next((mult for limit, mult in DEFAULT_CHANNEL_MULT if side <= limit), (1, 1, 2, 2, 4, 4))
+    channel_mult = m.channel_mult or default_mult
+    factors = [2**level for level in range(len(channel_mult))]
+    check_size(spec.height, spec.width, factors[-1])
+    return {
+        "sample_size": (spec.height, spec.width),
+        "in_channels": spec.channels,
+        "out_channels": spec.channels * (2 if config.diffusion.learn_variance else 1),
+        "num_classes": len(spec.class_names) or None,
+        "model_channels": m.model_channels,
+        "channel_mult": channel_mult,
+        "layers_per_block": m.layers_per_block,
+        "attention_resolutions": m.attention_resolutions or tuple(f for f in factors if side / f <= ATTENTION_SIDE),
+        "dropout": m.dropout,
+        "num_heads": m.num_heads,
+        "num_head_channels": m.num_head_channels,
+        "use_scale_shift_norm": m.use_scale_shift_norm,
+        "resblock_updown": m.resblock_updown,
+        "use_checkpoint": m.gradient_checkpointing,
+        "attention_pattern": m.attention_pattern,
+        "sparsity": m.sparsity,
+    }
+
+
+@dataclass
+class Draws:
+    """The random numbers of a step, one row an image."""
+
+    t: Tensor
+    weights: Tensor
+    noise: Tensor
+    drop: Tensor
+
+    def rows(self, part: slice) -> "Draws":
+        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part])
+
+
+class DiffusionRecipe:
+    """What the loop needs to know to train a denoiser.
+
+    Args:
+        config: the run.
+        spec: of the images.
+
+    Attributes:
+        model: the network that is trained.
+
+    Raises:
+        ConfigError: no network can be built for these images.
+    """
+
+    def __init__(self, config: RunConfig, spec: ImageSpec):
+        self.config, self.spec = config, spec
+        self.model = create_model(config.model.variant, **model_arguments(config, spec))
+        self.codec = make_codec(config.codec)
+        self.schedule = NoiseSchedule.from_config(config.diffusion)
+        self.objective = DiffusionObjective(config.diffusion, self.schedule)
+        self.timesteps = make_timestep_sampler(config.diffusion.timestep_sampler, config.diffusion.num_train_timesteps)
+
+    def draw(self, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+        """All random numbers of a step for ``batch_size`` images (the whole batch, whoever computes which part)."""
+        t, weights = self.timesteps.sample(batch_size, generator)
+        shape = (batch_size, self.spec.channels, self.spec.height, self.spec.width)
+        noise = torch.randn(shape, generator=generator, device=device)
+        drop = torch.rand(batch_size, generator=generator, device=device) < self.config.diffusion.p_uncond
+        return Draws(t.to(device), weights.to(device), noise, drop)
+
+    def losses(
+        self, network: Callable[..., Any], images: Tensor, labels: Tensor, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of each image (B,) and the detached parts of it to log.
+
+        Args:
+            network: ``self.model``, possibly wrapped.
+            images: (B, C, H, W) in [0, 1]; labels: (B,), -1 for none.
+        """
+        labels = torch.where(draws.drop, NO_CLASS, labels)
+        conditional = self.spec.class_names != ()
+
+        def model_call(z: Tensor, time: Tensor) -> Tensor:
+            return network(z, time, class_labels=labels if conditional else None).sample
+
+        losses, parts = self.objective.losses(model_call, self.codec.encode(images), draws.t, draws.noise)
+        return losses * draws.weights, parts
+
+    def pipeline(self) -> GenerationPipeline:
+        """A pipeline around the network as it is now."""
+        scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
+        pipeline = GenerationPipeline(self.model, scheduler)
+        pipeline.codec, pipeline.defaults = self.codec, self.config.sampling
+        pipeline.class_names = self.spec.class_names
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def preview(self, seed: int) -> Image:
+        """A labelled grid of images drawn from the network as it is now, a row a class."""
+        names = self.spec.class_names[:PREVIEW_CLASSES]
+        rows = list(range(len(names))) if names else [NO_CLASS] * 4
+        labels = [row for row in rows for _ in range(PREVIEW_COLUMNS)]
+        generators = seeded_generators(seed, len(labels))
+        images = self.pipeline()(labels, generator=generators).images
+        assert isinstance(images, Tensor)
+        captions = [self.spec.class_names[k] for k in labels] if names else None
+        return image_grid(images, captions, columns=PREVIEW_COLUMNS)
+
+    def save(self, folder: Path) -> None:
+        """Write the network as it is now as a diffusers pipeline folder."""
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State outside the network that a resumed run needs."""
+        return self.timesteps.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.timesteps.load_state_dict(state)

@@ -1,0 +1,139 @@
+"""A run folder: who may write to it, what it was started with, and where to go on."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from heterodiff.config import RunConfig, dump_config, load_config
+from heterodiff.errors import RunError
+from heterodiff.pipelines.load import CONFIG_FILE
+
+LOCK_FILE = ".lock"
+
+FREE_TO_CHANGE = (
+    "output",
+    "sampling",
+    "data.memory_limit_gb",
+    "model.gradient_checkpointing",
+    "training.accumulation_steps",
+    "training.checkpoint_every",
+    "training.compile",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.max_nonfinite_steps",
+    "training.num_workers",
+    "training.preview_every",
+    "training.tensorboard",
+)
+"""Keys (and sections) that a resumed run may change: they do not alter what is learned."""
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
+    """Differences that would make a resumed run another run, as ``key: before -> now``."""
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
+    free = list(FREE_TO_CHANGE)
+    if now.training.lr_schedule == "constant":  # otherwise the learning rates of all steps depend on it
+        free.append("training.steps")
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
+    ]
+
+
+def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
+    """Decide whether ``folder`` is to be started (False) or resumed (True); nothing is written.
+
+    Raises:
+        RunError: it holds another run, something else, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: expected a folder for the run, found a file; set output=...")
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise RunError(f"{folder}: cannot be written (no permission on {existing}); set output=... elsewhere")
+    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name != LOCK_FILE]:
+        return False
+    if not (folder / CONFIG_FILE).is_file():
+        raise RunError(f"{folder}: holds files but no run ({CONFIG_FILE} is missing); set output=... to a new folder")
+    if resume == "never":
+        raise RunError(
+            f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
+        )
+    if changes := changed_keys(load_config(folder / CONFIG_FILE), config):
+        raise RunError(
+            f"{folder}: holds a run with another configuration; set output=... to a new folder, or undo:\n  "
+            + "\n  ".join(changes)
+        )
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        RunError: another process is running in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}; set output=... elsewhere") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: another run is training in this folder; wait for it or set output=...") from None
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_config(folder: Path, config: RunConfig) -> None:
+    write_text(folder / CONFIG_FILE, dump_config(config))
+
+
+def save_pipeline(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a pipeline folder and put its parts into ``folder``, each complete or not at all."""
+    staging = folder / ".pipeline"
+    shutil.rmtree(staging, ignore_errors=True)
+    write(staging)
+    for part in staging.iterdir():
+        if part.is_dir():
+            old = folder / f".{part.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if (folder / part.name).exists():
+                (folder / part.name).rename(old)
+            part.rename(folder / part.name)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            part.replace(folder / part.name)
+    staging.rmdir()

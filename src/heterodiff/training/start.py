@@ -1,0 +1,204 @@
+"""From a configuration to a trained run folder: checks first, then the loop."""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import heterodiff
+from heterodiff.config import RunConfig
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.sources import LoadedData, load_data
+from heterodiff.errors import CheckpointError, RunError
+from heterodiff.models.profile import profile
+from heterodiff.pipelines.load import DATA_FILE
+from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
+from heterodiff.training.recipes.diffusion import DiffusionRecipe, model_arguments
+from heterodiff.training.run_folder import check_run_folder, locked, save_config, write_json
+
+RUN_FILE = "run.json"
+SPLIT_FILE = "split.json"
+
+
+def train(
+    config: RunConfig,
+    resume: str = "auto",
+    stop_after: int | None = None,
+    on_step: OnStep | None = None,
+    quiet: bool = False,
+) -> TrainingResult:
+    """Train the run that ``config`` describes, or go on with it where it stopped.
+
+    Args:
+        config: with ``output`` set to the run folder.
+        resume: ``auto``: from the newest checkpoint in the folder, if there is one; ``never``: refuse a folder that
+            holds a run; a path: from that checkpoint of the run.
+        stop_after: stop, with a checkpoint, once so many steps are done in all.
+        on_step: called after each step with its number (1-based) and loss.
+        quiet: print nothing.
+
+    Raises:
+        HeterodiffError: input that cannot be used; found before the first step, and nothing is lost.
+    """
+    if config.output is None:
+        raise RunError("output: no run folder given; set output=runs/<name>")
+    folder = config.output
+    resuming = check_run_folder(folder, config, resume)
+    checkpoint, notes = _find_checkpoint(folder, resume) if resuming else (None, [])
+    if not resuming and resume not in ("auto", "never"):
+        raise RunError(f"--resume {resume}: {folder} holds no run to go on with; set output= to the run's folder")
+    if checkpoint is not None and checkpoint.step >= config.training.steps:
+        return TrainingResult(checkpoint.step, None, 0.0)
+    data = load_run_data(config)
+    recipe = _build(config, data.spec)
+    with locked(folder):
+        trainer = Trainer(config, recipe, data)
+        if checkpoint is not None:
+            trainer.load_checkpoint(checkpoint)
+        if trainer.accelerator.is_main_process:
+            _write_facts(folder, config, data, trainer)
+        if not quiet and trainer.accelerator.is_main_process:
+            _say_start(config, data, trainer, notes)
+        return trainer.run(stop_after, on_step, quiet)
+
+
+def _build(config: RunConfig, spec: ImageSpec) -> DiffusionRecipe:
+    torch.manual_seed(config.training.seed)  # initial weights
+    return DiffusionRecipe(config, spec)
+
+
+def load_run_data(config: RunConfig) -> LoadedData:
+    """The data of a run; with the split and value range saved in its folder, if it has them already."""
+    folder = config.output
+    if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
+        split = json.loads((folder / SPLIT_FILE).read_text("utf-8"))
+        spec = ImageSpec.from_dict(json.loads((folder / DATA_FILE).read_text("utf-8"))["spec"])
+        return load_data(config.data, split=split, spec=spec)
+    return load_data(config.data)
+
+
+def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    if resume != "auto":
+        path = Path(resume)
+        if not (path / "manifest.json").is_file():
+            known = [str(p) for p in list_checkpoints(folder / CHECKPOINTS)]
+            raise CheckpointError(
+                f"--resume {path}: not a checkpoint folder; this run has: {', '.join(known) or 'none'}"
+            )
+        return read_checkpoint(path), []
+    found = read_newest(folder / CHECKPOINTS)
+    if found is None:
+        return None, []
+    checkpoint, problems = found
+    return checkpoint, [f"{problem}; using the checkpoint of step {checkpoint.step} instead" for problem in problems]
+
+
+def _write_facts(folder: Path, config: RunConfig, data: LoadedData, trainer: Trainer) -> None:
+    if not (folder / SPLIT_FILE).is_file():
+        write_json(folder / SPLIT_FILE, data.split_to_dict())
+    write_json(folder / DATA_FILE, {"spec": data.spec.to_dict(), "train": len(data.train), "val": len(data.val)})
+    write_json(folder / RUN_FILE, _facts(trainer, data))
+    save_config(folder, config)
+
+
+def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:
+    model = trainer.recipe.model
+    parameters = sum(p.numel() for p in model.parameters())
+    device = torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    spec = data.spec
+    return {
+        "versions": {
+            "heterodiff": heterodiff.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "parameters": parameters,
+        "model_summary": f"{model.config.variant}, {parameters / 1e6:.2f} M parameters, "
+        f"{spec.channels}x{spec.height}x{spec.width} images",
+        "device": device,
+        "class_names": list(spec.class_names),
+        "images": {"train": len(data.train), "val": len(data.val)},
+        "command": " ".join(["heterodiff", *sys.argv[1:]]),
+    }
+
+
+def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
+    spec = data.spec
+    print(
+        f"data     {len(data.train)} training and {len(data.val)} held-out images, "
+        f"{spec.channels}x{spec.height}x{spec.width}, {len(spec.class_names) or 'no'} classes"
+    )
+    for warning in data.warnings:
+        print(f"note     {warning}")
+    for name, reason in data.skipped[:10]:
+        print(f"skipped  {name}: {reason}")
+    if len(data.skipped) > 10:
+        print(f"skipped  {len(data.skipped) - 10} more; `heterodiff check` lists them")
+    for note in notes:
+        print(f"note     {note}")
+    parameters = sum(p.numel() for p in trainer.recipe.model.parameters())
+    print(f"model    {config.model.variant}, {parameters:,} parameters, on {trainer.device}")
+    print(f"run      {config.output}" + (f", going on from step {trainer.step}" if trainer.step else ""), flush=True)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one step of a run would be like: shapes, parameters, estimated memory, measured time."""
+
+    image_shape: tuple[int, ...]
+    train_images: int
+    val_images: int
+    classes: int
+    variant: str
+    parameters: int
+    memory_gb: float
+    step_seconds: float
+    total_hours: float
+    loss: float
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """Load the data, build the model, do two training steps in memory and time the second; writes nothing.
+
+    Raises:
+        HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
+    """
+    if config.output is not None:
+        check_run_folder(config.output, config, "auto")
+    data = load_run_data(config)
+    recipe = _build(config, data.spec)
+    trainer = Trainer(config.model_copy(update={"output": config.output or Path("runs/dry-run")}), recipe, data)
+    trainer.step_once()
+    start = time.perf_counter()
+    loss = trainer.step_once()
+    seconds = time.perf_counter() - start
+    parameters = sum(p.numel() for p in recipe.model.parameters())
+    spec = data.spec
+    return DryRun(
+        image_shape=(spec.channels, spec.height, spec.width),
+        train_images=len(data.train),
+        val_images=len(data.val),
+        classes=len(spec.class_names),
+        variant=config.model.variant,
+        parameters=parameters,
+        memory_gb=training_memory_bytes(config, data.spec) / 1e9,
+        step_seconds=seconds,
+        total_hours=seconds * config.training.steps / 3600,
+        loss=loss,
+    )
+
+
+def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
+    """Estimated memory of a training step on one process, in bytes: what is kept for the backward pass, and the
+    parameters five times over (weights, gradients, two AdamW moments, EMA), all in float32.
+    """
+    arguments = model_arguments(config, spec)
+    cost = profile(config.model.variant, spec.height, spec.width, **arguments)
+    share = config.training.batch_size // config.training.accumulation_steps
+    return 5 * 4 * cost.parameters + share * cost.saved_mb * 1e6
