@@ -17,6 +17,9 @@ INK = (45, 50, 60)
 GAP = 6
 MARGIN = 12
 MAX_ENLARGED_SIDE = 512
+MAX_CAPTION_WIDTH = 140
+MAX_ROW_NAME_WIDTH = 180
+MAX_TITLE_WIDTH = 600
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -87,14 +90,12 @@ def save_image(
     stored = low + image.double().clamp(0, 1).numpy() * (high - low)
     Path(path_stem).parent.mkdir(parents=True, exist_ok=True)
     channels = image.shape[0]
-    if spec_dtype == "uint8" and channels in PNG_MODES:
-        pixels = stored.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    elif spec_dtype == "uint16" and channels == 1:
-        pixels = stored.round().clip(0, 65535).astype(np.uint16).transpose(1, 2, 0)
-    else:
+    fits_png = channels in PNG_MODES if spec_dtype == "uint8" else channels == 1 and spec_dtype == "uint16"
+    if not fits_png:
         path = Path(f"{path_stem}.npy")
         np.save(path, stored.astype(np.float32), allow_pickle=False)
         return path
+    pixels = stored.round().clip(0, np.iinfo(spec_dtype).max).astype(spec_dtype).transpose(1, 2, 0)
     path = Path(f"{path_stem}.png")
     Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(path)
     return path
@@ -107,6 +108,10 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _widest(texts: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
+    return max((math.ceil(font.getlength(" ".join(text.split()))) for text in texts), default=0)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -167,38 +172,44 @@ def image_grid(
     if columns < 1:
         raise ValueError(f"columns must be at least 1, found {columns}")
     rows = math.ceil(len(tiles) / columns)
-    if labels is not None and len(labels) not in (len(tiles), rows):
-        raise ValueError(f"expected {len(tiles)} labels (images) or {rows} (rows), found {len(labels)}")
-    captions = [str(label) for label in labels] if labels is not None and len(labels) == len(tiles) else []
-    row_names = [str(label) for label in labels] if labels is not None and not captions else []
+    names = [str(label) for label in labels] if labels is not None else []
+    if labels is not None and len(names) not in (len(tiles), rows):
+        raise ValueError(f"expected {len(tiles)} labels (images) or {rows} (rows), found {len(names)}")
+    if len(names) == len(tiles):
+        return _draw_grid(tiles, columns, names, [], title)
+    return _draw_grid(tiles, columns, [], names, title)
 
+
+def _draw_grid(
+    tiles: list[Image.Image], columns: int, captions: list[str], row_names: list[str], title: str | None
+) -> Image.Image:
+    """Draw equally large tiles with a caption under each, or a name at the left of each row, or neither."""
+    tile_width, tile_height = tiles[0].size
+    rows = math.ceil(len(tiles) / columns)
     # Text keeps a readable size whatever the tiles are; cells widen for it, within limits.
     size = min(20, max(12, tile_height // 9))
     font, title_font = _font(size), _font(size + 3, bold=True)
-    line_height = round(size * 1.5)
-    widest = max((math.ceil(font.getlength(text)) for text in captions), default=0)
-    cell_width = max(tile_width, min(widest, 140))
-    left = max((math.ceil(font.getlength(text)) for text in row_names), default=0)
-    left = min(left, 180)
-    offset_x = MARGIN + (left + 2 * GAP if row_names else 0)
-    offset_y = MARGIN + (round((size + 3) * 1.8) if title else 0)
-    cell_height = tile_height + (line_height if captions else 0)
-    width = offset_x + columns * (cell_width + GAP) - GAP + MARGIN
-    height = offset_y + rows * (cell_height + GAP) - GAP + MARGIN
+    cell_width = max(tile_width, min(_widest(captions, font), MAX_CAPTION_WIDTH))
+    cell_height = tile_height + (round(size * 1.5) if captions else 0)
+    name_width = min(_widest(row_names, font), MAX_ROW_NAME_WIDTH)
+    left = MARGIN + (name_width + 2 * GAP if row_names else 0)
+    top = MARGIN + (round((size + 3) * 1.8) if title else 0)
+    width = left + columns * (cell_width + GAP) - GAP + MARGIN
+    if title:
+        width = max(width, min(_widest([title], title_font), MAX_TITLE_WIDTH) + 2 * MARGIN)
 
-    picture = Image.new("RGB", (width, height), BACKGROUND)
+    picture = Image.new("RGB", (width, top + rows * (cell_height + GAP) - GAP + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     if title:
         draw.text((MARGIN, MARGIN), _shorten(title, title_font, width - 2 * MARGIN), INK, title_font)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
-        x = offset_x + column * (cell_width + GAP)
-        y = offset_y + row * (cell_height + GAP)
+        x, y = left + column * (cell_width + GAP), top + row * (cell_height + GAP)
         picture.paste(tile, (x + (cell_width - tile_width) // 2, y))
         if captions:
             text = _shorten(captions[index], font, cell_width)
             draw.text((x + cell_width / 2, y + tile_height + 2), text, INK, font, anchor="ma")
     for row, name in enumerate(row_names):
-        y = offset_y + row * (cell_height + GAP) + tile_height / 2
-        draw.text((MARGIN + left, y), _shorten(name, font, left), INK, font, anchor="rm")
+        middle = top + row * (cell_height + GAP) + tile_height / 2
+        draw.text((MARGIN + name_width, middle), _shorten(name, font, name_width), INK, font, anchor="rm")
     return picture

@@ -63,7 +63,8 @@ class SparseSelfAttention(nn.Module):
             else:
                 p = self.pattern
                 pattern = make_pattern(p.kind, grid, p.sparsity, p.max_keys, p.seed)
-                placed = DevicePattern.place(pattern, device)
+                with torch.inference_mode(False):  # else a pattern first met in sampling could not serve training
+                    placed = DevicePattern.place(pattern, device)
             self._placed[grid, device] = placed
         return self._placed[grid, device]
 

@@ -124,9 +124,8 @@ def _far_keys(rng: np.random.Generator, local: int, window: np.ndarray, count: i
     order = rng.permutation(local)
     blocks, size = window.shape
     candidates = order[(np.arange(blocks)[:, None] * count + np.arange(count + size)) % local]
-    inside = (candidates[:, :, None] == window[:, None, :]).any(-1)
-    chosen = np.argsort(inside, axis=1, kind="stable")[:, :count]
-    return np.take_along_axis(candidates, chosen, axis=1)
+    # Block by block: all comparisons at once would take blocks * size^2 bytes, gigabytes for large maps.
+    return np.stack([c[~np.isin(c, w)][:count] for c, w in zip(candidates, window, strict=True)])
 
 
 def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generator) -> KeyPattern:
@@ -149,6 +148,7 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Gener
     queries = _map_windows(centre_row, centre_column, (tile, tile), (height, width))
     window_size = _near_square(window_keys, height, width)
     window = _map_windows(centre_row, centre_column, window_size, (height, width))
+    far = min(far, grid.local - window.shape[1])  # low sparsity: the window leaves fewer keys outside
     keys = [window, _far_keys(rng, grid.local, window, far)]
     offset = grid.local
     for patch, shape, size in zip(grid.patch_sizes, grid.regional, scales, strict=True):
@@ -178,9 +178,9 @@ def _sequence(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generat
     """
     length, local = grid.length, grid.local
     keep = max(1, int(length * (1 - sparsity)))
-    half = min(int(length * (1 - sparsity) / 2), max_keys // 2)
-    random_keys = min(max(1, keep // 4), max_keys // 4) if keep > 4 else 0
-    block = SEQUENCE_BLOCK if length > DENSE_LIMIT else 1
+    half = min(int(length * (1 - sparsity) / 2), (max_keys * 4 // 5 - 1) // 2)
+    random_keys = min(max(1, keep // 4), max_keys // 5) if keep > 4 else 0
+    block = min(SEQUENCE_BLOCK, half + 1) if length > DENSE_LIMIT else 1  # a query stays within its own band
     starts = _tile_starts(local, min(block, local))
     queries = starts[:, None] + np.arange(min(block, local))
     centre = starts + (queries.shape[1] - 1) / 2

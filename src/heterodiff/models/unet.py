@@ -24,7 +24,7 @@ from heterodiff.models.blocks import (
     zero_,
 )
 from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
-from heterodiff.models.sparse_attention import PATTERNS
+from heterodiff.models.sparse_attention import MIN_KEYS, PATTERNS
 from heterodiff.models.variants import VARIANTS
 
 
@@ -64,7 +64,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks a level (the decoder has one more).
         attention_resolutions: downsampling factors at which attention follows each residual block.
         dropout: probability in residual blocks and Transformer MLPs.
-        channel_mult: width factor of each level.
+        channel_mult: width factor of each level; fractions such as 0.5 are allowed.
         num_classes: class labels are 0 .. num_classes - 1, and -1 for none; None for an unconditional network.
         num_heads, num_head_channels, num_heads_upsample: attention heads; num_head_channels (if given) sets the
             width of a head instead of their number; num_heads_upsample (if given) holds in the decoder.
@@ -101,7 +101,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         layers_per_block: int = 2,
         attention_resolutions: Sequence[int] = (8, 16),
         dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[int | float] = (1, 2, 4, 8),
         num_classes: int | None = None,
         num_heads: int = 4,
         num_head_channels: int | None = None,
@@ -155,19 +155,33 @@ class HAEUNet(ModelMixin, ConfigMixin):
             raise ConfigError(unknown_name("model variant", c.variant, VARIANTS))
         if c.attention_pattern not in PATTERNS:
             raise ConfigError(unknown_name("attention_pattern", c.attention_pattern, PATTERNS))
+        if c.activation not in ("silu", "identity"):
+            raise ConfigError(unknown_name("activation", c.activation, ("silu", "identity")))
+        if c.class_embedding not in ("mlp", "direct"):
+            raise ConfigError(unknown_name("class_embedding", c.class_embedding, ("mlp", "direct")))
+        if not 0 <= c.sparsity < 1 or c.max_keys < MIN_KEYS:
+            raise ConfigError(
+                f"sparsity and max_keys: expected 0 <= sparsity < 1 and max_keys >= {MIN_KEYS}, "
+                f"found {c.sparsity} and {c.max_keys}"
+            )
         if c.dims != 2:
             raise ConfigError(f"dims: expected 2 (images), found {c.dims}")
-        widths = {c.model_channels * mult for mult in c.channel_mult}
-        if not widths or any(width % NORM_GROUPS for width in widths):
+        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
+        if not widths or any(width < 1 or width % NORM_GROUPS for width in widths):
             raise ConfigError(
                 f"model_channels * channel_mult: every level needs a multiple of {NORM_GROUPS} channels, "
-                f"found {sorted(widths)}; use model_channels={max(32, round(c.model_channels / 32) * 32)}"
+                f"found {sorted(set(widths))}; use model_channels={max(32, round(c.model_channels / 32) * 32)}"
             )
-        for width in widths:
+        attended = {w for level, w in enumerate(widths) if 2**level in c.attention_resolutions} | {widths[-1]}
+        for width in sorted(attended):
             for heads in (c.num_heads, c.num_heads_upsample):
-                head = c.num_head_channels or width // (heads or c.num_heads)
-                if head == 0 or width % head:
-                    raise ConfigError(f"attention heads: {width} channels do not split into heads of {head}")
+                heads = c.num_heads if heads is None else heads
+                head = width // max(1, heads) if c.num_head_channels is None else c.num_head_channels
+                if heads < 1 or head < 1 or width % head:
+                    raise ConfigError(
+                        f"attention heads: {width} channels do not split into {heads} heads (num_heads) "
+                        f"or heads of {c.num_head_channels} channels (num_head_channels)"
+                    )
         if odd := [f for f in c.attention_resolutions if f < 1 or f & (f - 1)]:
             raise ConfigError(f"attention_resolutions: downsampling factors are powers of 2, found {odd}")
 
@@ -191,14 +205,15 @@ class HAEUNet(ModelMixin, ConfigMixin):
                 heads = channels // c.num_head_channels
             return AttentionBlock(channels, heads, condition_dim)
 
-        channels = c.model_channels * c.channel_mult[0]
+        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
+        channels = widths[0]
         self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels, channels))])
         skips = [channels]
         last = len(c.channel_mult) - 1
-        for level, mult in enumerate(c.channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(c.layers_per_block):
-                layers: list[nn.Module] = [res(channels, c.model_channels * mult)]
-                channels = c.model_channels * mult
+                layers: list[nn.Module] = [res(channels, width)]
+                channels = width
                 if 2**level in c.attention_resolutions:
                     layers.append(attention(channels, c.num_heads))
                 self.input_blocks.append(Stage(*layers))
@@ -209,10 +224,10 @@ class HAEUNet(ModelMixin, ConfigMixin):
                 skips.append(channels)
         self.middle_block = Stage(res(channels, channels), attention(channels, c.num_heads), res(channels, channels))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(c.layers_per_block + 1):
-                layers = [res(channels + skips.pop(), c.model_channels * mult)]
-                channels = c.model_channels * mult
+                layers = [res(channels + skips.pop(), width)]
+                channels = width
                 if 2**level in c.attention_resolutions:
                     layers.append(attention(channels, c.num_heads_upsample or c.num_heads))
                 if level and i == c.layers_per_block:
@@ -250,12 +265,11 @@ class HAEUNet(ModelMixin, ConfigMixin):
                 attention.set_mask(mask)
 
     def _check_sample(self, sample: Tensor) -> None:
-        height, width = sample.shape[2:]
-        if sample.shape[1] != self.config.in_channels:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ConfigError(
                 f"sample: expected {self.config.in_channels} channels, found {tuple(sample.shape)} (B, C, H, W)"
             )
-        check_size(height, width, self.factor)
+        check_size(sample.shape[2], sample.shape[3], self.factor)
 
     def class_condition(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
         """c (B, E) of ``class_labels`` (B,), exactly zero where the label is -1; None if no row has a condition.
@@ -271,8 +285,9 @@ class HAEUNet(ModelMixin, ConfigMixin):
         if class_labels.shape != (batch,):
             raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
         labelled = class_labels >= 0
-        if not torch.compiler.is_compiling() and class_labels.device.type == "cpu":
-            # Elsewhere the check would wait for the device; an index error is raised there.
+        plain = type(class_labels) is Tensor and not torch.compiler.is_compiling()
+        if plain and class_labels.device.type == "cpu":
+            # Elsewhere the check would wait for the device (an index error is raised there) or has no values to see.
             if class_labels.numel() and not -1 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
                 found = sorted(set(class_labels.tolist()))
                 raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
@@ -282,7 +297,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         if self.class_emb is not None:
             c = self.class_emb(c)
         if self.memory_optimization:
-            labelled = labelled & (c.detach().abs().amax(dim=1) > self.zero_threshold)
+            labelled = labelled & ~(c.detach().abs().amax(dim=1) <= self.zero_threshold)  # NaN stays visible
         return torch.where(labelled[:, None], c, 0)
 
     def _recompute(self, layer: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import heterodiff
 from heterodiff.config import RunConfig
@@ -66,6 +67,11 @@ def train(
         if not quiet and trainer.accelerator.is_main_process:
             _say_start(config, data, trainer, notes)
         return trainer.run(stop_after, on_step, quiet)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of several that prints and writes."""
+    return PartialState().is_main_process
 
 
 def _build(config: RunConfig, spec: ImageSpec) -> DiffusionRecipe:
@@ -202,3 +208,19 @@ def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
     cost = profile(config.model.variant, spec.height, spec.width, **arguments)
     share = config.training.batch_size // config.training.accumulation_steps
     return 5 * 4 * cost.parameters + share * cost.saved_mb * 1e6
+
+
+def print_dry_run(result: DryRun) -> None:
+    """Print what :func:`dry_run` found."""
+    shape = "x".join(map(str, result.image_shape))
+    minutes = result.total_hours * 60
+    for name, text in (
+        ("images", f"{shape}, {result.train_images} to train on, {result.val_images} held out"),
+        ("classes", str(result.classes or "none")),
+        ("model", f"{result.variant}, {result.parameters:,} parameters"),
+        ("memory", f"about {result.memory_gb:.2f} GB for a training step"),
+        ("step", f"{result.step_seconds:.2f} s, loss {result.loss:.4f}"),
+        ("total", f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"),
+    ):
+        print(f"{name:8} {text}")
+    print("nothing was written")

@@ -1,0 +1,232 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the command that needs them."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heterodiff.errors import HeterodiffError
+
+app = typer.Typer(
+    name="heterodiff",
+    help="Train and use conditional diffusion models with HAE U-Nets on your own images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped one (digits).", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.path=value]...", help="Changes to the configuration.")
+]
+
+
+def shipped_configs() -> Path:
+    """The folder of the configurations that come with heterodiff."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def find_config(name: str) -> Path:
+    """The YAML file that ``name`` means: a path, or the name of a shipped configuration."""
+    shipped = shipped_configs() / f"{name}.yaml"
+    return shipped if not Path(name).exists() and shipped.is_file() else Path(name)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["HETERODIFF_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/digits"),
+    seed: Seed = 0,
+) -> None:
+    """Train on real digits, draw samples, evaluate, write a report: the main job in minutes."""
+    from heterodiff.demo import run_demo
+
+    run_demo(shipped_configs() / "digits.yaml", out, seed)
+
+
+@app.command()
+def models(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the variants with parameters, FLOPs and activation memory for a configuration.
+
+    key=value sets an argument of the network, for example sample_size=128 model_channels=128 channel_mult=1,1,2,3,4
+    """
+    from heterodiff.compat.importing import parse_overrides
+    from heterodiff.compat.names import read_arguments
+    from heterodiff.models.table import model_table, print_table
+
+    rows = model_table(read_arguments(parse_overrides(overrides or []), {}))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        print_table(rows)
+
+
+@app.command()
+def check(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG|DATA|RUN", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Verify data, shapes, value ranges, the network, its loss and memory before training."""
+    from heterodiff.training.check import check_target
+
+    found = target if target.is_dir() else find_config(str(target))
+    raise typer.Exit(0 if check_target(found, overrides or []) else 1)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Go on with the run in the output folder.")
+    ] = "auto",
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop, with a checkpoint, after so many steps in all.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shapes, parameters, memory and one step's time; write nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the screen.")] = False,
+) -> None:
+    """Train a model; start the same command again to go on after an interruption."""
+    from heterodiff.config import load_config
+    from heterodiff.training import start
+
+    run_config = load_config(find_config(config), overrides or [])
+    if dry_run:
+        start.print_dry_run(start.dry_run(run_config))
+        return
+    result = start.train(run_config, resume, stop_after, quiet=quiet)
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        typer.echo(f"stopped by {name} at step {result.step}; the same command goes on from there", err=True)
+        raise typer.Exit(128 + result.stopped_by)
+    if start.is_main_process():
+        from heterodiff.evaluation.report import write_report
+
+        assert run_config.output is not None
+        report = write_report(run_config.output)
+        typer.echo(f"done     step {result.step} of {run_config.training.steps}\nreport   {report}")
+        typer.echo(f"next     heterodiff sample {run_config.output}\n         heterodiff evaluate {run_config.output}")
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Images of each class.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp, unipc, euler, heun or flow-euler.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the images; default: RUN/generated.")] = None,
+) -> None:
+    """Draw images from a trained model: separate files and a labelled grid."""
+    from heterodiff.pipelines.files import all_classes, draw_classes, write_images
+    from heterodiff.pipelines.load import load
+
+    pipeline = load(run)
+    chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    images, labels = draw_classes(
+        pipeline, chosen, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler
+    )
+    folder = out or run / "generated"
+    written = write_images(images, labels, pipeline, run, folder, columns=min(number, 10))
+    typer.echo(f"images   {len(written) - 1} in {folder}\ngrid     {written[-1]}")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    number: Annotated[int, typer.Option("-n", min=2, help="Images of each class to draw.")] = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Measure a trained model against real images; writes evaluation.json and report.html into the run."""
+    from heterodiff.evaluation.run import evaluate_run, summary_lines
+
+    result = evaluate_run(run, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler)
+    if as_json:
+        typer.echo(json.dumps(result.metrics, indent=1))
+        return
+    for line in summary_lines(result.metrics):
+        typer.echo(line)
+    typer.echo(f"samples  {result.picture}\nreport   {result.report}")
+
+
+@app.command(name="import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", show_default=False)],
+    out: Annotated[Path, typer.Option(help="New folder for the imported model.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="What weights cannot tell: num_heads=4 sample_size=128"),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", metavar="guided-diffusion|anofpdm")] = "guided-diffusion",
+    variant: Annotated[str | None, typer.Option(help="Variant, where the weights fit more than one.")] = None,
+) -> None:
+    """Turn an earlier checkpoint into a model folder of this toolkit."""
+    from heterodiff.compat.importing import import_checkpoint, parse_overrides
+
+    report = import_checkpoint(checkpoint, format_, out, parse_overrides(overrides or []), variant)
+    for note in report.notes:
+        typer.echo(f"note     {note}")
+    typer.echo(f"model    {report.folder}\nnext     heterodiff sample {report.folder}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exit code 0 on success, 1 on a user's error, 128 + n after signal n."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damaged files are reported by name already
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except HeterodiffError as error:
+        if os.environ.get("HETERODIFF_DEBUG"):
+            raise
+        code = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit
+        code = 1
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # wrong usage, found by typer
+        if message is None:
+            raise
+        code = _fail(f"{message()} (see heterodiff --help)")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

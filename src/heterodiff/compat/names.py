@@ -1,0 +1,83 @@
+"""Earlier names of a network's arguments, and reading their values."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.models.unet import HAEUNet
+
+EARLIER_NAMES = {"image_size": "sample_size", "num_res_blocks": "layers_per_block"}
+"""Arguments of the earlier networks that are spelt differently now; all others kept their names."""
+
+ABSENT = -1
+"""What earlier head counts say for "not given"."""
+
+_HEAD_COUNTS = ("num_head_channels", "num_heads_upsample")
+
+
+@cache
+def model_arguments() -> dict[str, Any]:
+    """Name -> type of each argument of :class:`heterodiff.models.unet.HAEUNet`."""
+    return {name: hint for name, hint in get_type_hints(HAEUNet.__init__).items() if name != "return"}
+
+
+def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``arguments`` under today's names, -1 for an absent head count as None.
+
+    Raises:
+        ConfigError: an argument under both of its names.
+    """
+    current: dict[str, Any] = {}
+    for name, value in arguments.items():
+        new = EARLIER_NAMES.get(name, name)
+        if new in current:
+            raise ConfigError(f"'{name}' and '{new}' are the same argument; give one of them")
+        current[new] = None if new in _HEAD_COUNTS and value == ABSENT else value
+    return current
+
+
+def read_value(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the type ``hint``; ``"1,2,4"`` and a single number count as a sequence.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    kinds = str(hint)
+    if isinstance(value, str) and "," in value and ("Sequence" in kinds or "tuple" in kinds):
+        value = [part for part in value.split(",") if part]
+    if isinstance(value, int | float | str) and "Sequence" in kinds:
+        value = [value]
+    if isinstance(value, bool) and "bool" not in kinds:
+        raise ConfigError(f"{name}: expected {_readable(hint)}, found {value!r}")
+    try:
+        read = TypeAdapter(hint).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name}: expected {_readable(hint)}, found {value!r}") from None
+    return tuple(read) if isinstance(read, list) else read
+
+
+def read_arguments(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``arguments`` under today's names with checked types.
+
+    Args:
+        arguments: under earlier or today's names, values as given.
+        extra: name -> type of arguments accepted besides the network's own.
+
+    Raises:
+        ConfigError: an unknown argument (the nearest known one is named) or a value of a wrong type.
+    """
+    hints = {**model_arguments(), **extra}
+    hints.pop("variant")
+    read = {}
+    for name, value in current_names(arguments).items():
+        if name not in hints:
+            raise ConfigError(unknown_name("argument", name, [*hints, *EARLIER_NAMES]))
+        read[name] = read_value(name, value, hints[name])
+    return read
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")

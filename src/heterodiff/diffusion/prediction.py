@@ -1,0 +1,71 @@
+"""What networks predict, and the conversions between these kinds.
+
+Every kind is linear in the clean image and the noise, p = c x0 + d eps, and so is z = alpha x0 + sigma eps;
+solving the two equations serves all kinds and all schedules:
+
+    ========  ======  =====  =================================================
+    kind      c       d      source
+    ========  ======  =====  =================================================
+    epsilon   0       1      Ho et al. 2020
+    v         -sigma  alpha  Salimans & Ho 2022, section 4
+    sample    1       0      x0 itself
+    flow      -1      1      Lipman et al. 2023; Liu et al. 2023 (velocity)
+    ========  ======  =====  =================================================
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from heterodiff.errors import ConfigError, unknown_name
+
+PREDICTIONS = ("epsilon", "v", "sample", "flow")
+
+Level = Any  # alpha or sigma: a float, or a tensor that broadcasts against images
+
+
+def _coefficients(kind: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+    """Return (c, d) of p = c x0 + d eps."""
+    if kind == "epsilon":
+        return 0.0, 1.0
+    if kind == "v":
+        return -sigma, alpha
+    if kind == "sample":
+        return 1.0, 0.0
+    if kind == "flow":
+        return -1.0, 1.0
+    raise ConfigError(unknown_name("prediction", kind, PREDICTIONS))
+
+
+def target_of(kind: str, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """Return what a network of this kind should predict, shaped like ``x0``.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    c, d = _coefficients(kind, alpha, sigma)
+    return c * x0 + d * eps
+
+
+def to_x0_eps(kind: str, output: Tensor, z: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+    """Convert a prediction at z = alpha x0 + sigma eps to (x0, eps).
+
+    ``epsilon`` needs alpha > 0 and ``sample`` needs sigma > 0; ``v`` and ``flow`` are fine at both ends.
+
+    Args:
+        kind: one of :data:`PREDICTIONS`.
+        output: (B, C, H, W) network output without variance channels.
+        z: (B, C, H, W).
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    c, d = _coefficients(kind, alpha, sigma)
+    determinant = alpha * d - sigma * c
+    return (d * z - sigma * output) / determinant, (alpha * output - c * z) / determinant
+
+
+def x0_sensitivity(kind: str, alpha: Level, sigma: Level) -> Level:
+    """Return |d x0 / d prediction| at fixed z: how an error of the prediction shows in x0."""
+    c, d = _coefficients(kind, alpha, sigma)
+    return abs(sigma / (alpha * d - sigma * c))

@@ -1,0 +1,112 @@
+"""Drawing images: from noise along a sampler's steps to clean images or latents."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from heterodiff.diffusion.guidance import Denoise
+from heterodiff.diffusion.prediction import to_x0_eps
+from heterodiff.diffusion.samplers import PreparedSampler, list_samplers, make_sampler
+from heterodiff.diffusion.schedule import NoiseSchedule
+from heterodiff.diffusion.thresholding import limit_x0
+
+__all__ = ["draw_noise", "list_samplers", "make_sampler", "sample"]
+
+Generators = torch.Generator | list[torch.Generator] | None
+Callback = Callable[[int, int, Tensor], None]
+
+
+def draw_noise(shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
+    """Return standard normal noise (B, C, H, W), float32.
+
+    Args:
+        generator: one for the batch, or a list of B, one per sample: then a batch equals its samples drawn
+            one by one. Generators on the CPU give the same noise on all devices.
+    """
+    return randn_tensor(tuple(shape), generator=generator, device=torch.device(device), dtype=torch.float32)
+
+
+def _unit_z(sampler: PreparedSampler, z: Tensor, index: Tensor) -> Tensor:
+    """Scale the scheduler's z to alpha^2 + sigma^2 = 1."""
+    if sampler.row.space == "flow":
+        sigma = float(index) / sampler.scheduler.config.num_train_timesteps
+        return z / math.hypot(1 - sigma, sigma)
+    return sampler.scheduler.scale_model_input(z, index)
+
+
+def _step(
+    sampler: PreparedSampler, index: Tensor, z: Tensor, x0: Tensor, channels: Tensor, generator: Generators
+) -> Tensor:
+    """Return the scheduler's next z, given predicted x0 and the variance ``channels`` of the network."""
+    if sampler.row.space == "flow":
+        sigma = float(index) / sampler.scheduler.config.num_train_timesteps
+        x0 = (z - x0) / sigma  # velocity eps - x0
+    if sampler.learned_variance:
+        x0 = torch.cat([x0, channels], dim=1)
+    randomness = {"generator": generator} if sampler.row.stochastic else {}
+    return sampler.scheduler.step(x0, index, z, return_dict=False, **randomness)[0]
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    prediction: str,
+    *,
+    noise: Tensor | None = None,
+    z_start: Tensor | None = None,
+    sampler: str = "dpmpp",
+    num_inference_steps: int = 20,
+    timesteps: Sequence[int] | None = None,
+    generator: Generators = None,
+    learned_variance: bool = False,
+    clip_sample: bool = False,
+    dynamic_threshold: float | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Draw clean images or latents; any sampler serves any schedule and prediction.
+
+    The network's prediction becomes x0 on the path it was trained on; the sampler gets x0 and moves on a path
+    of its own with the same SNR, which differs by a scale of z.
+
+    Args:
+        denoise: (z (B, C, H, W), network time (B,) float32) -> (B, C or 2C, H, W) of kind ``prediction``;
+            see :func:`heterodiff.diffusion.guidance.guided_denoiser`. Channels after the first C are variance.
+        schedule: the one that the network was trained with.
+        noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
+        z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.
+        sampler: one of :func:`list_samplers`.
+        num_inference_steps, timesteps: see :func:`make_sampler`.
+        generator: noise of stochastic samplers; one, or a list with one per sample.
+        learned_variance: the network has variance channels that ``ddpm`` shall use.
+        clip_sample: clip predicted x0 to [-1, 1].
+        dynamic_threshold: quantile of Saharia et al. 2022 instead of plain clipping.
+        callback: called after each step as (step from 1, number of steps, predicted x0).
+
+    Returns:
+        (B, C, H, W) float32.
+
+    Raises:
+        ConfigError: unknown sampler or prediction; steps outside the training schedule.
+    """
+    assert (noise is None) != (z_start is None), "give either noise or z_start"
+    prepared = make_sampler(sampler, schedule, num_inference_steps, timesteps, learned_variance)
+    norms = torch.hypot(schedule.alpha, schedule.sigma)
+    if z_start is not None:
+        noise = z_start.float() / norms[prepared.steps[0][1]].item()
+    assert noise is not None
+    z = noise.float() * prepared.start_scale
+    for number, (index, t) in enumerate(prepared.steps, start=1):
+        z_network = _unit_z(prepared, z, index) * norms[t].item()
+        time = torch.full((z.shape[0],), schedule.time[t].item(), device=z.device)
+        output = denoise(z_network, time).float()
+        mean, channels = output[:, : z.shape[1]], output[:, z.shape[1] :]
+        x0, _ = to_x0_eps(prediction, mean, z_network, schedule.alpha[t].item(), schedule.sigma[t].item())
+        x0 = limit_x0(x0, clip_sample, dynamic_threshold)
+        z = _step(prepared, index, z, x0, channels, generator)
+        if callback is not None:
+            callback(number, len(prepared.steps), x0)
+    return z

@@ -1,0 +1,236 @@
+"""Readers of images: two classifiers of different kinds, trained on real training images only.
+
+They answer "does the generated image show the class that was asked for?". Two kinds, because a single
+classifier can be fooled in its own way: a kernel machine on pixels and a small convolutional network.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heterodiff.errors import DataError
+
+MAX_TRAIN_IMAGES = 5_000
+SVM_MAX_SIDE = 32
+SVM_MAX_COMPONENTS = 128
+CONV_MAX_SIDE = 64
+CONV_FEATURES = 64
+CONV_BATCH_SIZE = 64
+# Steps and pixels seen in training; they keep `fit` below about half a minute on two CPU cores.
+CONV_MAX_STEPS = 400
+CONV_MIN_STEPS = 150
+CONV_PIXEL_BUDGET = 50_000_000
+PREDICT_BATCH_SIZE = 256
+
+
+def _shrink(images: Tensor, max_side: int) -> Tensor:
+    """Average (N, C, H, W) down to sides of at most ``max_side``; smaller images stay as they are."""
+    height, width = images.shape[-2:]
+    if max(height, width) <= max_side:
+        return images.float()
+    size = (min(height, max_side), min(width, max_side))
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), size) for part in images.split(PREDICT_BATCH_SIZE)])
+
+
+def _subsample(count: int, limit: int, seed: int) -> Tensor:
+    """Return at most ``limit`` of ``range(count)``, drawn without replacement."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+
+
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (1, C, 1, 1); constant channels get 1."""
+    mean = images.mean(dim=(0, 2, 3), keepdim=True)
+    std = images.std(dim=(0, 2, 3), keepdim=True, correction=0)
+    return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
+def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    known = labels >= 0
+    if known.all():
+        return images, labels
+    return images[known], labels[known]
+
+
+class SvmReader:
+    """Support vector machine with an RBF kernel on pixels (scikit-learn's ``SVC``).
+
+    Images are averaged down to at most 32x32 and each channel is standardised; vectors of more than 128
+    values are reduced by PCA first, which leaves distances nearly unchanged and keeps training short.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def fit(self, images: Tensor, labels: Tensor) -> "SvmReader":
+        """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,); rows labelled -1 are left out.
+
+        At most 5,000 images are used, drawn with the reader's seed.
+
+        Raises:
+            DataError: fewer than two classes among the labels.
+        """
+        from sklearn.decomposition import PCA
+        from sklearn.pipeline import make_pipeline
+        from sklearn.svm import SVC
+
+        images, labels = _labelled(images.detach().cpu(), labels.detach().cpu())
+        chosen = _subsample(len(images), MAX_TRAIN_IMAGES, self.seed)
+        images, labels = _shrink(images[chosen], SVM_MAX_SIDE), labels[chosen]
+        if len(labels.unique()) < 2:
+            raise DataError("a classifier needs training images of at least two classes")
+        self.mean, self.std = _channel_statistics(images)
+        vectors = self._vectors(images)
+        # 2 / values equals gamma = 0.001 on the 0..16 scale of scikit-learn's 8x8 digits example.
+        machine = SVC(kernel="rbf", C=10.0, gamma=2.0 / vectors.shape[1])
+        components = min(SVM_MAX_COMPONENTS, len(vectors) - 1)
+        if vectors.shape[1] > SVM_MAX_COMPONENTS:
+            reduction = PCA(components, svd_solver="randomized", random_state=self.seed)
+            machine = make_pipeline(reduction, machine)
+        self.machine = machine.fit(vectors, labels.numpy())
+        return self
+
+    def _vectors(self, shrunk: Tensor) -> np.ndarray:
+        return ((shrunk - self.mean) / self.std).flatten(1).numpy()
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the class read in each of ``images`` (N, C, H, W), a LongTensor (N,)."""
+        if len(images) == 0:
+            return torch.empty(0, dtype=torch.long)
+        vectors = self._vectors(_shrink(images.detach().cpu(), SVM_MAX_SIDE))
+        return torch.as_tensor(self.machine.predict(vectors), dtype=torch.long)
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share of ``images`` read as their label; NaN without images."""
+        return (self.predict(images) == labels.cpu()).float().mean().item()
+
+
+class _ConvNet(nn.Module):
+    """Three convolutions, a 2x2 summary, 64 features, class scores."""
+
+    def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        height, width = size
+        for block, out_channels in enumerate((32, 64, 64)):
+            # Larger images start with a stride rather than an average: learned, so fine detail is seen.
+            strided = block == 0 and min(height, width) >= 24
+            layers += [
+                nn.Conv2d(channels, out_channels, 3, stride=2 if strided else 1, padding=1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(),
+            ]
+            if strided:
+                height, width = (height + 1) // 2, (width + 1) // 2
+            pool = (2 if height >= 6 else 1, 2 if width >= 6 else 1)
+            layers.append(nn.AvgPool2d(pool))
+            height, width = height // pool[0], width // pool[1]
+            channels = out_channels
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        # Features are taken before the activation: units that are nearly always off would have a tiny
+        # spread, and a single image that turns one on would outweigh everything else in a distance.
+        self.penultimate = nn.Linear(4 * channels, CONV_FEATURES)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(CONV_FEATURES, num_classes))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.penultimate(self.body(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+class ConvReader:
+    """Small convolutional network, trained from scratch on the CPU; its features compare distributions.
+
+    Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the
+    data and the seed only, and the caller's random state is left alone.
+
+    Attributes:
+        trained: False if there were fewer than two classes to learn: :meth:`features` then come from
+            random weights, which still tell distributions apart, and there is nothing to predict.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.trained = False
+
+    def fit(self, images: Tensor, labels: Tensor | None = None) -> "ConvReader":
+        """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,).
+
+        Rows labelled -1 are left out; with fewer than two classes left, the weights stay random.
+        At most 5,000 images are used, drawn with the reader's seed.
+        """
+        images = images.detach().cpu()
+        labels = torch.full((len(images),), -1) if labels is None else labels.detach().cpu()
+        self.classes = labels[labels >= 0].unique()
+        self.trained = len(self.classes) >= 2
+        if self.trained:
+            images, labels = _labelled(images, labels)
+        chosen = _subsample(len(images), MAX_TRAIN_IMAGES, self.seed)
+        # Callers may sit in no_grad or inference_mode; only this reader trains here. `default_generator`
+        # rather than torch.manual_seed: the latter would reseed the caller's GPUs too.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            images, labels = _shrink(images[chosen], CONV_MAX_SIDE), labels[chosen]
+            self.mean, self.std = _channel_statistics(images)
+            images = (images - self.mean) / self.std
+            size = (images.shape[2], images.shape[3])
+            self.network = _ConvNet(images.shape[1], size, max(1, len(self.classes)))
+            if self.trained:
+                self._train(images, torch.searchsorted(self.classes, labels))
+            else:
+                with torch.no_grad():
+                    self.network.train()(images[:1024])
+        self.network.eval()
+        # Standardised on the training images, so that distances do not hang on the scale of a layer.
+        raw = self._raw_features(images)
+        std = raw.std(dim=0, correction=0)
+        self.feature_mean, self.feature_std = raw.mean(dim=0), torch.where(std > 1e-4, std, torch.ones(()))
+        return self
+
+    def _train(self, images: Tensor, targets: Tensor) -> None:
+        batch_size = min(CONV_BATCH_SIZE, len(images))
+        affordable = CONV_PIXEL_BUDGET // (batch_size * images[0, 0].numel())
+        steps = min(CONV_MAX_STEPS, max(CONV_MIN_STEPS, affordable))
+        network = self.network.train()
+        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
+        rows_left = torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(rows_left) < batch_size:
+                rows_left = torch.randperm(len(images))
+            rows, rows_left = rows_left[:batch_size], rows_left[batch_size:]
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[rows]), targets[rows]).backward()
+            optimizer.step()
+            schedule.step()
+
+    def _raw_features(self, standardised: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.network.features(part) for part in standardised.split(PREDICT_BATCH_SIZE)])
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return (_shrink(images.detach().cpu(), CONV_MAX_SIDE) - self.mean) / self.std
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the standardised penultimate features (N, 64) of ``images`` (N, C, H, W) in [0, 1]."""
+        if len(images) == 0:
+            return torch.empty(0, CONV_FEATURES)
+        return (self._raw_features(self._prepare(images)) - self.feature_mean) / self.feature_std
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the class read in each of ``images`` (N, C, H, W), a LongTensor (N,).
+
+        Raises:
+            DataError: the reader was fitted without two classes.
+        """
+        if not self.trained:
+            raise DataError("this reader was fitted on fewer than two classes and cannot predict")
+        if len(images) == 0:
+            return torch.empty(0, dtype=torch.long)
+        with torch.no_grad():
+            return self.classes[self.network.head(self._raw_features(self._prepare(images))).argmax(dim=1)]
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share of ``images`` read as their label; NaN without images."""
+        return (self.predict(images) == labels.cpu()).float().mean().item()

@@ -1,0 +1,187 @@
+"""The parts of the report that show ``evaluation.json``: each number beside what real images get."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from heterodiff.evaluation import page
+from heterodiff.evaluation.curves import is_number
+
+MAX_CLASS_ROWS = 100
+MISSING = "–"
+
+EXPLANATIONS = {
+    "svm": "Share of images that a support vector machine on pixels, trained on the real training images, reads "
+    "as the class asked for. Higher is better; the real value is how well it reads real held-out images.",
+    "cnn": "The same with a small convolutional network: a second opinion of another kind.",
+    "frechet_distance": "How far the generated images' features lie from the training images' (mean and "
+    "covariance). Lower is better; real held-out images do not reach 0 either. Compare runs on the same data only.",
+    "kid": "Kernel distance between the same features, unbiased: around 0 means no difference can be seen. "
+    "± is the spread over random subsets.",
+    "diversity": "Mean pixel difference between two images of one class. Far below the real value the model "
+    "repeats itself; far above it draws noise.",
+    "nearest": "Median pixel distance to the nearest training image. Far below the real value: copies.",
+}
+
+
+def _part(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Follow ``keys`` through nested dictionaries; an empty one where the way ends."""
+    for key in keys:
+        found = content.get(key)
+        if not isinstance(found, dict):
+            return {}
+        content = found
+    return dict(content)
+
+
+def _number(value: Any, pattern: str = "{:.3g}") -> str:
+    return pattern.format(value).replace("-", "−") if is_number(value) else MISSING
+
+
+def _percent(value: Any) -> str:
+    return _number(100 * value if is_number(value) else None, "{:.1f} %")
+
+
+def _share(proportion: Mapping[str, Any]) -> str:
+    """A proportion with its interval and count on a second line."""
+    count, low, high = (proportion.get(key) for key in ("n", "low", "high"))
+    if not (is_number(count) and is_number(low) and is_number(high)) or count < 1:
+        return MISSING
+    return f"{_percent(proportion.get('share'))}\n{100 * low:.0f}–{100 * high:.0f} %, n = {count:,}"
+
+
+def _distance(value: Any) -> str:
+    return _number(value, "{:.3f}")
+
+
+def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Yield (label, value, note) of the numbers to read first."""
+    svm = _part(evaluation, "fidelity", "svm")
+    share = _part(svm, "generated").get("share")
+    if share is not None:
+        note = f"real held-out images: {_percent(_part(svm, 'real').get('share'))}"
+        yield "Shows the class asked for", _percent(share), note
+    frechet = _part(evaluation, "frechet_distance")
+    if frechet:
+        yield "Fréchet distance", _number(frechet.get("generated")), f"real images: {_number(frechet.get('real'))}"
+    nearest = _part(evaluation, "nearest")
+    if nearest.get("copy_share") is not None:
+        yield "Near copies of training images", _percent(nearest["copy_share"]), "chance: about 1 %"
+    diversity = _part(evaluation, "diversity")
+    if diversity.get("ratio") is not None:
+        yield "Variety against real", _percent(diversity["ratio"]), "100 %: as varied as real images"
+
+
+def _kid(value: Mapping[str, Any]) -> str:
+    return f"{_distance(value.get('mean'))}\n± {_distance(value.get('std'))}" if value else MISSING
+
+
+def metrics_section(evaluation: Mapping[str, Any]) -> str:
+    """Return the table of metrics: generated, real, and what each means in plain words."""
+    rows: list[Sequence[str]] = []
+    for name, title in (("svm", "Class fidelity (SVM)"), ("cnn", "Class fidelity (CNN)")):
+        reader = _part(evaluation, "fidelity", name)
+        if reader:
+            shares = (_share(_part(reader, "generated")), _share(_part(reader, "real")))
+            rows.append((title, *shares, EXPLANATIONS[name]))
+    frechet, kid = _part(evaluation, "frechet_distance"), _part(evaluation, "kid")
+    if frechet:
+        count = f"\nn = {frechet['n']:,}" if is_number(frechet.get("n")) else ""
+        values = [_number(frechet.get(kind)) for kind in ("generated", "real")]
+        values = [value + count if value != MISSING else value for value in values]
+        rows.append(("Fréchet distance", *values, EXPLANATIONS["frechet_distance"]))
+    if kid:
+        values = [_kid(_part(kid, kind)) for kind in ("generated", "real")]
+        rows.append(("Kernel distance (KID)", *values, EXPLANATIONS["kid"]))
+    diversity, nearest = _part(evaluation, "diversity"), _part(evaluation, "nearest")
+    if diversity:
+        values = [_distance(diversity.get(kind)) for kind in ("generated", "real")]
+        rows.append(("Variety within a class", *values, EXPLANATIONS["diversity"]))
+    if nearest:
+        values = [_distance(nearest.get(f"{kind}_median")) for kind in ("generated", "real")]
+        rows.append(("Distance to training images", *values, EXPLANATIONS["nearest"]))
+    if not rows:
+        return ""
+    header = ("Metric", "Generated", "Real", "What it says")
+    return page.section(
+        "Quality, beside real held-out images",
+        page.table(header, rows, numbers=(1, 2), style="explained"),
+        _diversity_notice(diversity),
+        page.paragraph(_footnote(evaluation, frechet), "soft"),
+    )
+
+
+def _diversity_notice(diversity: Mapping[str, Any]) -> str:
+    if diversity.get("verdict") == "collapsed":
+        text = "Mode collapse: the images of a class are far more alike than real ones."
+    elif diversity.get("verdict") == "less varied":
+        text = "The images are less varied than real ones; a lower guidance scale usually helps."
+    elif isinstance(diversity.get("collapsed"), list) and diversity["collapsed"]:
+        text = f"Far more alike than real images: class {', '.join(map(str, diversity['collapsed'][:20]))}."
+    else:
+        return ""
+    return page.notice(text, "bad")
+
+
+def _footnote(evaluation: Mapping[str, Any], frechet: Mapping[str, Any]) -> str:
+    sizes = _part(evaluation, "sizes")
+    parts = []
+    if sizes:
+        counts = [f"{sizes[key]:,} {name}" for key, name in _SIZE_NAMES.items() if is_number(sizes.get(key))]
+        parts.append(f"Images: {', '.join(counts)}.")
+    if evaluation.get("features"):
+        parts.append(f"Features of the distances: {evaluation['features']}.")
+    if frechet.get("note"):
+        parts.append(f"Fréchet distance: {frechet['note']}.")
+    parts += [f"Left out: {key}: {reason}." for key, reason in _part(evaluation, "skipped").items()]
+    return " ".join(parts)
+
+
+_SIZE_NAMES = {"generated": "generated", "train": "training", "val": "held out"}
+
+
+def _worst_first(row: Mapping[str, Any]) -> float:
+    share = _part(row, "cnn_generated").get("share")
+    return share if is_number(share) else 2.0
+
+
+def class_section(evaluation: Mapping[str, Any]) -> str:
+    """Return the table of classes: fidelity by both readers, variety, training images."""
+    classes = evaluation.get("per_class")
+    if not isinstance(classes, list):
+        return ""
+    classes = [row for row in classes if isinstance(row, dict)]
+    text = ""
+    if len(classes) > MAX_CLASS_ROWS:
+        classes.sort(key=_worst_first)
+        text = f"The {MAX_CLASS_ROWS} classes read worst, of {len(classes):,}."
+        classes = classes[:MAX_CLASS_ROWS]
+    diversity = _part(evaluation, "diversity").get("per_class")
+    varied = [row for row in diversity if isinstance(row, dict)] if isinstance(diversity, list) else []
+    ratios = {str(row.get("name")): row.get("ratio") for row in varied}
+    rows = [
+        (
+            str(row.get("name", row.get("label", MISSING))),
+            *(_share(_part(row, f"{reader}_{kind}")) for reader in ("svm", "cnn") for kind in ("generated", "real")),
+            _percent(ratios.get(str(row.get("name")))),
+            _number(row.get("train_images"), "{:,}"),
+        )
+        for row in classes
+    ]
+    header = ("Class", "SVM, generated", "SVM, real", "CNN, generated", "CNN, real", "Variety", "Training images")
+    return page.section("By class", page.paragraph(text), page.table(header, rows, numbers=(1, 2, 3, 4, 5, 6)))
+
+
+def memorising_section(evaluation: Mapping[str, Any], picture: str) -> str:
+    """Return the check for memorised training images; ``picture`` is HTML or empty."""
+    nearest = _part(evaluation, "nearest")
+    if not nearest:
+        return ""
+    tone = {"none": "good", "copies": "bad"}.get(str(nearest.get("verdict")), "")
+    method = ""
+    if is_number(nearest.get("threshold")):
+        method = (
+            "Measured as the root mean square pixel difference to the nearest training image. 1 % of the real "
+            f"held-out images are nearer than {_distance(nearest['threshold'])}; that is the threshold."
+        )
+    explanation = page.notice(str(nearest.get("explanation", "")), tone)
+    return page.section("Does it memorise?", explanation, page.paragraph(method, "soft"), picture)

@@ -1,0 +1,224 @@
+"""The report of a run: one self-contained HTML file that needs no network and prints well."""
+
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from heterodiff.errors import RunError
+from heterodiff.evaluation import page
+from heterodiff.evaluation.curves import curves_svg, is_number, series
+from heterodiff.evaluation.metric_sections import (
+    class_section,
+    headline_cards,
+    memorising_section,
+    metrics_section,
+)
+
+REPORT_NAME = "report.html"
+SHOWN_GRIDS = 6
+
+
+class RunFiles:
+    """What can be read of a run folder; files that cannot are named in ``problems``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.problems: list[str] = []
+        self.config = self._text("config.yaml")
+        self.run = self._json("run.json")
+        self.evaluation = self._json("evaluation.json")
+        self.metrics = self._rows("metrics.jsonl")
+
+    def _text(self, name: str) -> str:
+        path = self.run_dir / name
+        try:
+            return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+        except OSError as error:
+            self.problems.append(f"{name} could not be read: {error.strerror}")
+            return ""
+
+    def _json(self, name: str) -> dict[str, Any]:
+        text = self._text(name)
+        if not text:
+            return {}
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            self.problems.append(f"{name} is not a JSON object; what it holds is missing here")
+            return {}
+        return content
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """Read one JSON object per line; a crash can cut the last line, which costs that row only."""
+        rows, bad = [], 0
+        for line in self._text(name).splitlines():
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                bad += 1
+        if bad:
+            self.problems.append(f"{name}: {bad} damaged {'line' if bad == 1 else 'lines'} left out")
+        return [row for row in rows if row]
+
+    def picture(self, name: str) -> bytes | None:
+        """Return a PNG of the folder, or None; a damaged one is named in ``problems``."""
+        path = self.run_dir / Path(name).name
+        data = page.read_png(path)
+        if data is None and path.is_file():
+            self.problems.append(f"{path.name} is damaged or too large and is not shown")
+        return data
+
+    def grids(self) -> list[tuple[int, Path]]:
+        """Return (step, path) of the grids drawn during training, in order of the steps."""
+        found = []
+        for path in (self.run_dir / "samples").glob("step_*.png"):
+            match = re.fullmatch(r"step_(\d+)", path.stem)
+            if match:
+                found.append((int(match[1]), path))
+        return sorted(found)
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """Return ``count`` of ``items`` evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _seconds(files: RunFiles) -> float | None:
+    recorded = files.run.get("seconds")
+    if is_number(recorded):
+        return float(recorded)
+    values = series(files.metrics, "seconds")[1]
+    return values[-1] if values else None
+
+
+def _training_cards(files: RunFiles) -> Iterable[tuple[str, str, str]]:
+    steps, losses = series(files.metrics, "loss")
+    if steps:
+        last = losses[-min(len(losses), 20) :]
+        yield "Training steps", f"{steps[-1]:,.0f}", f"loss {sum(last) / len(last):.4f} (last {len(last)} rows)"
+    seconds = _seconds(files)
+    speeds = series(files.metrics, "images_per_second")[1]
+    if seconds is not None:
+        yield "Training time", _duration(seconds), f"{median(speeds):,.0f} images/s" if speeds else ""
+    parameters = files.run.get("parameters")
+    if is_number(parameters):
+        value = f"{parameters / 1e6:,.2f} M" if parameters >= 1e5 else f"{parameters:,}"
+        yield "Parameters", value, str(files.run.get("model_summary", "")).split("\n")[0][:60]
+
+
+def _grids_section(files: RunFiles) -> str:
+    figures = []
+    for step, path in _spread(files.grids(), SHOWN_GRIDS):
+        data = page.read_png(path)
+        if data is None:
+            files.problems.append(f"samples/{path.name} is damaged and is not shown")
+        figures.append(page.figure(data, "png", f"Samples at step {step}", f"step {step:,}", framed=True))
+    strip = "\n".join(filter(None, figures))
+    return page.section("Samples during training", f'<div class="strip">\n{strip}\n</div>' if strip else "")
+
+
+def _curves_section(files: RunFiles) -> str:
+    svg = curves_svg(files.metrics)
+    text = "Noise levels are drawn at random, so single losses scatter: follow the mean." if svg else ""
+    return page.section("Training curves", page.paragraph(text, "soft"), page.figure(svg, "svg+xml", "Training curves"))
+
+
+def _machine_section(files: RunFiles) -> str:
+    run, rows = files.run, []
+    seconds = _seconds(files)
+    speeds = series(files.metrics, "images_per_second")[1]
+    if seconds is not None:
+        rows.append(("Training time", _duration(seconds)))
+    if speeds:
+        rows.append(("Images per second", f"{median(speeds):,.1f} (median), {max(speeds):,.1f} (best)"))
+    if run.get("device"):
+        rows.append(("Device", str(run["device"])))
+    versions = run.get("versions")
+    if isinstance(versions, dict):
+        rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    names = run.get("class_names")
+    if isinstance(names, list) and names:
+        rows.append(("Classes", ", ".join(map(str, names))))
+    summary = str(run.get("model_summary", ""))
+    return page.section("Timing and machine", page.table((), rows), page.preformatted(summary))
+
+
+def _reproduce_section(files: RunFiles) -> str:
+    folder = shlex.quote(str(files.run_dir))
+    config = shlex.quote(str(files.run_dir / "config.yaml"))
+    commands = [
+        f"heterodiff train {config}",
+        f"heterodiff sample {folder} -n 16 --seed 0 --out samples",
+        f"heterodiff evaluate {folder}",
+    ]
+    text = "The saved configuration repeats the run; seeds make it exact on the same device and versions."
+    original = files.run.get("command")
+    if original:
+        text += f" It was started with: {original}"
+    return page.section("How to reproduce", page.paragraph(text), page.preformatted("\n".join(commands)))
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run folder from whatever the folder holds.
+
+    Read are ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``samples/step_*.png``, ``samples.png``,
+    ``evaluation.json`` (see :func:`heterodiff.evaluation.generation.evaluate_generation`) and
+    ``nearest.png``; a section without data is left out, a damaged file is named at the top.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunError: ``run_dir`` is not a folder.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such run folder; `heterodiff train` makes one")
+    files = RunFiles(run_dir)
+    samples = page.figure(files.picture("samples.png"), "png", "Final samples")
+    nearest = page.figure(files.picture("nearest.png"), "png", "Generated images above their nearest training images")
+    name = run_dir.resolve().name
+    sections = [
+        page.cards([*headline_cards(files.evaluation), *_training_cards(files)]),
+        page.section("Final samples", samples),
+        metrics_section(files.evaluation),
+        class_section(files.evaluation),
+        memorising_section(files.evaluation, nearest),
+        _curves_section(files),
+        _grids_section(files),
+        _machine_section(files),
+        page.section("Configuration", page.preformatted(files.config, "columns")),
+        _reproduce_section(files),
+    ]
+    notices = [page.notice(problem) for problem in files.problems]
+    device = str(files.run.get("device") or platform.machine())
+    header = [f"<h1>{escape(name)}</h1>", page.paragraph(f"Report of a heterodiff run · {device}", "soft")]
+    document = page.page(f"{name} · heterodiff", [*header, *notices, *sections])
+    target = run_dir / REPORT_NAME
+    unfinished = run_dir / f".{REPORT_NAME}.part"
+    unfinished.write_text(document, "utf-8")
+    os.replace(unfinished, target)
+    return target

@@ -1,0 +1,85 @@
+"""Images of a pipeline as files: one each, and a labelled grid."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.errors import RunError
+from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.pictures import image_grid, save_image, to_pil
+from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.pipelines.load import DATA_FILE
+
+GRID_FILE = "grid.png"
+MAX_GRID_IMAGES = 400
+UNSAFE = re.compile(r"[^\w.+-]+")  # characters of class names that stay out of file names
+
+
+def all_classes(pipeline: GenerationPipeline) -> list[int]:
+    """Every class of the pipeline, or "no condition" where it has none."""
+    return list(range(pipeline.unet.config.num_classes or 0)) or [NO_CLASS]
+
+
+def class_title(pipeline: GenerationPipeline, label: int) -> str:
+    """What to call a class in a picture or a file name."""
+    if label == NO_CLASS:
+        return "none"
+    return pipeline.class_names[label] if label < len(pipeline.class_names) else str(label)
+
+
+def draw_classes(
+    pipeline: GenerationPipeline, classes: Sequence[int], count: int, seed: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` images of each class.
+
+    The k-th image of a class depends on (seed, class, k) alone, not on which others are drawn.
+
+    Returns:
+        images (N, C, H, W) in [0, 1] and labels (N,), class after class.
+    """
+    labels = [c for c in classes for _ in range(count)]
+    generators = [g for c in classes for g in seeded_generators(seed, count, first=(c + 1) * 1_000_000)]
+    images = pipeline(labels, generator=generators, **options).images
+    return images, torch.tensor(labels)
+
+
+def write_images(
+    images: Tensor, labels: Tensor, pipeline: GenerationPipeline, run: Path, folder: Path, columns: int | None = None
+) -> list[Path]:
+    """Write each image as ``<class>_<k>.png`` and all together as ``grid.png``.
+
+    Data that a PNG cannot hold (floats, many channels) are written as ``.npy`` in the units of the training data
+    beside a PNG to look at.
+
+    Raises:
+        RunError: ``folder`` cannot be written.
+    """
+    spec = _spec_of(run)
+    titles = [class_title(pipeline, int(label)) for label in labels]
+    written: list[Path] = []
+    numbers: dict[str, int] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for image, title in zip(images, titles, strict=True):
+            k = numbers[title] = numbers.get(title, -1) + 1
+            stem = folder / f"{UNSAFE.sub('_', title)}_{k:04d}"
+            path = save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem)
+            written.append(path)
+            if path.suffix != ".png":
+                to_pil(image, mosaic=True).save(f"{stem}.png")
+        grid = image_grid(images[:MAX_GRID_IMAGES], titles[:MAX_GRID_IMAGES], columns=columns)
+        grid.save(folder / GRID_FILE)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
+    return [*written, folder / GRID_FILE]
+
+
+def _spec_of(run: Path) -> ImageSpec | None:
+    path = run / DATA_FILE
+    return ImageSpec.from_dict(json.loads(path.read_text("utf-8"))["spec"]) if path.is_file() else None

@@ -1,0 +1,114 @@
+"""``heterodiff check``: would this configuration, folder of images or run work? Each answer with its numbers."""
+
+import math
+from pathlib import Path
+
+import psutil
+import torch
+
+from heterodiff.config import DataConfig, RunConfig, load_config, parse_config
+from heterodiff.data.check import DataSummary, check_data
+from heterodiff.errors import HeterodiffError, RunError
+from heterodiff.pipelines.load import CONFIG_FILE, load
+from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
+from heterodiff.training.loop import CHECKPOINTS
+from heterodiff.training.start import dry_run
+
+MAX_LISTED = 50
+
+
+class Findings:
+    """Prints one line a check and remembers whether any failed."""
+
+    def __init__(self) -> None:
+        self.passed = True
+
+    def add(self, passed: bool, name: str, text: str) -> None:
+        self.passed &= passed
+        print(f"{'pass' if passed else 'FAIL'}  {name:10} {text}")
+
+
+def check_target(target: Path, overrides: list[str]) -> bool:
+    """Check a configuration file, a folder of images, or a run folder, and print what was found.
+
+    Returns:
+        Whether everything passed.
+
+    Raises:
+        HeterodiffError: ``target`` is none of these.
+    """
+    findings = Findings()
+    if target.is_dir() and (target / CONFIG_FILE).is_file():
+        _check_run(target, findings)
+    elif target.is_dir() or target.suffix == ".npz":
+        data = {key.removeprefix("data."): value for key, _, value in (o.partition("=") for o in overrides)}
+        config = parse_config({"data": {"source": "images", "path": str(target), **data}}).data
+        _report_data(config, check_data(config), findings)
+    elif target.is_file():
+        _check_config(load_config(target, overrides), findings)
+    else:
+        raise RunError(f"{target}: no such configuration file, folder of images or run folder")
+    return findings.passed
+
+
+def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -> None:
+    spec = summary.spec
+    count = sum(summary.class_counts.values())
+    shape = f"{spec.channels}x{spec.height}x{spec.width}" if spec else "see below"
+    findings.add(count > 0, "images", f"{count} usable; each {shape}; stored as {_list(summary.dtypes)}")
+    sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in summary.sizes)
+    findings.add(True, "sizes", f"height x width: {sizes}")
+    classes = ", ".join(f"{name or 'unlabelled'} {n}" for name, n in summary.class_counts.items())
+    findings.add(True, "classes", classes or "none")
+    if math.isfinite(summary.mean):
+        text = f"{summary.minimum:g} to {summary.maximum:g}, mean {summary.mean:.4g}, std {summary.std:.4g}"
+        findings.add(True, "values", text + (f"; {spec.value_range} becomes 0 to 1" if spec else ""))
+    fatal = config.on_bad == "error"
+    for finding in summary.bad[:MAX_LISTED]:
+        findings.add(not fatal, "bad file", f"{finding.name}: {finding.problem}")
+    if len(summary.bad) > MAX_LISTED:
+        findings.add(not fatal, "bad files", f"{len(summary.bad) - MAX_LISTED} more")
+    for problem in summary.problems:
+        findings.add(False, "data", problem)
+    for warning in summary.warnings:
+        print(f"note  {'':10} {warning}")
+
+
+def _list(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in counts.items()) or "nothing"
+
+
+def _check_config(config: RunConfig, findings: Findings) -> None:
+    _report_data(config.data, check_data(config.data), findings)
+    if not findings.passed:
+        return
+    try:
+        result = dry_run(config)
+    except HeterodiffError as error:
+        findings.add(False, "network", str(error))
+        return
+    findings.add(True, "network", f"{result.variant}, {result.parameters:,} parameters")
+    findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
+    needed = result.memory_gb
+    where = "GPU memory" if torch.cuda.is_available() else "memory"
+    free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
+    advice = "" if needed < free else "; raise training.accumulation_steps or set model.gradient_checkpointing=true"
+    findings.add(needed < free, "memory", f"about {needed:.2f} GB of {free:.1f} GB free {where}{advice}")
+    findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours in all")
+
+
+def _check_run(run: Path, findings: Findings) -> None:
+    config = load_config(run / CONFIG_FILE)
+    findings.add(True, "config", f"{config.recipe} of {config.model.variant}, {config.training.steps} steps")
+    for path in list_checkpoints(run / CHECKPOINTS):
+        try:
+            checkpoint = read_checkpoint(path)
+            findings.add(True, "checkpoint", f"step {checkpoint.step}, every file as its checksum says")
+        except HeterodiffError as error:
+            findings.add(False, "checkpoint", str(error))
+    try:
+        pipeline = load(run)
+        images = pipeline(num_images=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+        findings.add(bool(torch.isfinite(images).all()), "sample", f"one image {tuple(images.shape[1:])}, 2 steps")
+    except HeterodiffError as error:
+        findings.add(False, "sample", str(error))

@@ -1,0 +1,94 @@
+"""Condition tokens in closed form against the outer product they stand for."""
+
+import pytest
+import torch
+
+from heterodiff.models.blocks import AttentionBlock
+from heterodiff.models.conditioning import drop_condition
+from heterodiff.models.variants import create_model
+from tests.oracles import outer_product
+
+C, E, HEADS = 64, 48, 4
+ROWS = {"conditional": (1, 1, 1), "none": (0, 0, 0), "mixed": (1, 0, 1)}
+
+
+def make_block(dtype: torch.dtype) -> AttentionBlock:
+    torch.manual_seed(0)
+    block = AttentionBlock(C, HEADS, E)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [((5, 7), torch.float64, 1e-10), ((1, 1), torch.float64, 1e-10), ((5, 7), torch.float32, 1e-5)],
+)
+@pytest.mark.parametrize("rows", [*ROWS, "absent"])
+def test_attention_block_equals_the_outer_product(rows, size, dtype, tolerance):
+    block = make_block(dtype)
+    x = torch.randn(3, C, *size, dtype=dtype, requires_grad=True)
+    keep = torch.tensor(ROWS.get(rows, ROWS["none"]), dtype=dtype)
+    c = (torch.randn(3, E, dtype=dtype) * keep[:, None]).requires_grad_()
+    parameters = dict(block.named_parameters())
+    ours = block(x, None if rows == "absent" else c)
+    expected = outer_product.attention_block(parameters, x, c, HEADS)
+    assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+    weights = torch.randn_like(expected)
+    inputs = [x, *parameters.values()] + ([] if rows == "absent" else [c])
+    found = torch.autograd.grad((ours * weights).sum(), inputs, allow_unused=True)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for f, w in zip(found, wanted, strict=True):
+        f = torch.zeros_like(w) if f is None else f
+        assert (f - w).abs().max() <= tolerance * max(1, w.abs().max())
+
+
+def test_no_condition_keeps_its_tokens():
+    """Leaving the E equal tokens out where c = 0 would be another network."""
+    block = make_block(torch.float64)
+    x = torch.randn(2, C, 3, 3, dtype=torch.float64)
+    with_tokens = block(x, None)
+    block.encoder_kv = None
+    assert (block(x, None) - with_tokens).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["hae-v2", "hae-v2-conservative"])
+def test_none_and_minus_one_are_the_same_network(variant):
+    torch.manual_seed(0)
+    model = create_model(
+        variant, in_channels=1, model_channels=32, channel_mult=(1, 2), attention_resolutions=(1, 2), num_classes=3
+    ).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(3, 1, 6, 10, dtype=torch.float64), torch.tensor([0, 10, 999])
+    none = torch.full((3,), -1)
+    expected = model(x, t).sample
+    with torch.no_grad():
+        assert torch.allclose(model(x, t, none).sample, expected, rtol=0, atol=1e-10)
+    with torch.enable_grad():
+        assert torch.allclose(model(x, t, none).sample, expected, rtol=0, atol=1e-10)
+        mixed = model(x, t, torch.tensor([2, -1, 0])).sample
+    assert torch.allclose(mixed[1], expected[1], rtol=0, atol=1e-10)
+    assert (mixed - expected).abs().amax(dim=(1, 2, 3))[[0, 2]].min() > 1e-3
+    assert model.class_condition(None, 3) is None
+
+
+@pytest.mark.parametrize("class_embedding", ["mlp", "direct"])
+def test_class_condition_is_exactly_zero_without_a_class(class_embedding):
+    model = create_model("unet", model_channels=32, channel_mult=(1,), num_classes=3, class_embedding=class_embedding)
+    c = model.class_condition(torch.tensor([-1, 2, -1, 0]), 4)
+    assert c.shape == (4, 128)
+    assert c[[0, 2]].eq(0).all()
+    assert c[[1, 3]].abs().amax(dim=1).gt(0).all()
+
+
+def test_drop_condition_is_drawn_from_the_generator():
+    labels = torch.arange(20000) % 7
+    first = drop_condition(labels, 0.1, torch.Generator().manual_seed(1))
+    assert torch.equal(first, drop_condition(labels, 0.1, torch.Generator().manual_seed(1)))
+    dropped = first == -1
+    assert torch.equal(first[~dropped], labels[~dropped])
+    assert dropped.float().mean() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(drop_condition(labels, 0.0), labels)
+    assert drop_condition(labels, 1.0).eq(-1).all()
