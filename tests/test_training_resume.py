@@ -1,0 +1,190 @@
+"""A run that was stopped and resumed is bit by bit the run that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from heterodiff.config import dump_config
+from heterodiff.errors import CheckpointError, HeterodiffError, RunError
+from heterodiff.training.checkpoint import list_checkpoints
+from heterodiff.training.loop import CHECKPOINTS
+from heterodiff.training.start import train
+
+from tests.training_runs import assert_same_run, last_checkpoint, losses_of, tiny_config
+
+CASES = {
+    "defaults": {},
+    "augmented, accumulated": {"data__horizontal_flip": True, "data__random_crop": 1, "training__accumulation_steps": 2},
+    "learned variance, importance sampling": {
+        "diffusion__learn_variance": True,
+        "diffusion__timestep_sampler": "loss-second-moment",
+        "diffusion__num_train_timesteps": 10,
+    },
+    "flow, two loader workers": {"diffusion__prediction": "flow", "training__num_workers": 2},
+    "recomputing network": {"model__variant": "hae-v2-conservative", "model__gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_thirty_steps_equal_fifteen_and_fifteen(case: str, tmp_path: Path) -> None:
+    straight, resumed = (tiny_config(tmp_path / name, **CASES[case]) for name in ("straight", "resumed"))
+    losses: dict[str, list[float]] = {"straight": [], "resumed": []}
+    train(straight, quiet=True, on_step=lambda _, loss: losses["straight"].append(loss))
+    first = train(resumed, quiet=True, stop_after=15, on_step=lambda _, loss: losses["resumed"].append(loss))
+    assert first.step == 15
+    torch.manual_seed(12345)  # whatever the process did in between must not matter
+    second = train(resumed, quiet=True, on_step=lambda _, loss: losses["resumed"].append(loss))
+    assert second.step == 30
+    assert len(losses["straight"]) == 30
+    assert losses["straight"] == losses["resumed"]
+    assert len(set(losses["straight"])) == 30
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def start_training(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "heterodiff.cli", "train", str(config_file)]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if (output / "metrics.jsonl").is_file() and losses_of(output):
+            return
+        assert process.poll() is None, "training ended before its first row"
+        time.sleep(0.05)
+    raise AssertionError("training wrote no row within a minute")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "killed", training__steps=300, training__checkpoint_every=3)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(dump_config(config))
+    process = start_training(config_file, tmp_path / "log.txt")
+    wait_for_row(tmp_path / "killed", process)
+    process.send_signal(number)
+    assert process.wait(60) == code, (tmp_path / "log.txt").read_text()
+    step, _, _ = last_checkpoint(tmp_path / "killed")
+    assert 3 <= step < 290
+    stop = step + 5
+    train(config, quiet=True, stop_after=stop)
+    train(tiny_config(tmp_path / "straight", training__steps=300, training__checkpoint_every=3), quiet=True, stop_after=stop)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_steps_of_a_finished_run_are_not_repeated(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", training__steps=5)
+    train(config, quiet=True)
+    called: list[int] = []
+    assert train(config, quiet=True, on_step=lambda step, _: called.append(step)).step == 5
+    assert called == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped byte", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_damaged_checkpoint_is_found_and_the_previous_one_used(name: str, damage: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", training__steps=6, training__checkpoint_every=2)
+    train(config, quiet=True, stop_after=4)
+    file = list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1] / name
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 0x40
+        file.write_bytes(content)
+    steps: list[int] = []
+    train(config, quiet=True, on_step=lambda step, _: steps.append(step))
+    assert steps == [3, 4, 5, 6]
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", training__steps=6, training__checkpoint_every=2)
+    train(config, quiet=True, stop_after=4)
+    for path in list_checkpoints(tmp_path / "run" / CHECKPOINTS):
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        train(config, quiet=True)
+
+
+def test_resume_with_a_changed_config_names_the_keys(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run"), quiet=True, stop_after=2)
+    changed = tiny_config(tmp_path / "run", training__learning_rate=0.5, data__split_seed=3, training__log_every=1)
+    with pytest.raises(RunError) as error:
+        train(changed, quiet=True)
+    assert "training.learning_rate: 0.0002 -> 0.5" in str(error.value)
+    assert "data.split_seed: 0 -> 3" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_never_refuses_a_folder_with_a_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", training__steps=2)
+    train(config, quiet=True)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="already holds a run"):
+        train(config, resume="never", quiet=True)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="holds files but no run"):
+        train(tiny_config(tmp_path), quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", training__steps=6, training__checkpoint_every=2)
+    train(config, quiet=True, stop_after=4)
+    steps: list[int] = []
+    path = tmp_path / "run" / CHECKPOINTS / "step_00000002"
+    train(config, resume=str(path), quiet=True, stop_after=4, on_step=lambda step, _: steps.append(step))
+    assert steps == [3, 4]
+    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
+        train(config, resume=str(tmp_path / "nowhere"), quiet=True)
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    import shutil
+
+    for name, width in (("a", 32), ("b", 64)):
+        train(tiny_config(tmp_path / name, model__model_channels=width, training__steps=4), quiet=True, stop_after=2)
+    shutil.rmtree(tmp_path / "a" / CHECKPOINTS)
+    shutil.copytree(tmp_path / "b" / CHECKPOINTS, tmp_path / "a" / CHECKPOINTS)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train(tiny_config(tmp_path / "a", training__steps=4), quiet=True)
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    from heterodiff.training.run_folder import locked
+
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="another run"):
+        train(tiny_config(tmp_path / "run"), quiet=True)
+
+
+def test_nonfinite_losses_change_nothing_and_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heterodiff.training.recipes.diffusion import DiffusionRecipe
+
+    original = DiffusionRecipe.losses
+
+    def broken(self, network, images, labels, draws):  # type: ignore[no-untyped-def]
+        losses, parts = original(self, network, images, labels, draws)
+        return losses * float("nan"), parts
+
+    config = tiny_config(tmp_path / "run", training__steps=30, training__checkpoint_every=2, training__max_nonfinite_steps=3)
+    train(config, quiet=True, stop_after=2)
+    _, before, _ = last_checkpoint(tmp_path / "run")
+    monkeypatch.setattr(DiffusionRecipe, "losses", broken)
+    with pytest.raises(HeterodiffError, match="3 steps in a row"):
+        train(config, quiet=True)
+    step, after, _ = last_checkpoint(tmp_path / "run")
+    assert step == 4
+    assert all(torch.equal(before[key], after[key]) for key in before)
