@@ -126,13 +126,13 @@ def exact_path_end(noise, schedule, start):
 
 
 def path_error(sampler, prediction, schedule, denoise, noise, exact):
-    """Root mean square distance, over samples and dimensions, of 200 steps to the exact end."""
-    z = sample(denoise, schedule, prediction, noise=noise, sampler=sampler, num_inference_steps=200)
+    """Root mean square distance, over samples and dimensions, of 120 steps to the exact end."""
+    z = sample(denoise, schedule, prediction, noise=noise, sampler=sampler, num_inference_steps=120)
     return (z - exact).square().mean().sqrt()
 
 
 def path_tolerance(sampler):
-    return 0.02 if sampler in ("ddim", "euler", "flow-euler") else 0.008
+    return 0.03 if sampler in ("ddim", "euler", "flow-euler") else 0.008
 
 
 @pytest.mark.parametrize(("prediction", "schedule_name"), [("v", "linear"), ("epsilon", "cosine"), ("flow", "linear")])
@@ -140,7 +140,7 @@ def test_deterministic_samplers_follow_the_exact_path(prediction, schedule_name)
     """Far sharper than moments, with counter-examples: a wrong schedule, times late by 30 of 1,000."""
     schedule, denoise = process(prediction, schedule_name)
     noise = draw_noise((60, 2, 1, 1), torch.Generator().manual_seed(0))
-    exact = exact_path_end(noise, schedule, make_sampler("ddim", schedule, 200).steps[0][1])
+    exact = exact_path_end(noise, schedule, make_sampler("ddim", schedule, 120).steps[0][1])
     mistaken = process("v", "linear" if schedule_name == "cosine" else "cosine")[0]
     for sampler in DETERMINISTIC:
         tolerance = path_tolerance(sampler)
@@ -226,7 +226,7 @@ def test_long_jumps_and_ends_stay_finite(sampler, prediction):
 @pytest.mark.parametrize("steps", [4000, 10_000])
 def test_fine_schedules(sampler, steps):
     schedule, denoise = process("flow", steps=steps)
-    z = draw("flow", schedule, denoise, count=20, sampler=sampler, timesteps=list(range(400, -1, -1)))
+    z = draw("flow", schedule, denoise, count=20, sampler=sampler, timesteps=list(range(100, -1, -1)))
     assert z.isfinite().all()
 
 

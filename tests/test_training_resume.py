@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from heterodiff.config import dump_config
 from heterodiff.errors import CheckpointError, HeterodiffError, RunError
 from heterodiff.training.checkpoint import list_checkpoints
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.start import train
-
 from tests.training_runs import assert_same_run, last_checkpoint, losses_of, tiny_config
 
 CASES = {
     "defaults": {},
-    "augmented, accumulated": {"data__horizontal_flip": True, "data__random_crop": 1, "training__accumulation_steps": 2},
+    "augmented, accumulated": {
+        "data__horizontal_flip": True,
+        "data__random_crop": 1,
+        "training__accumulation_steps": 2,
+    },
     "learned variance, importance sampling": {
         "diffusion__learn_variance": True,
         "diffusion__timestep_sampler": "loss-second-moment",
@@ -75,7 +79,11 @@ def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_p
     assert 3 <= step < 290
     stop = step + 5
     train(config, quiet=True, stop_after=stop)
-    train(tiny_config(tmp_path / "straight", training__steps=300, training__checkpoint_every=3), quiet=True, stop_after=stop)
+    train(
+        tiny_config(tmp_path / "straight", training__steps=300, training__checkpoint_every=3),
+        quiet=True,
+        stop_after=stop,
+    )
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -179,7 +187,9 @@ def test_nonfinite_losses_change_nothing_and_stop_the_run(tmp_path: Path, monkey
         losses, parts = original(self, network, images, labels, draws)
         return losses * float("nan"), parts
 
-    config = tiny_config(tmp_path / "run", training__steps=30, training__checkpoint_every=2, training__max_nonfinite_steps=3)
+    config = tiny_config(
+        tmp_path / "run", training__steps=30, training__checkpoint_every=2, training__max_nonfinite_steps=3
+    )
     train(config, quiet=True, stop_after=2)
     _, before, _ = last_checkpoint(tmp_path / "run")
     monkeypatch.setattr(DiffusionRecipe, "losses", broken)

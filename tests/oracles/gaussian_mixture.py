@@ -39,18 +39,9 @@ class GaussianMixture:
 
     def responsibilities(self, z: Tensor, alpha: float, sigma: float, label: Tensor | None = None) -> Tensor:
         """Return the posterior probabilities of the components, (B, K)."""
-        z = z.double().flatten(1)
-        identity = torch.eye(z.shape[1], dtype=torch.float64)
-        logits = torch.stack(
-            [
-                torch.distributions.MultivariateNormal(
-                    alpha * m, alpha**2 * c + (sigma**2 + 1e-12) * identity
-                ).log_prob(z)
-                for m, c in zip(self.means, self.covariances, strict=True)
-            ],
-            dim=1,
-        )
-        logits = logits + self.weights.log()
+        difference, precision = self._marginals(z, alpha, sigma)
+        distance = torch.einsum("bkd,kde,bke->bk", difference, precision, difference)
+        logits = self.weights.log() + 0.5 * (precision.logdet() - distance)
         if label is not None:
             other = torch.arange(len(self.weights)) != label[:, None]
             logits = logits.masked_fill(other & (label[:, None] >= 0), -torch.inf)
@@ -58,14 +49,17 @@ class GaussianMixture:
 
     def expected_x0(self, z: Tensor, alpha: float, sigma: float, label: Tensor | None = None) -> Tensor:
         """Return E[x0 | z], float64, shaped like ``z`` (B, D, 1, 1)."""
-        flat = z.double().flatten(1)
-        identity = torch.eye(flat.shape[1], dtype=torch.float64)
+        difference, precision = self._marginals(z, alpha, sigma)
+        gain = alpha * self.covariances @ precision
+        regressions = self.means + torch.einsum("kde,bke->bkd", gain, difference)
         posterior = self.responsibilities(z, alpha, sigma, label)
-        result = torch.zeros_like(flat)
-        for k, (m, c) in enumerate(zip(self.means, self.covariances, strict=True)):
-            gain = alpha * c @ torch.linalg.inv(alpha**2 * c + sigma**2 * identity)
-            result += posterior[:, k : k + 1] * (m + (flat - alpha * m) @ gain.T)
-        return result.view(z.shape)
+        return torch.einsum("bk,bkd->bd", posterior, regressions).view(z.shape)
+
+    def _marginals(self, z: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return z - alpha m_k (B, K, D) and the inverse covariances of z in each component (K, D, D)."""
+        difference = z.double().flatten(1)[:, None] - alpha * self.means
+        identity = torch.eye(self.means.shape[1], dtype=torch.float64)
+        return difference, torch.linalg.inv(alpha**2 * self.covariances + sigma**2 * identity)
 
     def prediction(self, kind: str, z: Tensor, alpha: float, sigma: float, label: Tensor | None = None) -> Tensor:
         """Return what the ideal network of this kind predicts, written out case by case."""

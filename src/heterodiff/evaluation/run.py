@@ -60,8 +60,8 @@ def evaluate_run(run: Path, per_class: int = 20, seed: int = 0, **options: Any) 
     data = run_data(run)
     pipeline = load(run)
     images, labels = draw_classes(pipeline, all_classes(pipeline), per_class, seed, **options)
-    train = _images_of(data.train)
-    metrics = evaluate_generation(images, labels, train, _images_of(data.val), data.spec.class_names, seed)
+    train = images_of(data.train)
+    metrics = evaluate_generation(images, labels, train, images_of(data.val), data.spec.class_names, seed)
     defaults = pipeline.defaults.model_dump(mode="json")
     metrics["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     titles = [class_title(pipeline, int(label)) for label in labels]
@@ -73,7 +73,8 @@ def evaluate_run(run: Path, per_class: int = 20, seed: int = 0, **options: Any) 
     return Evaluation(metrics, picture, write_report(run))
 
 
-def _images_of(data: ImageDataset) -> tuple[Tensor, Tensor]:
+def images_of(data: ImageDataset) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) in [0, 1] and labels (N,) of ``data``, at most 10,000."""
     return data.batch(range(min(len(data), MAX_REAL_IMAGES)))
 
 

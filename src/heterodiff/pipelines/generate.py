@@ -163,12 +163,12 @@ class GenerationPipeline(DiffusionPipeline):
         def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
             return unet(z, time, class_labels=condition if conditional else None).sample
 
-        all_unlabelled = bool((labels < 0).all())  # both branches would be the same
+        alike = bool((labels < 0).all()) and scale >= 0  # without any condition both branches are the same
         denoise = guided_denoiser(
             model_call,
             labels,
             null_labels(labels),
-            1.0 if all_unlabelled else scale,
+            1.0 if alike else scale,
             schedule.num_train_timesteps,
             interval,
         )

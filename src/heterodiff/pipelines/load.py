@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import schedulers
-from safetensors import SafetensorError
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.base import make_codec
 from heterodiff.config import load_config
@@ -68,7 +69,21 @@ def _load_unet(folder: Path) -> HAEUNet:
             f"{folder}: expected a network of class HAEUNet, found {kind}; earlier checkpoints come in through "
             "`heterodiff import`"
         )
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only")
     try:
+        # diffusers would fill what a file lacks with fresh weights and only warn, so the names are compared first.
+        with safe_open(weights, "pt") as file:
+            found = set(file.keys())
+        with torch.device("meta"):
+            expected = set(HAEUNet.from_config(HAEUNet.load_config(folder)).state_dict())
+        if found != expected:
+            differing = ", ".join(sorted(found ^ expected)[:4])
+            raise CheckpointError(
+                f"{weights}: weights of another network: {len(expected - found)} missing, "
+                f"{len(found - expected)} unexpected ({differing}, ...)"
+            )
         unet = HAEUNet.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: weights cannot be loaded: {error}") from None

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class StepClock:
+    """Time spent on training steps, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
 
 class Journal:

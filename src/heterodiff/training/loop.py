@@ -1,19 +1,15 @@
 """The training loop: one for all recipes. It owns devices, precision, EMA, checkpoints, resume and logging."""
 
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from heterodiff.config import RunConfig, TrainingConfig
@@ -21,9 +17,11 @@ from heterodiff.data.sources import LoadedData
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
-from heterodiff.training.journal import Journal
+from heterodiff.training.interrupt import StopRequest
+from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws
 from heterodiff.training.run_folder import save_pipeline
+from heterodiff.training.state import capture, restore
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -49,52 +47,6 @@ def precision_of(config: TrainingConfig) -> str:
     if wanted == "auto":
         wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish that the loop honours between two steps."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self.signal = number
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class StepClock:
-    """Time spent on training steps, and the part of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.steps = 0
-        self.waited = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self._start, 1e-9)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -255,34 +207,7 @@ class Trainer:
         if val_loss is not None:
             journal.row(self.step, {"val_loss": val_loss})
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------
-
-    def checkpoint(self) -> Checkpoint:
-        """Everything that a run needs to go on bit by bit as if it had not stopped."""
-        names = [name for name, _ in self.recipe.model.named_parameters()]
-        optimizer = self.optimizer.state_dict()
-        scaler = self.accelerator.scaler
-        return Checkpoint(
-            step=self.step,
-            tensors={
-                "model": dict(self.recipe.model.state_dict()),
-                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
-                "optimizer": {
-                    f"{names[index]}/{key}": torch.as_tensor(value)
-                    for index, state in optimizer["state"].items()
-                    for key, value in state.items()
-                },
-                "recipe": self.recipe.state_dict(),
-            },
-            state={
-                "recipe": self.config.recipe,
-                "ema_step": self.ema.optimization_step,
-                "window": self._window,
-                "nonfinite_in_a_row": self._nonfinite_in_a_row,
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "torch": torch.__version__,
-            },
-        )
+    # ---- the loop -------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Go on from ``checkpoint``.
@@ -293,25 +218,10 @@ class Trainer:
         kind = checkpoint.state.get("recipe")
         if kind != self.config.recipe:
             raise CheckpointError(f"checkpoint of recipe '{kind}', expected '{self.config.recipe}'")
-        tensors, state = checkpoint.tensors, checkpoint.state
         try:
-            self.recipe.model.load_state_dict(tensors["model"])
-            names = [name for name, _ in self.recipe.model.named_parameters()]
-            for name, shadow in zip(names, self.ema.shadow_params, strict=True):
-                shadow.copy_(tensors["ema"][name])
-            self.ema.optimization_step = state["ema_step"]
-            index = {name: i for i, name in enumerate(names)}
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors["optimizer"].items():
-                name, _, slot = key.rpartition("/")
-                moments.setdefault(index[name], {})[slot] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            self.recipe.load_state_dict(tensors["recipe"])
-            self._window = dict(state["window"])
-            self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            restore(checkpoint, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
+            self._window = dict(checkpoint.state["window"])
+            self._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this run: {error}") from None
         self.step = checkpoint.step
@@ -319,12 +229,16 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
         if self.accelerator.is_main_process:
-            write_checkpoint(self.folder / CHECKPOINTS, self.checkpoint(), self.config.training.keep_checkpoints)
+            checkpoint = capture(self.step, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
+            checkpoint.state |= {
+                "recipe": self.config.recipe,
+                "window": self._window,
+                "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            }
+            write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
             with self._ema_weights():
                 save_pipeline(self.folder, self.recipe.save)
         self.accelerator.wait_for_everyone()
-
-    # ---- the loop -------------------------------------------------------------------------------------------
 
     def _loader(self, stop: int) -> DataLoader[Batch]:
         training = self.config.training
@@ -390,7 +304,7 @@ class Trainer:
                 if self.step % training.checkpoint_every == 0 and self.step < stop:
                     self._save()
 
-    def _row(self, clock: "StepClock") -> dict[str, float]:
+    def _row(self, clock: StepClock) -> dict[str, float]:
         """The numbers to log: means since the last row, over the steps that counted."""
         window, self._window = self._window, {"loss": 0.0, "grad_norm": 0.0, "count": 0}
         count = window["count"] or math.nan

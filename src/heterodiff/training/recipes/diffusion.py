@@ -13,6 +13,7 @@ from heterodiff.codecs.base import make_codec
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.objective import DiffusionObjective
+from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.models.conditioning import NO_CLASS
@@ -102,6 +103,8 @@ class DiffusionRecipe:
         self.schedule = NoiseSchedule.from_config(config.diffusion)
         self.objective = DiffusionObjective(config.diffusion, self.schedule)
         self.timesteps = make_timestep_sampler(config.diffusion.timestep_sampler, config.diffusion.num_train_timesteps)
+        # A sampler that does not work should not be found out at the first preview.
+        make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
 
     def draw(self, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
         """All random numbers of a step for ``batch_size`` images (the whole batch, whoever computes which part)."""

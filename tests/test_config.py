@@ -1,0 +1,94 @@
+"""Configurations: read strictly, explained clearly, written back faithfully."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from heterodiff.cli import shipped_configs
+from heterodiff.config import RunConfig, dump_config, load_config, parse_config
+from heterodiff.errors import ConfigError
+
+SHIPPED = sorted(shipped_configs().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+    assert config.output == Path("runs") / path.stem
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "digits" in [path.stem for path in SHIPPED]
+
+
+def test_overrides_reach_their_section_and_keep_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {source: digits}\ntraining: {steps: 7}\n")
+    config = load_config(path, ["training.batch_size=4", "model.channel_mult=[1, 2]", "data.path=a b"])
+    assert (config.training.steps, config.training.batch_size) == (7, 4)
+    assert config.model.channel_mult == (1, 2)
+    assert config.data.path == Path("a b")
+    assert config.output == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trainning: {steps: 1}", "did you mean 'training'"),
+        ("training: {stepz: 1}", "unknown key 'training.stepz' (did you mean 'steps'?)"),
+        ("training: {steps: many}", "training.steps"),
+        ("training: {steps: -1}", "training.steps"),
+        ("model: {sparsity: 1.5}", "model.sparsity"),
+        ("diffusion: {prediction: velocity}", "diffusion.prediction"),
+        ("diffusion: {prediction: flow, learn_variance: true}", "learn_variance"),
+        ("data: {image_size: [8, 8, 8]}", "data.image_size"),
+        ("training: 3", "training"),
+        ("- a\n- b", "expected `key: value` lines, found list"),
+        ("training: {steps: 1", "not readable as YAML"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("data: {path: x}\ndata: {path: y}", "'data' appears twice"),
+        ("data: !!python/object/apply:os.system ['touch MARKER']", "not readable as YAML"),
+    ],
+)
+def test_bad_files_are_explained(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert expected in str(error.value)
+    assert "bad.yaml" in str(error.value)
+    assert not (tmp_path / "MARKER").exists()
+
+
+def test_missing_huge_and_bomb_files_are_refused_quickly(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    huge, bomb = tmp_path / "huge.yaml", tmp_path / "bomb.yaml"
+    with huge.open("wb") as file:
+        file.truncate(100_000_000)
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10) if i else 'x'}]" for i in range(12)]
+    bomb.write_text("\n".join(levels))
+    start = time.perf_counter()
+    for path, expected in ((huge, "100,000,000 bytes"), (bomb, "aliases")):
+        with pytest.raises(ConfigError, match=expected):
+            load_config(path)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps.more=3"])
+def test_bad_overrides_are_explained(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {steps: 7}\n")
+    with pytest.raises(ConfigError, match="override"):
+        load_config(path, [override])
+
+
+def test_every_field_has_a_default_that_is_valid() -> None:
+    assert parse_config({}) == RunConfig()
+    assert parse_config(yaml.safe_load(dump_config(RunConfig()))) == RunConfig()
