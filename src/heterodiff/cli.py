@@ -110,9 +110,10 @@ def train(
 ) -> None:
     """Train a model; start the same command again to go on after an interruption."""
     from heterodiff.config import load_config
+
+    run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
     from heterodiff.training import start
 
-    run_config = load_config(find_config(config), overrides or [])
     if dry_run:
         start.print_dry_run(start.dry_run(run_config))
         return

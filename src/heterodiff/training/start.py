@@ -57,9 +57,8 @@ def train(
     if checkpoint is not None and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
     data = load_run_data(config)
-    recipe = _build(config, data.spec)
+    trainer = Trainer(config, _build(config, data.spec), data)
     with locked(folder):
-        trainer = Trainer(config, recipe, data)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
         if trainer.accelerator.is_main_process:
