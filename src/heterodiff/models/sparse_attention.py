@@ -82,7 +82,8 @@ def make_pattern(kind: str, grid: Grid, sparsity: float, max_keys: int, seed: in
         seed: of the fixed far keys.
     """
     builder = {"multiscale": _multiscale, "sequence": _sequence}[kind]
-    return builder(grid, sparsity, max_keys, np.random.default_rng(seed))
+    # The legacy generator: its stream is frozen, and a model's keys must not change with the NumPy version.
+    return builder(grid, sparsity, max_keys, np.random.RandomState(seed))
 
 
 def _near_square(count: int, height: int, width: int) -> tuple[int, int]:
@@ -119,7 +120,7 @@ def _tile_size(window_keys: int, height: int, width: int) -> int:
     return 1
 
 
-def _far_keys(rng: np.random.Generator, local: int, window: np.ndarray, count: int) -> np.ndarray:
+def _far_keys(rng: np.random.RandomState, local: int, window: np.ndarray, count: int) -> np.ndarray:
     """(n, count) distinct local tokens outside each block's ``window`` (n, k)."""
     order = rng.permutation(local)
     blocks, size = window.shape
@@ -128,7 +129,7 @@ def _far_keys(rng: np.random.Generator, local: int, window: np.ndarray, count: i
     return np.stack([c[~np.isin(c, w)][:count] for c, w in zip(candidates, window, strict=True)])
 
 
-def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generator) -> KeyPattern:
+def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.RandomState) -> KeyPattern:
     """Every query sees all scales: regional tokens, a local window around it, a few far local keys."""
     height, width, length = grid.height, grid.width, grid.length
     nominal = int((1 - sparsity) * length)
@@ -171,7 +172,7 @@ def _regional_sizes(grid: Grid, budget: int) -> list[tuple[int, int]]:
     return [sizes[patch] for patch in grid.patch_sizes]
 
 
-def _sequence(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Generator) -> KeyPattern:
+def _sequence(grid: Grid, sparsity: float, max_keys: int, rng: np.random.RandomState) -> KeyPattern:
     """A band over the concatenated sequence plus random keys, the pattern of earlier checkpoints.
 
     Per query up to ``DENSE_LIMIT`` tokens; beyond, blocks of 16 queries share the band around their centre.

@@ -54,7 +54,8 @@ class BatchOrder:
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            rng = np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch))
+            # The legacy generator: its stream is frozen, so a run can go on under another NumPy version.
+            rng = np.random.RandomState(derive_seed(self.seed, Stream.ORDER, epoch) & 0xFFFFFFFF)
             self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}
             self._epochs[epoch] = rng.permutation(self.length)
         return self._epochs[epoch]

@@ -49,16 +49,19 @@ class Journal:
         step: how many are done; later rows of an interrupted run are removed, they will be written again.
         tensorboard: also write event files to ``tensorboard/``.
         quiet: nothing on the screen.
+        writes: False for all but one of several processes: nothing in files either.
     """
 
-    def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, quiet: bool):
+    def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, quiet: bool, writes: bool = True):
         self.path = folder / METRICS_FILE
+        self.writes = writes
+        quiet = quiet or not writes
         self.steps = steps
         self._forget_after(step)
         self._seconds_before = self._last_seconds()
         self._start = time.perf_counter()
         self._writer = None
-        if tensorboard:
+        if tensorboard and writes:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -97,7 +100,7 @@ class Journal:
         return rows
 
     def _forget_after(self, step: int) -> None:
-        if not self.path.is_file():
+        if not self.writes or not self.path.is_file():
             return
         kept = [row for row in self._rows() if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
@@ -117,6 +120,8 @@ class Journal:
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` of ``step`` (1-based)."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds, 3)}) + "\n")
         if self._writer is not None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
 from heterodiff.training.interrupt import StopRequest
@@ -75,6 +76,7 @@ class Trainer:
         self.config, self.recipe, self.data = config, recipe, data
         self.folder: Path = config.output
         training = config.training
+        keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision=precision_of(training))
         self.device = self.accelerator.device
         processes = self.accelerator.num_processes
@@ -267,9 +269,9 @@ class Trainer:
         """
         training = self.config.training
         stop = min(training.steps, stop_after or training.steps)
-        quiet = quiet or not self.accelerator.is_main_process
         request = StopRequest()
-        journal = Journal(self.folder, training.steps, self.step, training.tensorboard and not quiet, quiet)
+        main = self.accelerator.is_main_process
+        journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal:
             self._steps(stop, request, journal, on_step)
             if self.step == stop and request.signal is None:
@@ -282,7 +284,7 @@ class Trainer:
         batches = iter(self._loader(stop))
         share = share_of(training.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
         clock = StepClock()
-        while self.step < stop and request.signal is None:
+        while self.step < stop and not self._asked_to_stop(request):
             with clock.waiting():
                 batch = next(batches)
             loss, norm = self._train_step(batch, share)
@@ -303,6 +305,13 @@ class Trainer:
                     self._evaluate(journal)
                 if self.step % training.checkpoint_every == 0 and self.step < stop:
                     self._save()
+
+    def _asked_to_stop(self, request: StopRequest) -> bool:
+        """Whether any process was asked to stop; all must leave the loop after the same step."""
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor(request.signal or 0, device=self.device)
+            request.signal = int(self.accelerator.gather(number).max()) or None
+        return request.signal is not None
 
     def _row(self, clock: StepClock) -> dict[str, float]:
         """The numbers to log: means since the last row, over the steps that counted."""

@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def train(
         return TrainingResult(checkpoint.step, None, 0.0)
     data = load_run_data(config)
     trainer = Trainer(config, _build(config, data.spec), data)
-    with locked(folder):
+    trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
+    with locked(folder) if trainer.accelerator.is_main_process else nullcontext():
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
         if trainer.accelerator.is_main_process:
