@@ -170,6 +170,11 @@ CONFIG_CASES = {
     "data.labels=maybe": "data.labels",
     "training.batch_size=0": "training.batch_size",
     "training.accumulation_steps=3": "accumulation_steps",
+    "sampling.guidance_interval=[0.8, 0.2]": "low <= high",
+    "training.learning_rate=.inf": "training.learning_rate",
+    "training.seed=-1": "training.seed",
+    "training.precision=float16": "needs a GPU",
+    "data.random_crop=8": "random_crop",
     "sampling.sampler=dmp": "did you mean 'dpmpp'",
 }
 

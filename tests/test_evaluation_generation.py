@@ -85,6 +85,22 @@ def test_noise_and_permuted_labels_are_seen(parts):
         assert share["share"] < 0.16
 
 
+def test_noise_is_no_proof_against_memorising(parts):
+    train, val, (images, labels) = parts
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round()
+    metrics = evaluate_generation(noise, labels, train, val, NAMES)
+    assert metrics["nearest"]["verdict"] == "unlike"
+    assert metrics["nearest"]["explanation"].endswith("so this check says nothing yet.")
+    assert metrics["diversity"]["verdict"] == "noisy"
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_good_images_of_wrong_classes_are_not_unlike_the_data(parts):
+    train, val, (images, _) = parts
+    nearest = memorising.memorising(images, train[0], val[0], variety=1.5)
+    assert nearest["verdict"] == "none"
+
+
 def test_planted_training_images_are_found(parts):
     train, val, unseen = parts
     rows = torch.arange(40)

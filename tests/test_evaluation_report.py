@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from heterodiff.config import RunConfig, dump_config
 from heterodiff.errors import RunError
-from heterodiff.evaluation.curves import curves_svg, running_mean, series
+from heterodiff.evaluation.curves import _draw_loss, curves_svg, running_mean, series
 from heterodiff.evaluation.report import write_report
 from heterodiff.pictures import image_grid
 
@@ -154,6 +155,31 @@ def test_full_report_is_well_formed_self_contained_and_escaped(run_dir):
     assert not list(run_dir.glob(".*"))
 
 
+def test_a_model_that_draws_noise_is_not_praised(tmp_path):
+    kid = {"mean": 9375482073941.74, "std": 2320072781370.86}
+    evaluation = EVALUATION | {
+        "frechet_distance": {"generated": 12345.6, "real": 0.01234},
+        "kid": {"generated": kid, "real": {"mean": -0.00012, "std": 0.5}},
+        "diversity": {"generated": 0.5, "real": 0.1, "ratio": 5.2, "verdict": "noisy"},
+        "nearest": EVALUATION["nearest"] | {"verdict": "unlike", "explanation": "Unlike the data."},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    _, text = read(write_report(tmp_path))
+    for expected in ("9.38e+12", "± 2.32e+12", "−0.00012", "12,346", "0.0123"):
+        assert expected in text
+    assert "far more varied than real: noise?" in text
+    assert "unlike the data: says nothing yet" in text
+    assert 'class="notice good"' not in text
+
+
+@pytest.mark.parametrize(
+    ("device", "shown"), [("1 CPU threads", "1 CPU thread<"), ("11 CPU threads", "11 CPU threads<")]
+)
+def test_one_thread_is_singular(tmp_path, device, shown):
+    (tmp_path / "run.json").write_text(json.dumps({"device": device}))
+    assert read(write_report(tmp_path))[1].count(shown) == 2
+
+
 def test_writing_twice_gives_the_same_file(run_dir):
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first
@@ -243,3 +269,13 @@ def test_curves_are_left_out_without_data_and_drawn_from_partial_rows():
         svg = curves_svg(rows)
         assert svg.startswith(b"<?xml")
         assert len(svg) < 1_000_000
+
+
+def test_a_single_held_out_loss_can_be_seen():
+    rows = [{"step": i, "loss": 1.0} for i in range(1, 20)] + [{"step": 19, "loss": 1.0, "val_loss": 1.5}]
+    axes = Figure().add_subplot()
+    _draw_loss(axes, rows)
+    point = axes.lines[-1]
+    assert (list(point.get_xdata()), point.get_marker()) == ([19], "o")
+    assert point.get_markersize() >= 6
+    assert not point.get_clip_on()

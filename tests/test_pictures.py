@@ -1,5 +1,7 @@
 """Pictures: shapes, modes, stored units, captions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,22 +15,24 @@ from heterodiff.pictures import image_grid, save_image, to_pil
 def test_any_channel_count_can_be_looked_at(channels, mode):
     picture = to_pil(torch.rand(channels, 5, 7))
     assert picture.mode == mode
-    assert picture.width % 7 == 0
-    assert picture.height % 5 == 0
+    cells = (1, 1) if channels in (1, 3, 4) else (math.ceil(channels**0.5), round(channels**0.5))
+    assert picture.size == (8 * cells[0] - 1, 6 * cells[1] - 1)
 
 
 def test_mosaic_puts_channels_side_by_side_row_by_row():
     image = torch.stack([torch.full((2, 3), value / 10) for value in range(5)])
     pixels = np.asarray(to_pil(image))
-    assert pixels.shape == (4, 9)
+    assert pixels.shape == (5, 11)
     for channel in range(5):
         row, column = divmod(channel, 3)
-        assert (pixels[2 * row : 2 * row + 2, 3 * column : 3 * column + 3] == round(25.5 * channel)).all()
-    assert (pixels[2:, 6:] == 0).all()
+        assert (pixels[3 * row : 3 * row + 2, 4 * column : 4 * column + 3] == round(25.5 * channel)).all()
+    assert (pixels[2] == 217).all()
+    assert (pixels[:2, [3, 7]] == 217).all()
+    assert (pixels[3:, 8:] == 255).all()
 
 
 def test_mosaic_on_request_for_modalities():
-    assert to_pil(torch.rand(4, 8, 8), mosaic=True).size == (16, 16)
+    assert to_pil(torch.rand(4, 8, 8), mosaic=True).size == (17, 17)
     assert to_pil(torch.rand(1, 8, 8), mosaic=True).size == (8, 8)
 
 
@@ -102,6 +106,33 @@ def test_captions_are_drawn_and_empty_ones_are_not():
 
     assert ink(["", "", "", ""]) == 0
     assert ink(["zero", "one", "two", "three"]) > 100
+
+
+def test_a_label_that_fills_its_row_is_drawn_once_at_the_left():
+    images = torch.rand(6, 1, 8, 8)
+    names = ["swipe", "double_tap_in"]
+    by_image = image_grid(images, [name for name in names for _ in range(3)], columns=3)
+    assert by_image.tobytes() == image_grid(images, names, columns=3).tobytes()
+    plain = image_grid(images, columns=3)
+    assert by_image.height == plain.height
+    column = by_image.width - plain.width
+    wider = image_grid(images, ["swipe", "double_tap_inside"], columns=3)
+    assert wider.width > by_image.width
+    assert image_grid(images, ["swipe", "x" * 500], columns=3).width - plain.width < 2 * column + 120
+    mixed = image_grid(images, ["a", "a", "b", "b", "b", "b"], columns=3)
+    assert mixed.width == plain.width
+    assert mixed.height > plain.height
+
+
+@pytest.mark.parametrize("label", ["", "none"])
+def test_labels_that_name_nothing_are_left_out(label):
+    images = torch.rand(6, 1, 8, 8)
+    assert image_grid(images, [label] * 6, columns=3).tobytes() == image_grid(images, columns=3).tobytes()
+
+
+def test_lines_of_an_enlarged_mosaic_stay_thin():
+    picture = image_grid(torch.zeros(1, 13, 4, 4), mosaic=True)
+    assert picture.size == (64 + 3 + 24, 64 + 3 + 24)
 
 
 @pytest.mark.parametrize("labels", [["a"], ["a"] * 5])

@@ -160,3 +160,19 @@ def test_folders_without_a_run_are_explained(tmp_path: Path) -> None:
         hd.load(tmp_path / "nothing")
     with pytest.raises(RunError, match="no finished weights"):
         hd.load(tmp_path)
+
+
+def test_integer_labels_are_indices_even_where_names_are_other_numbers(run: Path) -> None:
+    pipe = hd.load(run)
+    pipe.class_names = tuple("1234567890")
+    assert [pipe.class_index(k) for k in (0, 1, 9, -1)] == [0, 1, 9, -1]
+    assert [pipe.class_index(k) for k in ("0", "1", "9", "-1")] == [9, 0, 8, -1]
+    assert pipe._labels(torch.tensor([0, 1, 2]), None).tolist() == [0, 1, 2]
+
+
+def test_classes_whose_names_clean_up_alike_do_not_overwrite_each_other(run: Path, tmp_path: Path) -> None:
+    pipe = hd.load(run)
+    pipe.class_names = ("a b", "a_b", *map(str, range(8)))
+    images, labels = draw_classes(pipe, [0, 1], 2, seed=0)
+    written = write_images(images, labels, pipe, run, tmp_path / "out")
+    assert len(set(written)) == len(written) == 5

@@ -156,7 +156,7 @@ def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run" / CHECKPOINTS / "step_00000002"
     train(config, resume=str(path), quiet=True, stop_after=4, on_step=lambda step, _: steps.append(step))
     assert steps == [3, 4]
-    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
         train(config, resume=str(tmp_path / "nowhere"), quiet=True)
 
 
@@ -167,7 +167,7 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         train(tiny_config(tmp_path / name, model__model_channels=width, training__steps=4), quiet=True, stop_after=2)
     shutil.rmtree(tmp_path / "a" / CHECKPOINTS)
     shutil.copytree(tmp_path / "b" / CHECKPOINTS, tmp_path / "a" / CHECKPOINTS)
-    with pytest.raises(CheckpointError, match="does not fit this run"):
+    with pytest.raises(CheckpointError, match="belongs to a run of another configuration"):
         train(tiny_config(tmp_path / "a", training__steps=4), quiet=True)
 
 
@@ -198,3 +198,45 @@ def test_nonfinite_losses_change_nothing_and_stop_the_run(tmp_path: Path, monkey
     step, after, _ = last_checkpoint(tmp_path / "run")
     assert step == 4
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_weights_that_were_lost_are_made_again_from_the_checkpoint(tmp_path: Path) -> None:
+    import shutil
+
+    config = tiny_config(tmp_path / "run", training__steps=4)
+    train(config, quiet=True)
+    weights = tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "unet")
+    assert train(config, quiet=True).step == 4
+    assert weights.read_bytes() == before
+
+
+def test_checkpoint_copied_from_another_run_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        train(tiny_config(tmp_path / name, training__seed=seed, training__steps=4), quiet=True, stop_after=2)
+    other = list_checkpoints(tmp_path / "b" / CHECKPOINTS)[-1]
+    with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
+        train(tiny_config(tmp_path / "a", training__steps=4), resume=str(other), quiet=True)
+
+
+def test_stop_during_a_preview_loses_nothing(tmp_path: Path) -> None:
+    """A signal in a preview ends it at once; the checkpoint of that step is on disk already."""
+    config = tiny_config(
+        tmp_path / "run", training__steps=8, training__preview_every=4, training__checkpoint_every=4,
+        sampling__num_inference_steps=1000, sampling__sampler="ddim",
+    )  # fmt: skip
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(dump_config(config))
+    process = start_training(config_file, tmp_path / "log.txt")
+    for _ in range(1200):
+        if (tmp_path / "run" / "weights.json").is_file():
+            break
+        time.sleep(0.05)
+    time.sleep(1)
+    start = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, (tmp_path / "log.txt").read_text()
+    assert time.perf_counter() - start < 10
+    assert last_checkpoint(tmp_path / "run")[0] == 4
+    assert not list((tmp_path / "run" / "samples").glob("*.png"))

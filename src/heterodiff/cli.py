@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from heterodiff.errors import HeterodiffError
+from heterodiff.errors import ConfigError, HeterodiffError, unknown_name
 
 app = typer.Typer(
     name="heterodiff",
@@ -38,8 +38,10 @@ def shipped_configs() -> Path:
 
 def find_config(name: str) -> Path:
     """The YAML file that ``name`` means: a path, or the name of a shipped configuration."""
-    shipped = shipped_configs() / f"{name}.yaml"
-    return shipped if not Path(name).exists() and shipped.is_file() else Path(name)
+    path, shipped = Path(name), shipped_configs() / f"{name}.yaml"
+    if not path.exists() and not path.suffix and not shipped.is_file():
+        raise ConfigError(unknown_name("configuration", name, sorted(p.stem for p in shipped_configs().glob("*.yaml"))))
+    return path if path.exists() or path.suffix else shipped
 
 
 @app.callback()
@@ -89,7 +91,8 @@ def check(
     """Verify data, shapes, value ranges, the network, its loss and memory before training."""
     from heterodiff.training.check import check_target
 
-    found = target if target.is_dir() else find_config(str(target))
+    shipped = shipped_configs() / f"{target}.yaml"
+    found = shipped if not target.exists() and shipped.is_file() else target
     raise typer.Exit(0 if check_target(found, overrides or []) else 1)
 
 
@@ -122,7 +125,9 @@ def train(
         name = signal.Signals(result.stopped_by).name
         typer.echo(f"stopped by {name} at step {result.step}; the same command goes on from there", err=True)
         raise typer.Exit(128 + result.stopped_by)
-    if start.is_main_process():
+    if result.step < run_config.training.steps:
+        typer.echo(f"stopped  at step {result.step} of {run_config.training.steps}; the same command goes on")
+    elif start.is_main_process():
         from heterodiff.evaluation.report import write_report
 
         assert run_config.output is not None
@@ -211,12 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damaged files are reported by name already
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
     except HeterodiffError as error:
         if os.environ.get("HETERODIFF_DEBUG"):
             raise
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; nothing after the last checkpoint is kept", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit

@@ -18,13 +18,15 @@ def _pair(value: Any) -> Any:
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Size = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -48,7 +50,7 @@ class DataConfig(Section):
         "crop", description="crop: keep the aspect ratio and cut the centre; stretch: both sides to image_size"
     )
     val_fraction: Fraction = Field(0.1, description="share of images held out, drawn per class")
-    split_seed: int = 0
+    split_seed: Seed = 0
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     random_crop: Annotated[int, Field(ge=0)] = Field(
         0, description="pad by so many pixels (replicated) and crop back at a random position"
@@ -70,7 +72,7 @@ class ModelConfig(Section):
 
     variant: str = "hae-v2"
     model_channels: Positive = 64
-    channel_mult: tuple[Positive, ...] | None = Field(None, description="default chosen from the image size")
+    channel_mult: Levels | None = Field(None, description="default chosen from the image size")
     layers_per_block: Positive = 2
     attention_resolutions: tuple[Positive, ...] | None = Field(
         None, description="downsampling factors with attention; default: the last two levels below 32x32"
@@ -119,6 +121,13 @@ class SamplingConfig(Section):
         None, description="quantile of |x0| that is scaled back to 1 (Saharia et al. 2022); default: clip only"
     )
 
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> "SamplingConfig":
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, found [{low}, {high}]")
+        return self
+
 
 class TrainingConfig(Section):
     """The loop."""
@@ -126,7 +135,7 @@ class TrainingConfig(Section):
     steps: Positive = 20_000
     batch_size: Positive = Field(64, description="images per optimiser step, over all processes")
     accumulation_steps: Positive = Field(1, description="parts a process computes its share of a batch in")
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -137,7 +146,7 @@ class TrainingConfig(Section):
     )
     compile: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Seed = 0
     log_every: Positive = 20
     preview_every: Positive = 1000
     checkpoint_every: Positive = 1000
@@ -182,7 +191,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, larger than 1 MB, not UTF-8, not YAML, or not a mapping.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+        raise ConfigError(f"{path}: {'a folder, not' if path.is_dir() else 'no such'} configuration file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most 1,000,000")
     try:
@@ -190,6 +199,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -198,7 +209,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set ``key.path=value``, the value read as YAML, in nested ``content``.
+
+    Raises:
+        ConfigError: not of that form, or a path through a value.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override '{override}': expected key.path=value, for example training.steps=1000")
@@ -264,7 +280,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     content = read_yaml(path)
     for override in overrides:
-        _apply_override(content, override)
+        apply_override(content, override)
     content.setdefault("output", str(Path("runs") / path.stem))
     return parse_config(content, str(path))
 

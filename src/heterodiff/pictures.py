@@ -18,19 +18,32 @@ GAP = 6
 MARGIN = 12
 MAX_ENLARGED_SIDE = 512
 MAX_CAPTION_WIDTH = 140
-MAX_ROW_NAME_WIDTH = 180
+MAX_ROW_NAME_WIDTH = 240
 MAX_TITLE_WIDTH = 600
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MOSAIC_LINE = 0.85  # light grey
+NO_LABELS = {"", "none"}
+
+
+def _cells(channels: int, mosaic: bool) -> tuple[int, int]:
+    """Return the rows and columns of cells that a picture of ``channels`` channels is made of."""
+    if channels in PNG_MODES and not mosaic:
+        return 1, 1
+    columns = math.ceil(math.sqrt(channels))
+    return math.ceil(channels / columns), columns
 
 
 def _channel_mosaic(image: Tensor) -> Tensor:
-    """Lay the channels of a (C, H, W) image side by side in a near-square (1, rows H, columns W) one."""
-    channels, height, width = image.shape
-    columns = math.ceil(math.sqrt(channels))
-    rows = math.ceil(channels / columns)
-    padded = torch.cat([image, image.new_zeros(rows * columns - channels, height, width)])
+    """Lay the channels of a (C, H, W) image side by side, near-square, in a (1, rows (H + 1) - 1, columns (W + 1) - 1).
+
+    A line of one pixel parts the cells; spare cells are white.
+    """
+    rows, columns = _cells(len(image), mosaic=True)
+    lined = torch.nn.functional.pad(image, (0, 1, 0, 1), value=MOSAIC_LINE)
+    channels, height, width = lined.shape
+    padded = torch.cat([lined, lined.new_ones(rows * columns - channels, height, width)])
     tiled = padded.reshape(rows, columns, height, width).permute(0, 2, 1, 3)
-    return tiled.reshape(1, rows * height, columns * width)
+    return tiled.reshape(1, rows * height, columns * width)[:, :-1, :-1]
 
 
 def _check_image(image: Tensor) -> Tensor:
@@ -47,7 +60,8 @@ def to_pil(image: Tensor, mosaic: bool = False) -> Image.Image:
         mosaic: show 3 or 4 channels as grey tiles too; right for modalities, wrong for colours.
 
     Returns:
-        Mode L, RGB or RGBA for 1, 3 or 4 channels; otherwise L, the channels as a near-square mosaic.
+        Mode L, RGB or RGBA for 1, 3 or 4 channels; otherwise L, the channels as a near-square mosaic with a
+        light line of one pixel between its cells and white where it has more cells than channels.
 
     Raises:
         ValueError: ``image`` does not have three non-empty dimensions.
@@ -124,12 +138,16 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def _enlarge(picture: Image.Image, min_side: int) -> Image.Image:
-    """Enlarge by the smallest integer factor that brings the shorter side to ``min_side`` (bounded)."""
-    short, long = sorted(picture.size)
+def _enlarge(image: Tensor, min_side: int, mosaic: bool) -> Tensor:
+    """Repeat the pixels of (C, H, W) so that the shorter side of its picture comes to ``min_side`` (bounded).
+
+    Done before a mosaic is laid out, so that its lines stay one pixel thin.
+    """
+    channels, height, width = image.shape
+    rows, columns = _cells(channels, mosaic)
+    short, long = sorted((rows * height, columns * width))
     factor = max(1, min(math.ceil(min_side / short), MAX_ENLARGED_SIDE // long))
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST) if factor > 1 else picture
+    return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def _on_background(picture: Image.Image) -> Image.Image:
@@ -150,7 +168,8 @@ def image_grid(
 
     Args:
         images: (B, C, H, W), values in [0, 1].
-        labels: one caption per image, drawn under it; or one per row, drawn at its left.
+        labels: one per image, drawn under it, or at the left of each row where all rows are of one label each;
+            or one per row, drawn at its left. Nothing is drawn where all are "none" or empty.
         columns: images per row; by default the grid comes out near-square.
         min_side: images with a shorter side are enlarged by an integer factor, nearest neighbour.
         title: one line above the grid.
@@ -164,7 +183,7 @@ def image_grid(
     """
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images have the shape (B, C, H, W) with B >= 1, found {tuple(images.shape)}")
-    tiles = [_enlarge(_on_background(to_pil(image, mosaic)), min_side) for image in images]
+    tiles = [_on_background(to_pil(_enlarge(_check_image(image), min_side, mosaic), mosaic)) for image in images]
     tile_width, tile_height = tiles[0].size
     if columns is None:
         columns = max(1, round(math.sqrt(len(tiles) * tile_height / tile_width)))
@@ -175,9 +194,20 @@ def image_grid(
     names = [str(label) for label in labels] if labels is not None else []
     if labels is not None and len(names) not in (len(tiles), rows):
         raise ValueError(f"expected {len(tiles)} labels (images) or {rows} (rows), found {len(names)}")
-    if len(names) == len(tiles):
-        return _draw_grid(tiles, columns, names, [], title)
-    return _draw_grid(tiles, columns, [], names, title)
+    captions, row_names = _place_labels(names, len(tiles), columns)
+    return _draw_grid(tiles, columns, captions, row_names, title)
+
+
+def _place_labels(names: list[str], images: int, columns: int) -> tuple[list[str], list[str]]:
+    """Return (captions of the images, names of the rows), one of them empty: what repeats is said once a row."""
+    if set(names) <= NO_LABELS:
+        return [], []
+    if len(names) != images:
+        return [], names
+    rows = [names[start : start + columns] for start in range(0, images, columns)]
+    if all(len(set(row)) == 1 for row in rows):
+        return [], [row[0] for row in rows]
+    return names, []
 
 
 def _draw_grid(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 MAX_POINTS = 1_500
+FEW_POINTS = 5
 ACCENT, PALE, SECOND = "#2458a6", "#b9cbe6", "#c4622d"
 
 
@@ -50,8 +51,10 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(*means, color=ACCENT, linewidth=1.8, label=f"mean of {window} rows")
     val_steps, val_losses = series(rows, "val_loss")
     if val_steps:
-        axes.plot(*_thin(val_steps, val_losses), color=SECOND, linewidth=1.6, marker="o", markersize=3)
-        axes.lines[-1].set_label("held-out images")
+        # A lone point has no line to be seen by, and may lie on the edge of the axes.
+        size = 3 if len(val_steps) > FEW_POINTS else 7
+        axes.plot(*_thin(val_steps, val_losses), color=SECOND, linewidth=1.6, marker="o", markersize=size)
+        axes.lines[-1].set(label="held-out images", clip_on=False, zorder=3)
     shown = losses + val_losses
     if min(shown) > 0 and max(shown) > 8 * min(shown):
         axes.set_yscale("log")

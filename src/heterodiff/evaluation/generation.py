@@ -15,7 +15,7 @@ from heterodiff.evaluation.distances import (
     mean_pairwise_rmse,
     wilson_interval,
 )
-from heterodiff.evaluation.memorising import memorising, nearest_picture
+from heterodiff.evaluation.memorising import NOISY_RATIO, memorising, nearest_picture
 
 __all__ = ["evaluate_generation", "nearest_picture"]
 
@@ -67,8 +67,8 @@ def evaluate_generation(
           the same sets.
         - ``nearest``: see :func:`heterodiff.evaluation.memorising.memorising`.
         - ``diversity``: mean pairwise pixel RMSE within a class, ``generated`` and ``real`` (equal counts of
-          training images), their ``ratio``, ``verdict`` (ok, less varied, collapsed), ``collapsed`` class
-          names (ratio below 0.5 over at least 5 images), and ``per_class`` rows.
+          training images), their ``ratio``, ``verdict`` (ok, less varied, collapsed, noisy: above 1.3),
+          ``collapsed`` class names (ratio below 0.5 over at least 5 images), and ``per_class`` rows.
         - ``skipped``: reasons by key.
 
     Raises:
@@ -99,8 +99,9 @@ def evaluate_generation(
     }
     result |= _fidelity(reader, (generated, labels), train, val, class_names, seed, skipped)
     result |= _distribution(reader, (generated, labels), train, val, seed, skipped)
-    result["nearest"] = memorising(generated, train[0], val[0])
     result |= _diversity((generated, labels), train, class_names, seed, skipped)
+    variety = result["diversity"]["ratio"] if "diversity" in result else None
+    result["nearest"] = memorising(generated, train[0], val[0], variety)
     if len(val[0]) == 0:
         skipped["real"] = "no held-out images: the numbers lack what real images get"
     return result | {"skipped": skipped}
@@ -253,5 +254,7 @@ def _diversity(
     verdict = "ok"
     if ratio is not None and ratio < LESS_VARIED_RATIO:
         verdict = "collapsed" if ratio < COLLAPSED_RATIO else "less varied"
+    elif ratio is not None and ratio > NOISY_RATIO:
+        verdict = "noisy"
     diversity = {"generated": found, "real": real, "ratio": ratio, "verdict": verdict}
     return {"diversity": diversity | {"collapsed": collapsed, "per_class": rows}}

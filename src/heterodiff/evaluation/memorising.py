@@ -17,6 +17,8 @@ SUSPICIOUS_PAIRS = 16
 THRESHOLD_QUANTILE = 0.01
 MANY_COPIES = 0.05
 FEW_HELD_OUT = 100
+UNLIKE_DISTANCE = 2.0
+NOISY_RATIO = 1.3  # more varied than real images by this factor: noise, or wrong classes
 
 
 def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,9 @@ def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(exact), index
 
 
-def _verdict(near: int, count: int, real_near: int, real_count: int, exact: int, duplicates: int) -> tuple[str, str]:
+def _verdict(
+    near: int, count: int, real_near: int, real_count: int, exact: int, duplicates: int, unlike: bool
+) -> tuple[str, str]:
     """Judge the share of near copies against that of real held-out images, given the chance in both."""
     share = near / count
     more_than_chance = wilson_interval(near, count)[0] > wilson_interval(real_near, real_count)[1]
@@ -67,10 +71,22 @@ def _verdict(near: int, count: int, real_near: int, real_count: int, exact: int,
     # Where real held-out images repeat training images too, equal images are no sign of memorising.
     if more_than_chance or (exact and not duplicates):
         return "some", f"{text} More than chance: look at the pairs."
+    if unlike:
+        return "unlike", f"{text} The images are unlike the data, so this check says nothing yet."
     return "none", f"{text} No sign of memorising."
 
 
-def memorising(generated: Tensor, train: Tensor, val: Tensor) -> dict[str, Any]:
+def _unlike(median: float, real_median: float, variety: float | None) -> bool:
+    """Tell whether images lie so much farther from the training images than real ones that none could be a copy.
+
+    Variety alone does not say so: good images of wrong classes are varied too.
+    """
+    farther = median / real_median if real_median > 0 else 1.0
+    noisy = variety is not None and variety > NOISY_RATIO
+    return farther > (NOISY_RATIO if noisy else UNLIKE_DISTANCE)
+
+
+def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | None = None) -> dict[str, Any]:
     """Compare distances to the nearest training image: generated against real held-out images.
 
     A generated image is called a near copy if its distance is at most the 1st percentile of the held-out
@@ -80,13 +96,15 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor) -> dict[str, Any]:
         generated: (N, C, H, W).
         train: (M, C, H, W), not empty.
         val: (K, C, H, W), may be empty: then there is no threshold and no verdict.
+        variety: how many times more varied than real images the generated ones are, where that is known.
 
     Returns:
         ``generated_median``, ``real_median``, ``threshold``, ``exact_copies`` (generated images equal to a
         training image), ``copies`` (count of near copies, exact ones among them), ``copy_share`` with
         ``copy_low`` and ``copy_high`` (95 % Wilson), ``real_share`` (the same for held-out images, about
         0.01), ``verdict`` (none; some: more than chance, or an exact copy; copies: more than chance and at
-        least 5 %; unknown), ``explanation``, ``held_out_duplicates`` (held-out images that equal a training
+        least 5 %; unlike: no copies, but the images are too far from the data for that to mean anything;
+        unknown), ``explanation``, ``held_out_duplicates`` (held-out images that equal a training
         image) and ``pairs``: the most suspicious ones, nearest first, each with ``generated`` and ``train``
         index and ``distance``.
     """
@@ -113,7 +131,8 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor) -> dict[str, Any]:
     real_copies = int((real.double() <= threshold).sum())
     duplicates = int((real == 0).sum())
     low, high = wilson_interval(copies, len(generated))
-    verdict, explanation = _verdict(copies, len(generated), real_copies, len(real), exact, duplicates)
+    unlike = _unlike(result["generated_median"], real.median().item(), variety)
+    verdict, explanation = _verdict(copies, len(generated), real_copies, len(real), exact, duplicates, unlike)
     if duplicates:
         explanation += f" {duplicates} held-out images equal a training image: the held-out data leak."
     return result | {

@@ -33,8 +33,12 @@ def _part(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _number(value: Any, pattern: str = "{:.3g}") -> str:
-    return pattern.format(value).replace("-", "−") if is_number(value) else MISSING
+def _number(value: Any, pattern: str = "") -> str:
+    """Write a number by ``pattern``, by default in about three digits: 0.0123, 12.3, 12,345, 1.23e+09."""
+    if not is_number(value):
+        return MISSING
+    whole = 999.5 <= abs(value) < 99_999.5
+    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−")
 
 
 def _percent(value: Any) -> str:
@@ -65,14 +69,17 @@ def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, st
         yield "Fréchet distance", _number(frechet.get("generated")), f"real images: {_number(frechet.get('real'))}"
     nearest = _part(evaluation, "nearest")
     if nearest.get("copy_share") is not None:
-        yield "Near copies of training images", _percent(nearest["copy_share"]), "chance: about 1 %"
+        note = "unlike the data: says nothing yet" if nearest.get("verdict") == "unlike" else "chance: about 1 %"
+        yield "Near copies of training images", _percent(nearest["copy_share"]), note
     diversity = _part(evaluation, "diversity")
     if diversity.get("ratio") is not None:
-        yield "Variety against real", _percent(diversity["ratio"]), "100 %: as varied as real images"
+        noisy = diversity.get("verdict") == "noisy"
+        note = "far more varied than real: noise?" if noisy else "100 %: as varied as real images"
+        yield "Variety against real", _percent(diversity["ratio"]), note
 
 
 def _kid(value: Mapping[str, Any]) -> str:
-    return f"{_distance(value.get('mean'))}\n± {_distance(value.get('std'))}" if value else MISSING
+    return f"{_number(value.get('mean'))}\n± {_number(value.get('std'))}" if value else MISSING
 
 
 def metrics_section(evaluation: Mapping[str, Any]) -> str:
@@ -115,6 +122,8 @@ def _diversity_notice(diversity: Mapping[str, Any]) -> str:
         text = "Mode collapse: the images of a class are far more alike than real ones."
     elif diversity.get("verdict") == "less varied":
         text = "The images are less varied than real ones; a lower guidance scale usually helps."
+    elif diversity.get("verdict") == "noisy":
+        text = "The images are far more varied than real ones: noise, or images of wrong classes?"
     elif isinstance(diversity.get("collapsed"), list) and diversity["collapsed"]:
         text = f"Far more alike than real images: class {', '.join(map(str, diversity['collapsed'][:20]))}."
     else:

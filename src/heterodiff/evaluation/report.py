@@ -106,6 +106,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _device(files: RunFiles) -> str:
+    device = str(files.run.get("device") or platform.machine())
+    return re.sub(r"^1 CPU threads$", "1 CPU thread", device)
+
+
 def _seconds(files: RunFiles) -> float | None:
     recorded = files.run.get("seconds")
     if is_number(recorded):
@@ -155,7 +160,7 @@ def _machine_section(files: RunFiles) -> str:
     if speeds:
         rows.append(("Images per second", f"{median(speeds):,.1f} (median), {max(speeds):,.1f} (best)"))
     if run.get("device"):
-        rows.append(("Device", str(run["device"])))
+        rows.append(("Device", _device(files)))
     versions = run.get("versions")
     if isinstance(versions, dict):
         rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
@@ -214,8 +219,7 @@ def write_report(run_dir: Path) -> Path:
         _reproduce_section(files),
     ]
     notices = [page.notice(problem) for problem in files.problems]
-    device = str(files.run.get("device") or platform.machine())
-    header = [f"<h1>{escape(name)}</h1>", page.paragraph(f"Report of a heterodiff run · {device}", "soft")]
+    header = [f"<h1>{escape(name)}</h1>", page.paragraph(f"Report of a heterodiff run · {_device(files)}", "soft")]
     document = page.page(f"{name} · heterodiff", [*header, *notices, *sections])
     target = run_dir / REPORT_NAME
     unfinished = run_dir / f".{REPORT_NAME}.part"

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from heterodiff.config import load_config
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data
 from heterodiff.errors import RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
-from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, load
+from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load, load_spec, read_json
 
 MAX_REAL_IMAGES = 10_000
 
@@ -37,13 +37,11 @@ def run_data(run: Path) -> LoadedData:
         RunError: the folder holds no run that was trained here.
         DataError: the images are not there any more, or not the same.
     """
-    needed = [run / CONFIG_FILE, run / DATA_FILE, run / "split.json"]
+    needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
     config = load_config(run / CONFIG_FILE)
-    split = json.loads((run / "split.json").read_text("utf-8"))
-    spec = ImageSpec.from_dict(json.loads((run / DATA_FILE).read_text("utf-8"))["spec"])
-    return load_data(config.data, split=split, spec=spec)
+    return load_data(config.data, split=read_json(run / SPLIT_FILE), spec=load_spec(run))
 
 
 def evaluate_run(run: Path, per_class: int = 20, seed: int = 0, **options: Any) -> Evaluation:
@@ -97,7 +95,7 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
             + (f", {real:.3f} real held-out" if real is not None else "")
             + f" (distance to the training images, {frechet['n']} images each, {metrics['features']} features)"
         )
-    lines.append(f"copies   {metrics['nearest']['verdict']}")
+    lines.append(f"copies   {metrics['nearest']['verdict']} (distance to the nearest training images; see the report)")
     for key, reason in metrics["skipped"].items():
         lines.append(f"skipped  {key}: {reason}")
     return lines

@@ -105,6 +105,11 @@ def make_mlp(channels: int, hidden: int, dropout: float) -> nn.Sequential:
     )
 
 
+def _replicate(x: Tensor, dim: int, count: int) -> Tensor:
+    """Repeat the last row or column of ``x`` ``count`` times; F.pad copies even when there is nothing to add."""
+    return torch.cat([x, x.narrow(dim, -1, 1).repeat_interleave(count, dim)], dim) if count else x
+
+
 class MultiScaleTransformer(nn.Module):
     """MSTB: h + A + MLP(LN(A)), A = sparse attention of local tokens over local and regional ones."""
 
@@ -131,7 +136,7 @@ class MultiScaleTransformer(nn.Module):
         tokens = []
         for i, p in enumerate(REGIONAL_PATCHES):
             height, width = x.shape[2:]
-            padded = F.pad(x, (0, -width % p, 0, -height % p), mode="replicate")
+            padded = _replicate(_replicate(x, 2, -height % p), 3, -width % p)
             if self.patch_projections is None:
                 token = to_tokens(F.avg_pool2d(padded, p))
             else:

@@ -44,8 +44,9 @@ def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print :func:`model_table` for people."""
     config = ", ".join(f"{key}={value}" for key, value in rows[0]["config"].items())
-    table = Table("variant", box=box.SIMPLE)
-    for column in ("parameters", "of it hybrid", "GFLOP forward", "MB saved/image"):
+    table = Table(box=box.SIMPLE)
+    table.add_column("variant", no_wrap=True)
+    for column in ("parameters", "of it hybrid", "GFLOP", "MB saved"):
         table.add_column(column, justify="right")
     for row in rows:
         numbers = (f"{row['parameters']:,}", f"{row['hybrid_parameters']:,}", f"{row['gflop']:.2f}")
@@ -54,4 +55,5 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         console.print(f"{row['variant']}: {row['summary']}")
-    console.print(f"\nfor {config}\nkey=value changes the configuration; --json for programs", style="dim")
+    console.print("\nGFLOP: forward pass of one image; MB saved: per image, for the backward pass", style="dim")
+    console.print(f"for {config}\nkey=value changes the configuration; --json for programs", style="dim")

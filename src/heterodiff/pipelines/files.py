@@ -1,6 +1,5 @@
 """Images of a pipeline as files: one each, and a labelled grid."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import RunError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.pictures import image_grid, save_image, to_pil
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
-from heterodiff.pipelines.load import DATA_FILE
+from heterodiff.pipelines.load import load_spec
 
 GRID_FILE = "grid.png"
 MAX_GRID_IMAGES = 400
@@ -60,15 +58,16 @@ def write_images(
     Raises:
         RunError: ``folder`` cannot be written.
     """
-    spec = _spec_of(run)
+    spec = load_spec(run)
     titles = [class_title(pipeline, int(label)) for label in labels]
     written: list[Path] = []
     numbers: dict[str, int] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for image, title in zip(images, titles, strict=True):
-            k = numbers[title] = numbers.get(title, -1) + 1
-            stem = folder / f"{UNSAFE.sub('_', title)}_{k:04d}"
+            name = UNSAFE.sub("_", title)
+            k = numbers[name] = numbers.get(name, -1) + 1  # by name: two classes may share one
+            stem = folder / f"{name}_{k:04d}"
             path = save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem)
             written.append(path)
             if path.suffix != ".png":
@@ -78,8 +77,3 @@ def write_images(
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
     return [*written, folder / GRID_FILE]
-
-
-def _spec_of(run: Path) -> ImageSpec | None:
-    path = run / DATA_FILE
-    return ImageSpec.from_dict(json.loads(path.read_text("utf-8"))["spec"]) if path.is_file() else None

@@ -47,19 +47,16 @@ class GenerationPipeline(DiffusionPipeline):
         self.sample_size: tuple[int, int] = _pair(unet.config.sample_size)
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class given by name or index; -1 is "no condition".
+        """The index of a class: an integer is an index (-1: no condition), a text a name or else an index.
 
         Raises:
             ConfigError: no such class; the nearest name or the range is named.
         """
         count = self.unet.config.num_classes or 0
         text = str(label)
-        if text in self.class_names:
+        if isinstance(label, str) and text in self.class_names:
             return self.class_names.index(text)
-        try:
-            index = int(text)
-        except ValueError:
-            index = count
+        index = int(text) if text.lstrip("-").isdecimal() else count
         if NO_CLASS <= index < count:
             return index
         known = ", ".join(self.class_names[:20])
@@ -71,9 +68,9 @@ class GenerationPipeline(DiffusionPipeline):
 
     def _labels(self, class_labels: Labels | None, num_images: int | None) -> Tensor:
         if class_labels is None:
-            return torch.full((1 if num_images is None else num_images,), NO_CLASS)
+            return torch.full((_count(num_images),), NO_CLASS)
         if isinstance(class_labels, int | str):
-            return torch.full((1 if num_images is None else num_images,), self.class_index(class_labels))
+            return torch.full((_count(num_images),), self.class_index(class_labels))
         items = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
         if num_images not in (None, len(items)):
             raise ConfigError(f"num_images={num_images}, but {len(items)} class labels were given; leave one out")
@@ -92,7 +89,7 @@ class GenerationPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         dynamic_threshold: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         batch_size: int = 100,
         output_type: str = "pt",
         return_dict: bool = True,
@@ -107,7 +104,7 @@ class GenerationPipeline(DiffusionPipeline):
             timesteps: explicit training timesteps, descending, instead of num_inference_steps.
             generator: one for all images, or a list of one an image; with a list, an image does not depend on
                 which others are drawn with it.
-            size: (height, width); default: that of the training images.
+            size: (height, width), or a number for both; default: that of the training images.
             batch_size: how many images to draw at once.
             output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"pil"`` for pictures.
 
@@ -120,20 +117,24 @@ class GenerationPipeline(DiffusionPipeline):
         if output_type not in ("pt", "pil"):
             raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
         labels = self._labels(class_labels, num_images)
+        if len(labels) < 1 or batch_size < 1:
+            raise ConfigError(f"{len(labels)} images in batches of {batch_size}: expected at least one of each")
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ConfigError(f"{len(generator)} generators for {len(labels)} images: expected one an image")
         d = self.defaults
+        if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
+            raise ConfigError(f"dynamic_threshold {dynamic_threshold}: expected a quantile above 0 and at most 1")
         parts = []
         for start in range(0, len(labels), batch_size):
             some = labels[start : start + batch_size]
             z = self._draw(
                 some,
                 generator[start : start + batch_size] if isinstance(generator, list) else generator,
-                size or self.sample_size,
+                _pair(size) if size is not None else self.sample_size,
                 scale=d.guidance_scale if guidance_scale is None else guidance_scale,
                 interval=guidance_interval or d.guidance_interval,
                 sampler=sampler or d.sampler,
-                num_inference_steps=num_inference_steps or d.num_inference_steps,
+                num_inference_steps=d.num_inference_steps if num_inference_steps is None else num_inference_steps,
                 timesteps=timesteps,
                 dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
             )
@@ -202,6 +203,10 @@ def seeded_generators(seed: int, count: int, first: int = 0) -> list[torch.Gener
         generator = torch.Generator()
         generators.append(generator.manual_seed((seed * 1_000_003 + k) & 0x7FFFFFFFFFFFFFFF))
     return generators
+
+
+def _count(num_images: int | None) -> int:
+    return 1 if num_images is None else max(0, num_images)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

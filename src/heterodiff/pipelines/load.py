@@ -17,6 +17,7 @@ from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 
 DATA_FILE = "data.json"
+SPLIT_FILE = "split.json"
 CONFIG_FILE = "config.yaml"
 
 
@@ -38,7 +39,7 @@ def load(run: str | Path, device: str | torch.device | None = None) -> Generatio
     index = folder / "model_index.json"
     if not index.is_file():
         raise RunError(f"{folder}: no model_index.json, so no finished weights here yet; train it first")
-    kind = _read_json(index).get("_class_name")
+    kind = read_json(index).get("_class_name")
     if kind != GenerationPipeline.__name__:
         raise CheckpointError(f"{index}: expected a GenerationPipeline, found {kind}; it needs another loader")
     pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"))
@@ -46,13 +47,31 @@ def load(run: str | Path, device: str | torch.device | None = None) -> Generatio
         config = load_config(folder / CONFIG_FILE)
         pipeline.defaults = config.sampling
         pipeline.codec = make_codec(config.codec)
-    if (folder / DATA_FILE).is_file():
-        pipeline.class_names = ImageSpec.from_dict(_read_json(folder / DATA_FILE)["spec"]).class_names
+    spec = load_spec(folder)
+    if spec is not None:
+        pipeline.class_names = spec.class_names
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def load_spec(run: Path) -> ImageSpec | None:
+    """What the run in folder ``run`` remembers about its images; None for a folder that was not trained here.
+
+    Raises:
+        DataError, CheckpointError: the file is damaged.
+    """
+    path = run / DATA_FILE
+    return ImageSpec.from_dict(read_json(path).get("spec", {})) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the folder is incomplete, train or import it again")
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -63,7 +82,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _load_unet(folder: Path) -> HAEUNet:
-    kind = _read_json(folder / "config.json").get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if kind != HAEUNet.__name__:
         raise CheckpointError(
             f"{folder}: expected a network of class HAEUNet, found {kind}; earlier checkpoints come in through "
@@ -86,14 +105,17 @@ def _load_unet(folder: Path) -> HAEUNet:
             )
         unet = HAEUNet.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: weights cannot be loaded: {error}") from None
+        raise CheckpointError(f"{folder}: damaged weights ({error}); train or import it again") from None
     return unet.eval()
 
 
 def _load_scheduler(folder: Path) -> Any:
-    config = _read_json(folder / "scheduler_config.json")
+    config = read_json(folder / "scheduler_config.json")
     known = ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"]
     name = str(config.get("_class_name"))
     if name not in known:
         raise CheckpointError(f"{folder}: {unknown_name('scheduler', name, known)}")
-    return getattr(schedulers, name).from_config(config)
+    try:
+        return getattr(schedulers, name).from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{folder}: a scheduler cannot be made from this configuration: {error}") from None

@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from heterodiff.config import DataConfig, RunConfig, load_config, parse_config
+from heterodiff.config import DataConfig, RunConfig, apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE, load
@@ -38,11 +39,13 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         HeterodiffError: ``target`` is none of these.
     """
     findings = Findings()
-    if target.is_dir() and (target / CONFIG_FILE).is_file():
+    if target.is_dir() and any((target / name).is_file() for name in (CONFIG_FILE, "model_index.json")):
         _check_run(target, findings)
     elif target.is_dir() or target.suffix == ".npz":
-        data = {key.removeprefix("data."): value for key, _, value in (o.partition("=") for o in overrides)}
-        config = parse_config({"data": {"source": "images", "path": str(target), **data}}).data
+        content: dict[str, Any] = {"data": {"source": "images", "path": str(target)}}
+        for override in overrides:
+            apply_override(content, override)
+        config = parse_config(content).data
         _report_data(config, check_data(config), findings)
     elif target.is_file():
         _check_config(load_config(target, overrides), findings)
@@ -62,7 +65,11 @@ def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -
     findings.add(True, "classes", classes or "none")
     if math.isfinite(summary.mean):
         text = f"{summary.minimum:g} to {summary.maximum:g}, mean {summary.mean:.4g}, std {summary.std:.4g}"
-        findings.add(True, "values", text + (f"; {spec.value_range} becomes 0 to 1" if spec else ""))
+        findings.add(
+            True,
+            "values",
+            text + (f"; {spec.value_range[0]:g} becomes 0 and {spec.value_range[1]:g} 1" if spec else ""),
+        )
     fatal = config.on_bad == "error"
     for finding in summary.bad[:MAX_LISTED]:
         findings.add(not fatal, "bad file", f"{finding.name}: {finding.problem}")
@@ -98,8 +105,9 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
 
 
 def _check_run(run: Path, findings: Findings) -> None:
-    config = load_config(run / CONFIG_FILE)
-    findings.add(True, "config", f"{config.recipe} of {config.model.variant}, {config.training.steps} steps")
+    if (run / CONFIG_FILE).is_file():
+        config = load_config(run / CONFIG_FILE)
+        findings.add(True, "config", f"{config.recipe} of {config.model.variant}, {config.training.steps} steps")
     for path in list_checkpoints(run / CHECKPOINTS):
         try:
             checkpoint = read_checkpoint(path)

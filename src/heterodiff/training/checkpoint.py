@@ -58,8 +58,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.mkdir()
         for name, group in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
-        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        groups = sorted(checkpoint.tensors)
+        state = {"format": FORMAT, "step": checkpoint.step, "groups": groups, **checkpoint.state}
         (temporary / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+        share_files(temporary)
         manifest = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         for path in [*temporary.iterdir(), temporary]:
@@ -88,13 +90,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, expected in manifest.items():
             found = _fingerprint(path / name)
             if found != expected:
-                raise CheckpointError(f"{path / name}: damaged: expected {expected}, found {found}")
+                sizes = f"{expected.get('bytes')} bytes, found {found['bytes']}"
+                raise CheckpointError(f"{path / name}: damaged (checksum differs; expected {sizes})")
         state = json.loads((path / STATE).read_text("utf-8"))
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
     except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: written by another version of the checkpoint format; expected {FORMAT}")
+    if sorted(tensors) != state.pop("groups", None):
+        raise CheckpointError(f"{path}: incomplete: it holds {', '.join(sorted(tensors)) or 'no tensors'}")
     return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
 
 
@@ -121,6 +126,15 @@ def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("step_*.tmp"):
         shutil.rmtree(path)
+
+
+def share_files(folder: Path) -> None:
+    """Give the files below ``folder`` the permissions new files have here; safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

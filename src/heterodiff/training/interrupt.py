@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Interrupted(Exception):
+    """Work that may be given up at any time was given up because a stop was asked for."""
+
+
 class StopRequest:
     """Turns SIGTERM and SIGINT into a wish that the loop honours between two steps."""
 
@@ -16,6 +20,11 @@ class StopRequest:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.signal = number
+
+    def raise_if_asked(self) -> None:
+        """Raise :class:`Interrupted` if a stop was asked for."""
+        if self.signal is not None:
+            raise Interrupted
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:

@@ -97,12 +97,12 @@ class Journal:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError:  # the line that was being written when the run was killed
                     continue
-        return rows
+        return [row for row in rows if isinstance(row, dict)]
 
     def _forget_after(self, step: int) -> None:
         if not self.writes or not self.path.is_file():
             return
-        kept = [row for row in self._rows() if row["step"] <= step]
+        kept = [row for row in self._rows() if row.get("step", 0) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         temporary.replace(self.path)
@@ -133,6 +133,10 @@ class Journal:
             if self._bar.disable:
                 left = self.seconds / step * (self.steps - step)
                 self.console.print(f"step {step}/{self.steps}  {note}  about {left:.0f} s left", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Say beside the progress bar what takes time just now."""
+        self._bar.update(self._task, note=text)
 
     def picture(self, step: int, image: Any) -> None:
         """Record a PIL ``image`` in TensorBoard."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
@@ -18,10 +19,10 @@ from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
-from heterodiff.training.interrupt import StopRequest
+from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws
-from heterodiff.training.run_folder import save_pipeline
+from heterodiff.training.run_folder import fingerprint, save_pipeline
 from heterodiff.training.state import capture, restore
 
 CHECKPOINTS = "checkpoints"
@@ -43,8 +44,14 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def precision_of(config: TrainingConfig) -> str:
-    """accelerate's name of the precision to train in."""
+    """accelerate's name of the precision to train in.
+
+    Raises:
+        ConfigError: float16 without a GPU.
+    """
     wanted = config.precision
+    if wanted == "float16" and not torch.cuda.is_available():
+        raise ConfigError("training.precision=float16 needs a GPU; use float32 or bfloat16")
     if wanted == "auto":
         wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
@@ -77,7 +84,9 @@ class Trainer:
         self.folder: Path = config.output
         training = config.training
         keep_freed_memory()
-        self.accelerator = Accelerator(mixed_precision=precision_of(training))
+        AcceleratorState._reset_state()  # a notebook may train twice, in different precisions
+        cpu = not torch.accelerator.is_available()  # said aloud, else several processes would not find each other
+        self.accelerator = Accelerator(mixed_precision=precision_of(training), cpu=cpu)
         self.device = self.accelerator.device
         processes = self.accelerator.num_processes
         if training.batch_size % (processes * training.accumulation_steps):
@@ -195,13 +204,20 @@ class Trainer:
             total += float(loss.sum())
         return total / count
 
-    def _evaluate(self, journal: Journal) -> None:
-        """Validation loss and preview picture, from the EMA weights."""
+    def _evaluate(self, journal: Journal, request: StopRequest) -> None:
+        """Validation loss and preview picture, from the EMA weights; given up when asked to stop."""
         if not self.accelerator.is_main_process:
             return
-        with self._ema_weights():
-            val_loss = self._validation_loss()
-            picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
+        journal.note("validation and preview")
+        watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
+        try:
+            with self._ema_weights():
+                val_loss = self._validation_loss()
+                picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
+        except Interrupted:
+            return
+        finally:
+            watch.remove()
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step_{self.step:06d}.png")
@@ -220,6 +236,8 @@ class Trainer:
         kind = checkpoint.state.get("recipe")
         if kind != self.config.recipe:
             raise CheckpointError(f"checkpoint of recipe '{kind}', expected '{self.config.recipe}'")
+        if checkpoint.state.get("run") != fingerprint(self.config):
+            raise CheckpointError(f"checkpoint of step {checkpoint.step} belongs to a run of another configuration")
         try:
             restore(checkpoint, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
             self._window = dict(checkpoint.state["window"])
@@ -228,18 +246,24 @@ class Trainer:
             raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this run: {error}") from None
         self.step = checkpoint.step
 
+    def save_weights(self) -> None:
+        """Write the EMA weights, the ones to use, as a pipeline."""
+        if self.accelerator.is_main_process:
+            with self._ema_weights():
+                save_pipeline(self.folder, self.step, self.recipe.save)
+
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
         if self.accelerator.is_main_process:
             checkpoint = capture(self.step, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
             checkpoint.state |= {
                 "recipe": self.config.recipe,
+                "run": fingerprint(self.config),
                 "window": self._window,
                 "nonfinite_in_a_row": self._nonfinite_in_a_row,
             }
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
-            with self._ema_weights():
-                save_pipeline(self.folder, self.recipe.save)
+            self.save_weights()
         self.accelerator.wait_for_everyone()
 
     def _loader(self, stop: int) -> DataLoader[Batch]:
@@ -274,9 +298,9 @@ class Trainer:
         journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal:
             self._steps(stop, request, journal, on_step)
-            if self.step == stop and request.signal is None:
-                self._evaluate(journal)
             self._save()
+            if self.step == stop and request.signal is None:
+                self._evaluate(journal, request)
             return TrainingResult(self.step, request.signal, journal.seconds)
 
     def _steps(self, stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None) -> None:
@@ -301,10 +325,10 @@ class Trainer:
                 journal.row(self.step, self._row(clock))
                 clock = StepClock()
             with clock.paused():
-                if self.step % training.preview_every == 0 and self.step < stop:
-                    self._evaluate(journal)
                 if self.step % training.checkpoint_every == 0 and self.step < stop:
                     self._save()
+                if self.step % training.preview_every == 0 and self.step < stop:
+                    self._evaluate(journal, request)
 
     def _asked_to_stop(self, request: StopRequest) -> bool:
         """Whether any process was asked to stop; all must leave the loop after the same step."""

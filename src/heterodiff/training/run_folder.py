@@ -1,6 +1,7 @@
 """A run folder: who may write to it, what it was started with, and where to go on."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -9,11 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
 from heterodiff.config import RunConfig, dump_config, load_config
 from heterodiff.errors import RunError
-from heterodiff.pipelines.load import CONFIG_FILE
+from heterodiff.pipelines.load import CONFIG_FILE, read_json
+from heterodiff.training.checkpoint import share_files
 
 LOCK_FILE = ".lock"
+WEIGHTS_FILE = "weights.json"
 
 FREE_TO_CHANGE = (
     "output",
@@ -117,15 +122,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def fingerprint(config: RunConfig) -> str:
+    """A hash of all that defines what is learned; a checkpoint carries that of its run."""
+    flat = flatten(config.model_dump(mode="json"))
+    free = (*FREE_TO_CHANGE, "training.steps")
+    fixed = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_step(folder: Path) -> int | None:
+    """The step whose weights the pipeline in ``folder`` holds; None if there is none, or not all of it."""
+    parts = (WEIGHTS_FILE, "model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+    if not all((folder / part).is_file() for part in (*parts, f"unet/{SAFETENSORS_WEIGHTS_NAME}")):
+        return None
+    return read_json(folder / WEIGHTS_FILE).get("step")
+
+
 def save_config(folder: Path, config: RunConfig) -> None:
     write_text(folder / CONFIG_FILE, dump_config(config))
 
 
-def save_pipeline(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a pipeline folder and put its parts into ``folder``, each complete or not at all."""
+def save_pipeline(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a pipeline folder of ``step`` and move its parts into ``folder``, each whole or not at all."""
+    (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     staging = folder / ".pipeline"
     shutil.rmtree(staging, ignore_errors=True)
     write(staging)
+    share_files(staging)
     for part in staging.iterdir():
         if part.is_dir():
             old = folder / f".{part.name}.old"
@@ -137,3 +160,4 @@ def save_pipeline(folder: Path, write: Callable[[Path], None]) -> None:
         else:
             part.replace(folder / part.name)
     staging.rmdir()
+    write_json(folder / WEIGHTS_FILE, {"step": step})

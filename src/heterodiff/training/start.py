@@ -1,6 +1,6 @@
 """From a configuration to a trained run folder: checks first, then the loop."""
 
-import json
+import os
 import platform
 import sys
 import time
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 import heterodiff
 from heterodiff.config import RunConfig
@@ -18,14 +17,13 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, load_data
 from heterodiff.errors import CheckpointError, RunError
 from heterodiff.models.profile import profile
-from heterodiff.pipelines.load import DATA_FILE
+from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, model_arguments
-from heterodiff.training.run_folder import check_run_folder, locked, save_config, write_json
+from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
 
 RUN_FILE = "run.json"
-SPLIT_FILE = "split.json"
 
 
 def train(
@@ -55,7 +53,8 @@ def train(
     checkpoint, notes = _find_checkpoint(folder, resume) if resuming else (None, [])
     if not resuming and resume not in ("auto", "never"):
         raise RunError(f"--resume {resume}: {folder} holds no run to go on with; set output= to the run's folder")
-    if checkpoint is not None and checkpoint.step >= config.training.steps:
+    current = checkpoint is not None and weights_step(folder) == checkpoint.step
+    if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
     data = load_run_data(config)
     trainer = Trainer(config, _build(config, data.spec), data)
@@ -63,16 +62,33 @@ def train(
     with locked(folder) if trainer.accelerator.is_main_process else nullcontext():
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
+            if not current:  # stopped between the checkpoint and the weights made from it
+                trainer.save_weights()
         if trainer.accelerator.is_main_process:
             _write_facts(folder, config, data, trainer)
         if not quiet and trainer.accelerator.is_main_process:
             _say_start(config, data, trainer, notes)
-        return trainer.run(stop_after, on_step, quiet)
+        try:
+            return trainer.run(stop_after, on_step, quiet)
+        except RuntimeError as error:
+            raise _out_of_memory(config, data.spec, error) from error
+
+
+def _out_of_memory(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> RuntimeError | RunError:
+    """The error itself, or if memory ran out a message with the settings that help."""
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        return error
+    training = config.training
+    return RunError(
+        f"out of memory: batch_size={training.batch_size} in {training.accumulation_steps} part(s) needs about "
+        f"{training_memory_bytes(config, spec) / 1e9:.1f} GB; checkpoints are untouched. The same result with less: "
+        f"training.accumulation_steps={2 * training.accumulation_steps}, or model.gradient_checkpointing=true"
+    )
 
 
 def is_main_process() -> bool:
     """Whether this process is the one of several that prints and writes."""
-    return PartialState().is_main_process
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _build(config: RunConfig, spec: ImageSpec) -> DiffusionRecipe:
@@ -84,20 +100,17 @@ def load_run_data(config: RunConfig) -> LoadedData:
     """The data of a run; with the split and value range saved in its folder, if it has them already."""
     folder = config.output
     if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
-        split = json.loads((folder / SPLIT_FILE).read_text("utf-8"))
-        spec = ImageSpec.from_dict(json.loads((folder / DATA_FILE).read_text("utf-8"))["spec"])
-        return load_data(config.data, split=split, spec=spec)
+        return load_data(config.data, split=read_json(folder / SPLIT_FILE), spec=load_spec(folder))
     return load_data(config.data)
 
 
 def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
     if resume != "auto":
         path = Path(resume)
-        if not (path / "manifest.json").is_file():
-            known = [str(p) for p in list_checkpoints(folder / CHECKPOINTS)]
-            raise CheckpointError(
-                f"--resume {path}: not a checkpoint folder; this run has: {', '.join(known) or 'none'}"
-            )
+        known = list_checkpoints(folder / CHECKPOINTS)
+        if path.resolve() not in [p.resolve() for p in known]:
+            names = ", ".join(map(str, known)) or "none"
+            raise CheckpointError(f"--resume {path}: not a checkpoint of this run; it has: {names}")
         return read_checkpoint(path), []
     found = read_newest(folder / CHECKPOINTS)
     if found is None:
@@ -135,6 +148,20 @@ def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:
     }
 
 
+def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
+    """Settings that work but hardly mean what they say."""
+    doubts = []
+    if data.spec.class_names and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
+        doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
+    if data.spec.class_names and config.diffusion.p_uncond == 1:
+        doubts.append("diffusion.p_uncond=1: the classes are never shown to the network")
+    if len(data.train) < config.training.batch_size:
+        doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
+    if config.model.variant != "unet" and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
+        doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
+    return doubts
+
+
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
     spec = data.spec
     print(
@@ -147,7 +174,7 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
         print(f"skipped  {name}: {reason}")
     if len(data.skipped) > 10:
         print(f"skipped  {len(data.skipped) - 10} more; `heterodiff check` lists them")
-    for note in notes:
+    for note in [*notes, *_doubts(config, data)]:
         print(f"note     {note}")
     parameters = sum(p.numel() for p in trainer.recipe.model.parameters())
     print(f"model    {config.model.variant}, {parameters:,} parameters, on {trainer.device}")

@@ -16,6 +16,7 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
+from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import create_model
@@ -24,6 +25,7 @@ from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
+PREVIEW_COLUMNS_LARGE = 4  # of images above 32x32, which take long to draw on a CPU
 
 DEFAULT_CHANNEL_MULT = (
     (8, (1, 2)),
@@ -98,6 +100,11 @@ class DiffusionRecipe:
 
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
+        if config.data.random_crop >= min(spec.height, spec.width):
+            raise ConfigError(
+                f"data.random_crop={config.data.random_crop}: expected less than the image size, "
+                f"{spec.height}x{spec.width}"
+            )
         self.model = create_model(config.model.variant, **model_arguments(config, spec))
         self.codec = make_codec(config.codec)
         self.schedule = NoiseSchedule.from_config(config.diffusion)
@@ -145,12 +152,13 @@ class DiffusionRecipe:
         """A labelled grid of images drawn from the network as it is now, a row a class."""
         names = self.spec.class_names[:PREVIEW_CLASSES]
         rows = list(range(len(names))) if names else [NO_CLASS] * 4
-        labels = [row for row in rows for _ in range(PREVIEW_COLUMNS)]
+        columns = PREVIEW_COLUMNS if self.spec.height * self.spec.width <= 32 * 32 else PREVIEW_COLUMNS_LARGE
+        labels = [row for row in rows for _ in range(columns)]
         generators = seeded_generators(seed, len(labels))
         images = self.pipeline()(labels, generator=generators).images
         assert isinstance(images, Tensor)
         captions = [self.spec.class_names[k] for k in labels] if names else None
-        return image_grid(images, captions, columns=PREVIEW_COLUMNS)
+        return image_grid(images, captions, columns=columns)
 
     def save(self, folder: Path) -> None:
         """Write the network as it is now as a diffusers pipeline folder."""
