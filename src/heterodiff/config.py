@@ -144,7 +144,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the GPU has it, else float32"
     )
-    compile: bool = False
+    compile: bool = Field(False, description="torch.compile; experimental, needs a working C++ compiler")
     num_workers: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
     log_every: Positive = 20

@@ -71,11 +71,14 @@ def train(
         try:
             return trainer.run(stop_after, on_step, quiet)
         except RuntimeError as error:
-            raise _out_of_memory(config, data.spec, error) from error
+            raise _explained(config, data.spec, error) from error
 
 
-def _out_of_memory(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> RuntimeError | RunError:
-    """The error itself, or if memory ran out a message with the settings that help."""
+def _explained(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> RuntimeError | RunError:
+    """The error itself; or, if memory ran out or compilation failed, a message with the settings that help."""
+    if config.training.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        reason = str(error).strip().splitlines()[0]
+        return RunError(f"training.compile=true: torch.compile failed here ({reason}); set training.compile=false")
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
         return error
     training = config.training
