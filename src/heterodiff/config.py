@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from heterodiff.errors import ConfigError, nearest_name
 
@@ -16,11 +16,24 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("expected [lowest, highest], the lower number first")
+    return limits
+
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Size = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
+Speed = Annotated[float, Field(ge=0, le=300)]
+WalkingSpeed = Annotated[float, Field(ge=0.3, le=2.2)]
+PendulumSpeed = Annotated[float, Field(ge=0, le=2.2)]
+RunningSpeed = Annotated[float, Field(ge=2, le=8)]
+Decibels = Annotated[float, Field(ge=-100, le=100)]
+Aspect = Annotated[float, Field(ge=0, le=180)]
+Elevation = Annotated[float, Field(ge=0, le=80)]
 
 
 class Section(BaseModel):
@@ -29,10 +42,56 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class MicrodopplerSpeeds(Section):
+    """Speeds in m/s from which each simulated target draws its own; the limits are those of the motion models."""
+
+    walking: Annotated[tuple[WalkingSpeed, WalkingSpeed], AfterValidator(_ascending)] = (0.8, 1.8)
+    running: Annotated[tuple[RunningSpeed, RunningSpeed], AfterValidator(_ascending)] = (2.5, 4.5)
+    quadrotor: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (1.0, 8.0)
+    helicopter: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (5.0, 30.0)
+    bird: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (4.0, 9.0)
+    pendulum: Annotated[tuple[PendulumSpeed, PendulumSpeed], AfterValidator(_ascending)] = Field(
+        (0.5, 1.5), description="of the bob at its lowest point"
+    )
+
+
+class MicrodopplerConfig(Section):
+    """The simulated radar of the built-in source ``microdoppler`` and what it looks at."""
+
+    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = 200
+    seed: Seed = Field(0, description="picture k of a class depends on seed, class and k alone")
+    carrier_frequency_hz: Annotated[float, Field(ge=1e8, le=3e11)] = 10e9
+    prf_hz: Annotated[float, Field(ge=16, le=1e7)] | None = Field(
+        None, description="pulses a second, for all classes; default: per class, so that its fastest part cannot alias"
+    )
+    duration_s: Annotated[float, Field(gt=0, le=600)] | None = Field(
+        None, description="length of a recording, for all classes; default: a few cycles of each class"
+    )
+    window_s: Annotated[float, Field(gt=0, le=60)] | None = Field(
+        None, description="window of the short-time Fourier transform; default: per class"
+    )
+    snr_db: Annotated[tuple[Decibels, Decibels], AfterValidator(_ascending)] = Field(
+        (10.0, 25.0), description="mean signal power over noise power, before the transform"
+    )
+    dynamic_range_db: Annotated[float, Field(ge=1, le=200)] = Field(
+        45.0, description="pictures end so far below their strongest pixel"
+    )
+    aspect_deg: Annotated[tuple[Aspect, Aspect], AfterValidator(_ascending)] = Field(
+        (0.0, 30.0), description="between the heading and the direction to the radar, seen from above"
+    )
+    elevation_deg: Annotated[tuple[Elevation, Elevation], AfterValidator(_ascending)] = Field(
+        (10.0, 40.0), description="of flying targets above the radar; the others are level with it"
+    )
+    receding: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the targets turned around, which move away"
+    )
+    speeds_m_s: MicrodopplerSpeeds = MicrodopplerSpeeds()
+
+
 class DataConfig(Section):
     """Where images and labels come from."""
 
-    source: str = Field("images", description="`images`, or a built-in source such as `digits`")
+    source: str = Field("images", description="`images`, or a built-in source: `digits`, `microdoppler`")
     path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl)")
     image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
     channels: Positive | None = Field(
@@ -59,6 +118,7 @@ class DataConfig(Section):
     memory_limit_gb: Annotated[float, Field(ge=0)] = Field(
         4.0, description="decode all images once into memory when they need at most this"
     )
+    microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
 
 
 class CodecConfig(Section):

@@ -6,6 +6,7 @@ from typing import Any
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData, assemble
 from heterodiff.data.builtin.digits import open_digits
+from heterodiff.data.builtin.microdoppler import open_microdoppler
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.images import open_images
@@ -17,6 +18,7 @@ __all__ = ["LoadedData", "list_sources", "load_data", "open_source"]
 _SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
     "images": open_images,
     "digits": open_digits,
+    "microdoppler": open_microdoppler,
 }
 
 
