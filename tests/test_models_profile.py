@@ -45,12 +45,16 @@ def test_sizes_of_the_variants():
     assert hybrid["hae-v2"] <= 0.4 * hybrid["hae"]
 
 
-def test_unet_costs_what_the_earlier_one_did_less_the_outer_product():
+def test_unet_costs_what_the_earlier_one_did_less_what_is_saved():
     found = published("unet", "B")
     blocks = {256: 5, 384: 5, 512: 6}  # attention blocks by width
     embedding = 512
-    saved = sum(n * 2 * embedding * (embedding - 1) * 2 * width for width, n in blocks.items()) / 1e9
-    assert found.gflop + saved == pytest.approx(151.6, abs=0.1)
+    outer_products = sum(n * 2 * embedding * (embedding - 1) * 2 * width for width, n in blocks.items())
+    # Attention to E tokens against one, at 16x16 (384 channels) and 8x8 (512), where they are merged.
+    tokens = sum(n * 4 * side**2 * embedding * width for n, side, width in ((5, 16, 384), (6, 8, 512)))
+    # Convolutions of doubled maps: 4 products a pixel and channel instead of 9, at 128x128 and 64x64.
+    doubled = sum(2 * (9 - 4) * side**2 * width**2 for side, width in ((128, 128), (64, 256)))
+    assert found.gflop + (outer_products + tokens + doubled) / 1e9 == pytest.approx(151.6, abs=0.15)
     # Earlier 748 MB, 126 MB of which were attention weights of the 32x32 maps alone: 5 blocks of 4 heads.
     weights = 5 * 4 * 32**2 * (32**2 + embedding) * 4 / 1e6
     assert found.saved_mb < 748 - 0.95 * weights
@@ -60,7 +64,7 @@ def test_hybrid_blocks_add_little():
     found = {variant: published(variant, "B") for variant in list_models()}
     assert found["hae-v2"].gflop < 1.1 * found["unet"].gflop
     assert found["hae-v2"].saved_mb < 1.25 * found["unet"].saved_mb
-    assert found["hae-v2-conservative"].saved_mb < 0.9 * found["unet"].saved_mb
+    assert found["hae-v2-conservative"].saved_mb < 0.5 * found["unet"].saved_mb
     assert found["hae-v2-conservative"].gflop == found["hae-v2"].gflop
 
 

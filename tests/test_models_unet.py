@@ -5,8 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from heterodiff.models.blocks import AttentionBlock, GroupNorm32
+from heterodiff.models.blocks import AttentionBlock
 from heterodiff.models.hybrid import SparseSelfAttention
+from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import create_model, list_models
 

@@ -2,31 +2,20 @@
 
 Parameter names and shapes are those of guided-diffusion, so that its checkpoints load as they are.
 Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view
-(B, H*W, C) free of copies.
+(B, H*W, C) free of copies. What a convolution or linear layer returns is added to in place: neither
+keeps its output for the backward pass, and a map less is written and read.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from heterodiff.models.conditioning import attend_with_condition
-
-NORM_GROUPS = 32
-
-
-class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
-
-    def __init__(self, channels: int):
-        super().__init__(NORM_GROUPS, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # torch.group_norm, unlike F.group_norm, accepts one value per group (1x1 maps, 32 channels).
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return torch.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+from heterodiff.models.normalization import GroupNorm32, norm_silu
 
 
 class Pointwise(nn.Conv1d):
@@ -53,6 +42,38 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 def make_activation(activation: str) -> nn.Module:
     """``silu``, or ``identity`` for earlier checkpoints whose norms ignored their activation."""
     return {"silu": nn.SiLU, "identity": nn.Identity}[activation]()
+
+
+class Dropout(nn.Dropout):
+    """Dropout that keeps its mask as one byte a value (on a CPU torch's own keeps four)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+class FusedSequential(nn.Sequential):
+    """Layers in turn; a norm followed by SiLU is computed as one (see :func:`norm_silu`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = iter(self)
+        for layer in layers:
+            if isinstance(layer, GroupNorm32):
+                activation = next(layers)
+                x = norm_silu(x, layer) if isinstance(activation, nn.SiLU) else activation(layer(x))
+            else:
+                x = layer(x)
+        return x
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """``function(*inputs)``, of which only the inputs are kept: the rest is computed again in the backward pass.
+
+    Recomputing stops as soon as all that the backward pass needs is there, so that a convolution at the end is not
+    computed twice.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -93,8 +114,32 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        if self.conv is None:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        channels, height, width = x.shape[1:]
+        if (
+            x.device.type == "cpu" and height * width >= 4 * channels
+        ):  # below, making the kernel costs more than it saves
+            return upsample_conv(x, self.conv.weight, self.conv.bias)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3x3 convolution, padding 1, of ``x`` doubled by nearest neighbour, as one transposed convolution of ``x``.
+
+    Doubling is a transposed convolution with a 2x2 kernel of ones, so both together are one with their 4x4 product:
+    each output pixel meets 2x2 different pixels instead of 3x3 with copies among them, 4/9 of the operations, and the
+    doubled map is never formed.
+
+    Args:
+        x: (B, C, H, W); weight (O, C, 3, 3), bias (O,) or None.
+
+    Returns:
+        (B, O, 2H, 2W).
+    """
+    rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+    kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+    return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), bias, stride=2, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -121,7 +166,7 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
+        self.in_layers = FusedSequential(
             GroupNorm32(in_channels), make_activation(activation), conv3x3(in_channels, out_channels)
         )
         if resample == "up":
@@ -131,31 +176,38 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
-        self.out_layers = nn.Sequential(
+        self.out_layers = FusedSequential(
             GroupNorm32(out_channels),
             nn.SiLU() if use_scale_shift_norm else make_activation(activation),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             zero_(conv3x3(out_channels, out_channels)),
         )
         self.skip_connection: nn.Module = (
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H', W')."""
-        if self.resample is None:
-            h = self.in_layers(x)
-        else:
-            h = self.in_layers[2](self.resample(self.in_layers[1](self.in_layers[0](x))))
+    def _resampled(self, x: Tensor) -> Tensor:
+        assert self.resample is not None
+        return self.in_layers[2](self.resample(self.in_layers[:2](x)))
+
+    def _scaled_and_shifted(self, h: Tensor, e: Tensor) -> Tensor:
+        scale, shift = e.chunk(2, dim=1)
+        return self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+
+    def forward(self, x: Tensor, embedding: Tensor, recompute: bool = False) -> Tensor:
+        """x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H', W').
+
+        Args:
+            recompute: compute norms, activations and dropout again in the backward pass instead of keeping what the
+                convolutions were given.
+        """
+        run = recomputed if recompute else lambda layer, *inputs: layer(*inputs)
+        h = run(self.in_layers if self.resample is None else self._resampled, x)
+        if self.resample is not None:
             x = self.resample(x)
         e = self.emb_layers(embedding)[:, :, None, None]
-        if self.use_scale_shift_norm:
-            scale, shift = e.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
-        else:
-            h = self.out_layers(h + e)
-        return self.skip_connection(x) + h
+        h = run(self._scaled_and_shifted, h, e) if self.use_scale_shift_norm else run(self.out_layers, h.add_(e))
+        return h.add_(self.skip_connection(x))
 
 
 class AttentionBlock(nn.Module):
@@ -182,4 +234,4 @@ class AttentionBlock(nn.Module):
         else:
             weight = self.encoder_kv.weight.squeeze(-1)
             a = attend_with_condition(q, k, v, condition, weight, self.encoder_kv.bias)
-        return x + to_map(self.proj_out(a.transpose(1, 2).flatten(2)), height, width)
+        return to_map(self.proj_out(a.transpose(1, 2).flatten(2)).add_(to_tokens(x)), height, width)

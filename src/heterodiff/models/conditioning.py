@@ -1,10 +1,12 @@
 """The class condition: its embedding, and the condition tokens of the attention blocks in closed form."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NO_CLASS = -1
 """The class label that means "no condition"."""
@@ -17,37 +19,127 @@ def drop_condition(labels: Tensor, probability: float, generator: torch.Generato
 
 
 def attend_with_condition(
-    q: Tensor, k: Tensor, v: Tensor, condition: Tensor | None, weight: Tensor, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    condition: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    merge_tokens: bool | None = None,
 ) -> Tensor:
     """Attention over the positions and the E condition tokens.
 
     The tokens are the columns of the outer product c c^T (E, E) after a 1x1 projection W, b. Column s of that
     product is c c_s, so token s has the key u c_s + b_k and the value w c_s + b_v with u = W_k c, w = W_v c:
-    rank one, and the product is never formed. Where c = 0 all E tokens equal (b_k, b_v): one token whose score
-    is raised by log E stands for them exactly, because E exp(s) = exp(s + log E).
+    rank one, and the product is never formed.
+
+    The score of token s is alpha c_s + beta with alpha = q.u and beta = q.b_k (both scaled), so that to a query all
+    E tokens together are one: of the score beta + log sum_s exp(alpha c_s) and the value w r + b_v, where r is the
+    mean of c_s under the weights exp(alpha c_s). Where c = 0 that is log E and r = 0.
 
     Args:
         q, k, v: (B, heads, T, d).
         condition: c (B, E), rows of zeros where there is no condition; None if that is all rows.
         weight, bias: (2 * heads * d, E) and (2 * heads * d,), rows per head [k; v].
+        merge_tokens: make one token of the E; default: where that is cheaper, for at most E positions.
 
     Returns:
         (B, heads, T, d).
     """
     batch, heads, positions, width = q.shape
-    per_head = (heads, 2, 1, width)
+    if merge_tokens is None:
+        merge_tokens = positions <= weight.shape[1]
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    bias = bias.to(q.dtype).view(per_head)
+    bias_k, bias_v = bias.to(q.dtype).view(heads, 2, 1, width).unbind(1)
     if condition is None:
-        tokens = bias.expand(batch, *per_head)
-        score_bias = q.new_zeros(1, positions + 1)
-        score_bias[:, 0] = math.log(weight.shape[1])
-    else:
-        factors = F.linear(condition, weight).to(q.dtype).view(batch, *per_head)
-        tokens = factors * condition.to(q.dtype)[:, None, None, :, None] + bias
-        score_bias = None
-    token_keys, token_values = tokens.unbind(2)
-    return F.scaled_dot_product_attention(
-        q, torch.cat([token_keys, k], dim=2), torch.cat([token_values, v], dim=2), attn_mask=score_bias
+        total = q.new_full((), math.log(weight.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32)).expand(
+            q.shape[:3]
+        )
+        return _attend_with_one(q, k, v, total, None, bias_k, bias_v)
+    factors = F.linear(condition, weight).to(q.dtype).view(batch, heads, 2, 1, width)
+    u, w = factors.unbind(2)
+    if merge_tokens:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        alpha = (q * u).sum(-1, dtype=dtype) * width**-0.5
+        total, mean = log_sum_and_mean(alpha, condition.to(dtype))
+        return _attend_with_one(q, k, v, total, mean.unsqueeze(-1).to(q.dtype) * w, bias_k, bias_v)
+    c = condition.to(q.dtype)[:, None, :, None]
+    keys, values = torch.cat([u * c + bias_k, k], dim=2), torch.cat([w * c + bias_v, v], dim=2)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def _attend_with_one(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, offset: Tensor | None, bias_k: Tensor, bias_v: Tensor
+) -> Tensor:
+    """Attention over the positions and one token of score q.bias_k + total and value bias_v + offset.
+
+    Both depend on the query. Two more channels carry the score: q holds ``total`` there as a number and its rounding
+    error, the token's key ones, all other keys zeros. One more value channel is 1 for the token alone, so that the
+    attention's answer there is the token's weight, by which the offset is added.
+
+    Args:
+        total: (B, heads, T); offset: (B, heads, T, d), None for 0; bias_k, bias_v: (heads, 1, d).
+    """
+    batch, heads, _, width = q.shape
+    scale = width**-0.5
+    score = total / scale
+    high = score.to(q.dtype)
+    low = (score - high).to(q.dtype)
+    ones = bias_k.new_ones(heads, 1, 2)
+    ones_v = torch.stack([ones[..., 0], torch.zeros_like(ones[..., 0])], -1)
+    token_k = torch.cat([bias_k, ones], -1).expand(batch, heads, 1, width + 2)
+    token_v = torch.cat([bias_v, ones_v], -1).expand(batch, heads, 1, width + 2)
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, high[..., None], low[..., None]], dim=-1),
+        torch.cat([token_k, F.pad(k, (0, 2))], dim=2),
+        torch.cat([token_v, F.pad(v, (0, 2))], dim=2),
+        scale=scale,
     )
+    answer, token_weight = out[..., :width], out[..., width : width + 1]
+    return answer if offset is None else answer + token_weight * offset
+
+
+def log_sum_and_mean(alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_s exp(alpha c_s), and the mean of c_s under those weights.
+
+    Args:
+        alpha: (B, heads, T); c: (B, E).
+
+    Returns:
+        Two tensors (B, heads, T).
+    """
+    if torch.compiler.is_compiling():  # fused there, without forming the scores
+        scores = alpha[..., None] * c[:, None, None]
+        return scores.logsumexp(-1), (scores.softmax(-1) * c[:, None, None]).sum(-1)
+    total, mean = _LogSumAndMean.apply(alpha.flatten(1), c)
+    return total.view_as(alpha), mean.view_as(alpha)
+
+
+class _LogSumAndMean(torch.autograd.Function):
+    """Of alpha (B, N) and c (B, E); the weights (B, N, E) are formed in place and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(alpha.device.type, enabled=False):
+            top = torch.maximum(alpha * c.amax(1, keepdim=True), alpha * c.amin(1, keepdim=True))
+            sums = _weights(alpha, c, top) @ torch.stack([torch.ones_like(c), c, c * c], dim=-1)
+        total = top + sums[..., 0].log()
+        mean, square = (sums[..., 1:] / sums[..., :1]).unbind(-1)
+        ctx.save_for_backward(alpha, c, total, mean, square)
+        return total, mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad_mean: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, c, total, mean, square = ctx.saved_tensors
+        factors = torch.stack([grad_total * alpha + grad_mean * (1 - alpha * mean), grad_mean * alpha], dim=-1)
+        with torch.autocast(alpha.device.type, enabled=False):
+            sums = _weights(alpha, c, total).transpose(1, 2) @ factors  # (B, E, 2)
+        grad_alpha = grad_total * mean + grad_mean * (square - mean * mean)
+        return grad_alpha, sums[..., 0] + c * sums[..., 1]
+
+
+def _weights(alpha: Tensor, c: Tensor, top: Tensor) -> Tensor:
+    """exp(alpha c_s - top) (B, N, E)."""
+    return (alpha[..., None] * c[:, None]).sub_(top[..., None]).exp_()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterodiff.models.blocks import GroupNorm32, conv3x3, to_map, to_tokens
+from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, to_map, to_tokens
+from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.sparse_attention import DevicePattern, Grid, make_pattern, sparse_attention
 
 REGIONAL_PATCHES = (4, 8)
@@ -99,9 +100,9 @@ def make_mlp(channels: int, hidden: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(channels, hidden),
         nn.GELU(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Linear(hidden, channels),
-        nn.Dropout(dropout),
+        Dropout(dropout),
     )
 
 
@@ -152,7 +153,7 @@ class MultiScaleTransformer(nn.Module):
         local = self.local_norm(to_tokens(embedded))
         grid = Grid(height, width, REGIONAL_PATCHES)
         a = self.multihead_attn(local, self._regional_tokens(embedded), grid)
-        return h + to_map(a + self.mlp(self.norm_out(a)), height, width)
+        return to_map(self.mlp(self.norm_out(a)).add_(a).add_(to_tokens(h)), height, width)
 
 
 class HybridBlock(nn.Module):
@@ -169,7 +170,7 @@ class HybridBlock(nn.Module):
     ):
         super().__init__()
         self.concat_fusion = spec.concat_fusion
-        self.conv_branch = nn.Sequential(
+        self.conv_branch = FusedSequential(
             GroupNorm32(channels),
             nn.SiLU(),
             conv3x3(channels, channels),
@@ -185,5 +186,5 @@ class HybridBlock(nn.Module):
         """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
         h = x + self.emb_layers(embedding)[:, :, None, None]
         a, b = self.conv_branch(h), self.transformer_branch(h)
-        fused = torch.cat([a, b], dim=1) if self.concat_fusion else (a + b) / 2
-        return x + self.fusion_conv(fused)
+        fused = torch.cat([a, b], dim=1) if self.concat_fusion else a.add_(b).mul_(0.5)
+        return self.fusion_conv(fused).add_(x)

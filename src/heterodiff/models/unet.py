@@ -1,29 +1,30 @@
 """The conditional U-Net of the HAE family: ADM encoder and, per variant, a hybrid CNN-Transformer decoder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.models.blocks import (
-    NORM_GROUPS,
     AttentionBlock,
     Downsample,
-    GroupNorm32,
+    FusedSequential,
     ResBlock,
     Upsample,
     conv3x3,
     make_activation,
+    recomputed,
     timestep_embedding,
     zero_,
 )
 from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
+from heterodiff.models.normalization import NORM_GROUPS, GroupNorm32
 from heterodiff.models.sparse_attention import MIN_KEYS, PATTERNS
 from heterodiff.models.variants import VARIANTS
 
@@ -35,20 +36,29 @@ class UNetOutput(BaseOutput):
     sample: Tensor
 
 
+Recompute = Literal["nothing", "cheap", "all"]
+"""What the backward pass computes again instead of keeping it: nothing; what is cheap beside the memory it takes
+(norms, activations, attention, hybrid blocks); or all, block by block."""
+
+
 class Stage(nn.ModuleList):
     """Layers applied in turn, each given what it needs of the embedding and the condition."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(layers)
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: Tensor | None, recompute: Callable[..., bool]) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, condition: Tensor | None, recompute: Recompute) -> Tensor:
         for layer in self:
-            arguments: tuple[Tensor | None, ...] = ()
-            if isinstance(layer, ResBlock | HybridBlock):
-                arguments = (embedding,)
-            elif isinstance(layer, AttentionBlock):
-                arguments = (condition,)
-            x = checkpoint(layer, x, *arguments, use_reentrant=False) if recompute(layer) else layer(x, *arguments)
+            if isinstance(layer, ResBlock):
+                if recompute == "all":
+                    x = recomputed(layer, x, embedding)
+                else:
+                    x = layer(x, embedding, recompute=recompute == "cheap")
+            elif isinstance(layer, HybridBlock | AttentionBlock):
+                argument = embedding if isinstance(layer, HybridBlock) else condition
+                x = layer(x, argument) if recompute == "nothing" else recomputed(layer, x, argument)
+            else:
+                x = layer(x)
         return x
 
 
@@ -148,6 +158,21 @@ class HAEUNet(ModelMixin, ConfigMixin):
             )
         pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
         self._build(embedding_dim, spec.hybrid if use_hae else None, pattern)
+        self._lay_out_weights()
+        self.register_state_dict_post_hook(_make_contiguous)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' ``ModelMixin.from_pretrained``."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._lay_out_weights()  # files hold them row by row
+        return found
+
+    def _lay_out_weights(self) -> None:
+        """Store weights in the memory format of the maps; else each convolution would convert its own at each call."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def _check_arguments(self) -> None:
         c = self.config
@@ -239,7 +264,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
                         res(channels, channels, "up") if c.resblock_updown else Upsample(channels, c.conv_resample)
                     )
                 self.output_blocks.append(Stage(*layers))
-        self.out = nn.Sequential(
+        self.out = FusedSequential(
             GroupNorm32(channels),
             make_activation(c.activation),
             zero_(conv3x3(channels, c.out_channels or c.in_channels)),
@@ -300,12 +325,12 @@ class HAEUNet(ModelMixin, ConfigMixin):
             labelled = labelled & ~(c.detach().abs().amax(dim=1) <= self.zero_threshold)  # NaN stays visible
         return torch.where(labelled[:, None], c, 0)
 
-    def _recompute(self, layer: nn.Module) -> bool:
+    def _recompute(self) -> Recompute:
         if not torch.is_grad_enabled():
-            return False
-        return self.gradient_checkpointing or (
-            self.memory_optimization and isinstance(layer, HybridBlock | AttentionBlock)
-        )
+            return "nothing"
+        if self.gradient_checkpointing:
+            return "all"
+        return "cheap" if self.memory_optimization else "nothing"
 
     def forward(
         self,
@@ -335,15 +360,23 @@ class HAEUNet(ModelMixin, ConfigMixin):
         if condition is not None:
             embedding = embedding + condition
         h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:
-            h = stage(h, embedding, condition, self._recompute)
+            h = stage(h, embedding, condition, recompute)
             skips.append(h)
-        h = self.middle_block(h, embedding, condition, self._recompute)
+        h = self.middle_block(h, embedding, condition, recompute)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, condition, self._recompute)
-        out = self.out(h)
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, condition, recompute)
+        out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
         return UNetOutput(sample=out) if return_dict else (out,)
+
+
+def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Let a state dictionary hold weights row by row, as files and other programs expect them."""
+    for name, value in state.items():
+        if name.startswith(prefix):
+            state[name] = value.contiguous()
 
 
 def check_size(height: int, width: int, factor: int) -> None:

@@ -56,10 +56,13 @@ def restore(
     for name, shadow in zip(names, ema.shadow_params, strict=True):
         shadow.copy_(tensors["ema"][name])
     ema.optimization_step = state["ema_step"]
+    parameters = dict(recipe.model.named_parameters())
     index = {name: i for i, name in enumerate(names)}
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors["optimizer"].items():
         name, _, slot = key.rpartition("/")
+        if value.shape == parameters[name].shape:  # in the parameter's memory layout, which fused AdamW relies on
+            value = torch.empty_like(parameters[name], dtype=value.dtype, device=value.device).copy_(value)
         moments.setdefault(index[name], {})[slot] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
