@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-digits clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.backbone
+
+bench-digits: $(INSTALLED)
 	$(BIN)/python -m benchmarks.digits
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heterodiff.models.blocks import AttentionBlock
-from heterodiff.models.conditioning import drop_condition
+from heterodiff.models.conditioning import attend_with_condition, drop_condition
 from heterodiff.models.variants import create_model
 from tests.oracles import outer_product
 
@@ -22,7 +22,13 @@ def make_block(dtype: torch.dtype) -> AttentionBlock:
 
 @pytest.mark.parametrize(
     ("size", "dtype", "tolerance"),
-    [((5, 7), torch.float64, 1e-10), ((1, 1), torch.float64, 1e-10), ((5, 7), torch.float32, 1e-5)],
+    [
+        ((5, 7), torch.float64, 1e-10),  # fewer positions than tokens: these become one
+        ((1, 1), torch.float64, 1e-10),
+        ((8, 9), torch.float64, 1e-10),
+        ((5, 7), torch.float32, 1e-5),
+        ((8, 9), torch.float32, 1e-5),
+    ],
 )
 @pytest.mark.parametrize("rows", [*ROWS, "absent"])
 def test_attention_block_equals_the_outer_product(rows, size, dtype, tolerance):
@@ -42,6 +48,47 @@ def test_attention_block_equals_the_outer_product(rows, size, dtype, tolerance):
     for f, w in zip(found, wanted, strict=True):
         f = torch.zeros_like(w) if f is None else f
         assert (f - w).abs().max() <= tolerance * max(1, w.abs().max())
+
+
+@pytest.mark.parametrize("merge_tokens", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_attention_to_merged_and_separate_tokens(scale, merge_tokens):
+    """Also where a single token takes all the weight (scores of hundreds)."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((2, 3, 11, 8), (2, 3, 11, 8), (2, 3, 11, 8), (2, 20), (48, 20), (48,))
+    ]
+    inputs[3] *= scale
+    q, k, v, c, weight, bias = (t.requires_grad_() for t in inputs)
+    tokens = (weight @ (c[:, :, None] * c[:, None]) + bias[:, None]).view(2, 3, 2, 8, 20).transpose(3, 4)
+    keys, values = torch.cat([tokens[:, :, 0], k], 2), torch.cat([tokens[:, :, 1], v], 2)
+    expected = (q @ keys.mT / 8**0.5).softmax(-1) @ values
+    found = attend_with_condition(q, k, v, c, weight, bias, merge_tokens)
+    wanted = gradients(expected, inputs)
+    largest = max(w.abs().max() for w in wanted)
+    for f, w in zip(gradients(found, inputs), wanted, strict=True):
+        assert (f - w).abs().max() <= 1e-11 * largest
+
+
+def gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad(out, inputs, direction, retain_graph=True)]
+
+
+@pytest.mark.parametrize("merge_tokens", [True, False])
+def test_half_precision_is_near_to_float32(merge_tokens):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 9, 16) for _ in range(3)] + [
+        torch.randn(2, 64),
+        torch.randn(64, 64) / 8,
+        torch.zeros(64),
+    ]
+    inputs[3][1] = 0
+    expected = attend_with_condition(*inputs, merge_tokens)
+    found = attend_with_condition(*(t.bfloat16() for t in inputs), merge_tokens)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 def test_no_condition_keeps_its_tokens():

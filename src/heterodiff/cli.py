@@ -5,12 +5,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from heterodiff.errors import ConfigError, HeterodiffError, unknown_name
+from heterodiff.memory import keep_freed_memory
 
 app = typer.Typer(
     name="heterodiff",
@@ -147,20 +149,30 @@ def sample(
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp, unipc, euler, heun or flow-euler.")] = None,
     seed: Seed = 0,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first; pays off for many images.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the images; default: RUN/generated.")] = None,
 ) -> None:
     """Draw images from a trained model: separate files and a labelled grid."""
+    from heterodiff.errors import compile_error
     from heterodiff.pipelines.files import all_classes, draw_classes, write_images
     from heterodiff.pipelines.load import load
 
-    pipeline = load(run)
+    pipeline = load(run, compile=compile_)
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    images, labels = draw_classes(
-        pipeline, chosen, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler
-    )
+    start = time.perf_counter()
+    try:
+        images, labels = draw_classes(
+            pipeline, chosen, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler
+        )
+    except RuntimeError as error:
+        raise compile_error(error, "--compile") or error from error
+    seconds = time.perf_counter() - start
     folder = out or run / "generated"
     written = write_images(images, labels, pipeline, run, folder, columns=min(number, 10))
+    typer.echo(f"drawn    {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.1f} images/s")
     typer.echo(f"images   {len(written) - 1} in {folder}\ngrid     {written[-1]}")
 
 
@@ -215,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit code 0 on success, 1 on a user's error, 128 + n after signal n."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damaged files are reported by name already
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    keep_freed_memory()
     try:
         code = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
     except HeterodiffError as error:

@@ -144,7 +144,10 @@ class ModelConfig(Section):
     resblock_updown: bool = False
     attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    gradient_checkpointing: bool = False
+    memory_optimization: bool | None = Field(
+        None, description="compute what is cheap again in the backward pass; default: for hae-v2-conservative"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute everything again, block by block")
 
 
 class DiffusionConfig(Section):
@@ -204,7 +207,10 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the GPU has it, else float32"
     )
-    compile: bool = Field(False, description="torch.compile; experimental, needs a working C++ compiler")
+    compile: bool = Field(
+        False,
+        description="torch.compile the network: minutes at the start, faster steps; needs a C++ compiler on a CPU",
+    )
     num_workers: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
     log_every: Positive = 20

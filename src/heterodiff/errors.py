@@ -34,3 +34,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a ``name`` of some ``kind`` that is not among the ``known`` ones."""
     known = list(known)
     return f"unknown {kind} '{name}'{nearest_name(name, known)}; known: {', '.join(known)}"
+
+
+def compile_error(error: Exception, setting: str) -> HeterodiffError | None:
+    """The message for a failure of ``torch.compile`` that ``setting`` asked for; None for any other error."""
+    if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return RunError(
+        f"{setting}: torch.compile failed here ({lines[0] if lines else type(error).__name__}); leave it out"
+    )

@@ -121,23 +121,29 @@ class _LogSumAndMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        # Relative to the heaviest token: where it takes all the weight, nothing is left of large numbers to cancel.
+        ends = torch.stack([c.amax(1), c.amin(1)], dim=1)  # (B, 2)
+        far = c[..., None] - ends[:, None]  # (B, E, 2)
+        heaviest = (alpha < 0).long()
+        pivot = ends.gather(1, heaviest)
         with torch.autocast(alpha.device.type, enabled=False):
-            top = torch.maximum(alpha * c.amax(1, keepdim=True), alpha * c.amin(1, keepdim=True))
-            sums = _weights(alpha, c, top) @ torch.stack([torch.ones_like(c), c, c * c], dim=-1)
-        total = top + sums[..., 0].log()
-        mean, square = (sums[..., 1:] / sums[..., :1]).unbind(-1)
-        ctx.save_for_backward(alpha, c, total, mean, square)
+            moments = torch.cat([torch.ones_like(far[..., :1]), far, far * far], dim=-1)
+            sums = _weights(alpha, c, alpha * pivot) @ moments  # (B, N, 5)
+        total = alpha * pivot + sums[..., 0].log()
+        first, second = (sums[..., 1:] / sums[..., :1]).unflatten(-1, (2, 2)).unbind(2)
+        offset = first.gather(2, heaviest[..., None]).squeeze(2)
+        mean, variance = pivot + offset, second.gather(2, heaviest[..., None]).squeeze(2) - offset * offset
+        ctx.save_for_backward(alpha, c, total, mean, variance)
         return total, mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_mean: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, c, total, mean, square = ctx.saved_tensors
+        alpha, c, total, mean, variance = ctx.saved_tensors
         factors = torch.stack([grad_total * alpha + grad_mean * (1 - alpha * mean), grad_mean * alpha], dim=-1)
         with torch.autocast(alpha.device.type, enabled=False):
             sums = _weights(alpha, c, total).transpose(1, 2) @ factors  # (B, E, 2)
-        grad_alpha = grad_total * mean + grad_mean * (square - mean * mean)
-        return grad_alpha, sums[..., 0] + c * sums[..., 1]
+        return grad_total * mean + grad_mean * variance, sums[..., 0] + c * sums[..., 1]
 
 
 def _weights(alpha: Tensor, c: Tensor, top: Tensor) -> Tensor:

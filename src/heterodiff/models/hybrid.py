@@ -53,35 +53,48 @@ class SparseSelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
         self.given_masks: dict[int, Tensor] = {}
-        self._placed: dict[tuple[Grid, torch.device], DevicePattern] = {}
+        self._placed: dict[tuple[int, int, torch.device], DevicePattern] = {}
 
-    def device_pattern(self, grid: Grid, device: torch.device) -> DevicePattern:
-        """The pattern of ``grid`` on ``device``, placed there once; a given mask of its length goes first."""
-        if (grid, device) not in self._placed:
-            if grid.length in self.given_masks:
-                visible = ~self.given_masks[grid.length][: grid.local]
-                placed = DevicePattern(visible.to(device), None, None, None)
-            else:
-                p = self.pattern
-                pattern = make_pattern(p.kind, grid, p.sparsity, p.max_keys, p.seed)
-                with torch.inference_mode(False):  # else a pattern first met in sampling could not serve training
-                    placed = DevicePattern.place(pattern, device)
-            self._placed[grid, device] = placed
-        return self._placed[grid, device]
+    def device_pattern(self, height: int, width: int, device: torch.device) -> DevicePattern:
+        """The pattern of a (height, width) map on ``device``; a given mask of its length goes first."""
+        if torch.compiler.is_compiling():
+            self._place_while_compiling(height, width, device)
+        else:
+            self._place(height, width, device)
+        return self._placed[height, width, device]
+
+    def _place(self, height: int, width: int, device: torch.device) -> None:
+        if (height, width, device) in self._placed:
+            return
+        grid = Grid(height, width, REGIONAL_PATCHES)
+        if grid.length in self.given_masks:
+            visible = ~self.given_masks[grid.length][: grid.local]
+            placed = DevicePattern(visible.to(device), None, None, None)
+        else:
+            p = self.pattern
+            pattern = make_pattern(p.kind, grid, p.sparsity, p.max_keys, p.seed)
+            with torch.inference_mode(False):  # else a pattern first met in sampling could not serve training
+                placed = DevicePattern.place(pattern, device)
+        self._placed[height, width, device] = placed
+
+    @torch.compiler.assume_constant_result
+    def _place_while_compiling(self, height: int, width: int, device: torch.device) -> None:
+        """Done once, while the graph is made, which then finds the pattern as it finds parameters."""
+        self._place(height, width, device)
 
     def set_mask(self, mask: Tensor) -> None:
         """Use ``mask`` (S, S), True = hidden, whenever the sequence has S tokens."""
         self.given_masks[mask.shape[0]] = mask
         self._placed.clear()
 
-    def forward(self, local: Tensor, regional: Tensor, grid: Grid) -> Tensor:
-        """local (B, L, C) asks, local and regional (B, R, C) answer -> (B, L, C)."""
+    def forward(self, local: Tensor, regional: Tensor, height: int, width: int) -> Tensor:
+        """local (B, L = height * width, C) asks, local and regional (B, R, C) answer -> (B, L, C)."""
         channels = local.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([channels, 2 * channels])
         q_bias, kv_bias = self.in_proj_bias.split([channels, 2 * channels])
         q = F.linear(local, q_weight, q_bias)
         kv = F.linear(torch.cat([local, regional], dim=1), kv_weight, kv_bias)
-        pattern = self.device_pattern(grid, local.device)
+        pattern = self.device_pattern(height, width, local.device)
         return self.out_proj(sparse_attention(q, kv, pattern, self.num_heads))
 
 
@@ -151,8 +164,7 @@ class MultiScaleTransformer(nn.Module):
         height, width = h.shape[2:]
         embedded = h if self.shared_patch_embed is None else self.shared_patch_embed(h)
         local = self.local_norm(to_tokens(embedded))
-        grid = Grid(height, width, REGIONAL_PATCHES)
-        a = self.multihead_attn(local, self._regional_tokens(embedded), grid)
+        a = self.multihead_attn(local, self._regional_tokens(embedded), height, width)
         return to_map(self.mlp(self.norm_out(a)).add_(a).add_(to_tokens(h)), height, width)
 
 

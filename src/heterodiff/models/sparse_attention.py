@@ -6,23 +6,30 @@ one key list, so that attention is one gather and one dense product per block.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DENSE_LIMIT = 512
 """Up to this sequence length the key sets are applied as a mask to dense attention, which is faster there."""
-BLOCK_ROUNDING = 1.25
+BLOCK_ROUNDING = 1.16
 """Blocks of queries may share up to this many times the nominal number of keys."""
 MIN_KEYS = 16
 """Below this many keys sparsity saves nothing and starves small maps."""
 FAR_SHARE = 0.1
+LARGEST_TILE = 8
+"""Side of the largest square of queries that share their keys."""
 REGIONAL_SHARE = 0.8
 SEQUENCE_BLOCK = 16
+GATHER_BYTES = {"cpu": 2_000_000, "other": 256_000_000}
+"""Keys and values gathered at once: on a CPU what stays in its cache, elsewhere what keeps it busy."""
 
 PATTERNS = ("multiscale", "sequence")
 
@@ -113,11 +120,15 @@ def _tile_starts(limit: int, tile: int) -> np.ndarray:
 
 def _tile_size(window_keys: int, height: int, width: int) -> int:
     """The largest tile whose queries all keep neighbours on every side within ``window_keys`` keys."""
-    for tile in (8, 4, 2):
-        margin = max(1, tile // 8)
-        if tile <= min(height, width) and (tile + 2 * margin) ** 2 <= window_keys:
+    for tile in (LARGEST_TILE, 4, 2):
+        if tile <= min(height, width) and _window_of(tile) <= window_keys:
             return tile
     return 1
+
+
+def _window_of(tile: int) -> int:
+    """Keys of a window that reaches beyond a tile on every side."""
+    return (tile + 2) ** 2
 
 
 def _far_keys(rng: np.random.RandomState, local: int, window: np.ndarray, count: int) -> np.ndarray:
@@ -135,10 +146,11 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Rando
     nominal = int((1 - sparsity) * length)
     budget = min(max(nominal, MIN_KEYS), max_keys, length)
     far = min(int(FAR_SHARE * budget), max(0, grid.local - budget))
-    scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget))
-    regional = sum(math.prod(size) for size in scales)
-
     rounded = min(int(BLOCK_ROUNDING * (1 - sparsity) * length), max_keys)
+    # Where not all regional tokens fit anyway, they leave room for the window of the largest tile.
+    left = max(budget // 2, rounded - far - _window_of(LARGEST_TILE))
+    scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget), left)
+    regional = sum(math.prod(size) for size in scales)
     tile = _tile_size(rounded - regional - far, height, width) if length > DENSE_LIMIT else 1
     window_keys = max(1, (rounded if tile > 1 else budget) - regional - far)
 
@@ -159,10 +171,14 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Rando
     return _pattern(queries, np.concatenate(keys, axis=1), grid)
 
 
-def _regional_sizes(grid: Grid, budget: int) -> list[tuple[int, int]]:
-    """The window each regional map is seen through: whole maps if they fit, else equal shares, coarsest first."""
+def _regional_sizes(grid: Grid, budget: int, otherwise: int) -> list[tuple[int, int]]:
+    """The window each regional map is seen through.
+
+    Whole maps if they fit ``budget``; else, of at most ``otherwise`` of it, equal shares, coarsest first.
+    """
     if sum(h * w for h, w in grid.regional) <= budget:
         return grid.regional
+    budget = min(budget, otherwise)
     sizes: dict[int, tuple[int, int]] = {}
     for patch in sorted(grid.patch_sizes, reverse=True):
         height, width = grid.regional[grid.patch_sizes.index(patch)]
@@ -226,8 +242,7 @@ def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: i
     Returns:
         (B, L, C).
     """
-    batch, _, channels = q.shape
-    width = channels // num_heads
+    width = q.shape[-1] // num_heads
     if pattern.mask is not None:
         qh = q.unflatten(-1, (num_heads, width)).transpose(1, 2)
         kh, vh = kv.unflatten(-1, (2, num_heads, width)).permute(2, 0, 3, 1, 4)
@@ -236,10 +251,77 @@ def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: i
     assert pattern.queries is not None
     assert pattern.keys is not None
     assert pattern.position is not None
-    blocks, per_block = pattern.queries.shape
-    qb = q.index_select(1, pattern.queries.flatten()).view(batch * blocks, per_block, num_heads, width)
-    kvb = kv.index_select(1, pattern.keys.flatten()).view(batch * blocks, -1, 2, num_heads, width)
-    kh, vh = kvb.permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(qb.transpose(1, 2), kh, vh)
-    out = out.transpose(1, 2).reshape(batch, blocks * per_block, channels)
-    return out.index_select(1, pattern.position)
+    if torch.compiler.is_compiling():
+        out = _attend_blocks(q, kv, pattern.queries, pattern.keys, num_heads)
+    else:
+        out = _BlockAttention.apply(q, kv, pattern.queries, pattern.keys, num_heads)
+    return _take(out, _flat(pattern.position, out))
+
+
+def _flat(index: Tensor, x: Tensor) -> Tensor:
+    """Tokens ``index`` of every row of x (B, S, C) as indices of its B*S tokens, along which gathering is fastest."""
+    batch, length = x.shape[:2]
+    first = length * torch.arange(batch, device=index.device)
+    return (first[:, None] + index.flatten()).flatten()
+
+
+def _take(x: Tensor, flat: Tensor) -> Tensor:
+    """(B, S, C), B n indices -> (B, n, C)."""
+    return x.flatten(0, 1).index_select(0, flat).view(x.shape[0], -1, x.shape[2])
+
+
+def _attend_blocks(q: Tensor, kv: Tensor, queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+    """Gather and attend: q (B, L, C), kv (B, S, 2C), queries (n, Q), keys (n, K) -> (B, n Q, C)."""
+    return _attend(_take(q, _flat(queries, q)), _take(kv, _flat(keys, kv)), len(queries), num_heads)
+
+
+def _attend(qb: Tensor, kvb: Tensor, blocks: int, num_heads: int) -> Tensor:
+    """qb (B, n Q, C), kvb (B, n K, 2C), gathered -> (B, n Q, C)."""
+    batch, _, channels = qb.shape
+    width = channels // num_heads
+    qh = qb.view(batch * blocks, -1, num_heads, width).transpose(1, 2)
+    kh, vh = kvb.view(batch * blocks, -1, 2, num_heads, width).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).reshape(batch, -1, channels)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """:func:`_attend_blocks` some blocks at a time, gathered again in the backward pass.
+
+    A key is gathered by every block that sees it, so that all gathered keys together are many times the keys: they
+    are neither kept nor ever all there, and those of a few blocks stay in the processor's cache. Attention is computed
+    a second time in the backward pass, which costs less than writing and reading what it would have kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+        ctx.save_for_backward(q, kv, queries, keys)
+        ctx.num_heads = num_heads
+        parts = _parts(kv, queries, keys)
+        answers = [_attend_blocks(q, kv, some_queries, some_keys, num_heads) for some_queries, some_keys in parts]
+        return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, queries, keys = ctx.saved_tensors
+        grad_q, grad_kv = torch.zeros_like(q), torch.zeros_like(kv)
+        start = 0
+        for some_queries, some_keys in _parts(kv, queries, keys):
+            some = grad.narrow(1, start, some_queries.numel())
+            start += some_queries.numel()
+            flat_q, flat_kv = _flat(some_queries, q), _flat(some_keys, kv)
+            with torch.enable_grad():
+                qb, kvb = _take(q, flat_q).requires_grad_(), _take(kv, flat_kv).requires_grad_()
+                answer = _attend(qb, kvb, len(some_queries), ctx.num_heads)
+            grad_qb, grad_kvb = torch.autograd.grad(answer, (qb, kvb), some)
+            grad_q.flatten(0, 1).index_add_(0, flat_q, grad_qb.flatten(0, 1))
+            grad_kv.flatten(0, 1).index_add_(0, flat_kv, grad_kvb.flatten(0, 1))
+        return grad_q, grad_kv, None, None, None
+
+
+def _parts(kv: Tensor, queries: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some blocks at a time, so many that their gathered keys and values fit ``GATHER_BYTES``."""
+    block = kv.shape[0] * keys.shape[1] * kv.shape[2] * kv.element_size()
+    limit = GATHER_BYTES["cpu" if kv.device.type == "cpu" else "other"]
+    count = max(1, limit // block)
+    return zip(queries.split(count), keys.split(count), strict=True)

@@ -130,7 +130,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         condition_tokens: bool = True,
         attention_pattern: str = "multiscale",
         sparsity: float = 0.9,
-        max_keys: int = 1024,
+        max_keys: int = 512,
         pattern_seed: int = 0,
     ):
         super().__init__()

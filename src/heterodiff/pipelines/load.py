@@ -21,13 +21,15 @@ SPLIT_FILE = "split.json"
 CONFIG_FILE = "config.yaml"
 
 
-def load(run: str | Path, device: str | torch.device | None = None) -> GenerationPipeline:
+def load(run: str | Path, device: str | torch.device | None = None, compile: bool = False) -> GenerationPipeline:
     """Load the pipeline of a run folder, or of a folder written by ``heterodiff import``.
 
     Args:
         run: folder with ``model_index.json``, ``unet/`` and ``scheduler/``; ``config.yaml`` and ``data.json``, where
             present, bring sampling defaults and class names.
         device: default: a GPU if there is one, else the CPU.
+        compile: compile the network with torch.compile: about a minute at the first call, and again for each other
+            batch or image size, for faster steps after it. On a CPU this needs a C++ compiler.
 
     Raises:
         RunError: no such folder, or nothing to load in it yet.
@@ -51,6 +53,8 @@ def load(run: str | Path, device: str | torch.device | None = None) -> Generatio
     if spec is not None:
         pipeline.class_names = spec.class_names
     pipeline.set_progress_bar_config(disable=True)
+    if compile:
+        pipeline.unet.compile(dynamic=False)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

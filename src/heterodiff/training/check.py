@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from heterodiff.config import DataConfig, RunConfig, apply_override, load_config, parse_config
@@ -13,6 +12,7 @@ from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE, load
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
+from heterodiff.training.memory_plan import advice, free_memory
 from heterodiff.training.start import dry_run
 
 MAX_LISTED = 50
@@ -86,21 +86,22 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def _check_config(config: RunConfig, findings: Findings) -> None:
-    _report_data(config.data, check_data(config.data), findings)
-    if not findings.passed:
+    summary = check_data(config.data)
+    _report_data(config.data, summary, findings)
+    if not findings.passed or summary.spec is None:
         return
     try:
+        free, where = free_memory()
+        fits, text = advice(config, summary.spec, free)
+        findings.add(fits, "memory", f"{free / 1e9:.1f} GB free {where}; training needs {text}")
+        if not fits:  # then trying it would end this process
+            return
         result = dry_run(config)
     except HeterodiffError as error:
         findings.add(False, "network", str(error))
         return
     findings.add(True, "network", f"{result.variant}, {result.parameters:,} parameters")
     findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-    needed = result.memory_gb
-    where = "GPU memory" if torch.cuda.is_available() else "memory"
-    free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
-    advice = "" if needed < free else "; raise training.accumulation_steps or set model.gradient_checkpointing=true"
-    findings.add(needed < free, "memory", f"about {needed:.2f} GB of {free:.1f} GB free {where}{advice}")
     findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours in all")
 
 

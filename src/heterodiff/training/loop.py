@@ -101,7 +101,7 @@ class Trainer:
         )
         self.network, self.optimizer = self.accelerator.prepare(recipe.model, optimizer)
         if training.compile:
-            self.network = torch.compile(self.network)
+            self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay)
         self.ema.to(self.device)
         self.step = 0

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "sampling",
     "data.memory_limit_gb",
     "model.gradient_checkpointing",
+    "model.memory_optimization",
     "training.accumulation_steps",
     "training.checkpoint_every",
     "training.compile",

@@ -15,12 +15,12 @@ import heterodiff
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, load_data
-from heterodiff.errors import CheckpointError, RunError
-from heterodiff.models.profile import profile
+from heterodiff.errors import CheckpointError, RunError, compile_error
 from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
-from heterodiff.training.recipes.diffusion import DiffusionRecipe, model_arguments
+from heterodiff.training.memory_plan import advice, training_memory_bytes
+from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
 
 RUN_FILE = "run.json"
@@ -74,19 +74,14 @@ def train(
             raise _explained(config, data.spec, error) from error
 
 
-def _explained(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> RuntimeError | RunError:
+def _explained(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> Exception:
     """The error itself; or, if memory ran out or compilation failed, a message with the settings that help."""
-    if config.training.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        reason = str(error).strip().splitlines()[0]
-        return RunError(f"training.compile=true: torch.compile failed here ({reason}); set training.compile=false")
+    if (failed := compile_error(error, "training.compile=true")) is not None:
+        return failed
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
         return error
-    training = config.training
-    return RunError(
-        f"out of memory: batch_size={training.batch_size} in {training.accumulation_steps} part(s) needs about "
-        f"{training_memory_bytes(config, spec) / 1e9:.1f} GB; checkpoints are untouched. The same result with less: "
-        f"training.accumulation_steps={2 * training.accumulation_steps}, or model.gradient_checkpointing=true"
-    )
+    _, text = advice(config, spec, 0.9 * training_memory_bytes(config, spec))  # it was too much, whatever was free
+    return RunError(f"out of memory: a training step needs {text}; checkpoints are untouched")
 
 
 def is_main_process() -> bool:
@@ -188,7 +183,7 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
 class DryRun:
     """What one step of a run would be like: shapes, parameters, estimated memory, measured time."""
 
-    image_shape: tuple[int, ...]
+    spec: ImageSpec
     train_images: int
     val_images: int
     classes: int
@@ -218,7 +213,7 @@ def dry_run(config: RunConfig) -> DryRun:
     parameters = sum(p.numel() for p in recipe.model.parameters())
     spec = data.spec
     return DryRun(
-        image_shape=(spec.channels, spec.height, spec.width),
+        spec=spec,
         train_images=len(data.train),
         val_images=len(data.val),
         classes=len(spec.class_names),
@@ -231,19 +226,9 @@ def dry_run(config: RunConfig) -> DryRun:
     )
 
 
-def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
-    """Estimated memory of a training step on one process, in bytes: what is kept for the backward pass, and the
-    parameters five times over (weights, gradients, two AdamW moments, EMA), all in float32.
-    """
-    arguments = model_arguments(config, spec)
-    cost = profile(config.model.variant, spec.height, spec.width, **arguments)
-    share = config.training.batch_size // config.training.accumulation_steps
-    return 5 * 4 * cost.parameters + share * cost.saved_mb * 1e6
-
-
 def print_dry_run(result: DryRun) -> None:
     """Print what :func:`dry_run` found."""
-    shape = "x".join(map(str, result.image_shape))
+    shape = f"{result.spec.channels}x{result.spec.height}x{result.spec.width}"
     minutes = result.total_hours * 60
     for name, text in (
         ("images", f"{shape}, {result.train_images} to train on, {result.val_images} held out"),

@@ -66,6 +66,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "use_scale_shift_norm": m.use_scale_shift_norm,
         "resblock_updown": m.resblock_updown,
         "use_checkpoint": m.gradient_checkpointing,
+        "memory_optimization": m.memory_optimization,
         "attention_pattern": m.attention_pattern,
         "sparsity": m.sparsity,
     }

@@ -1,0 +1,63 @@
+"""Timing that survives a noisy machine: everything that is compared takes turns in one run."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call in each round. All calls take turns, so that whatever slows the machine slows them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for k in range(rounds + warmup):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if k >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """How many times longer ``name`` takes than ``base``: the median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def matrix_product_rate(size: int = 2048, rounds: int = 25) -> float:
+    """GFLOP a second of this machine's float32 matrix product; the median of some rounds."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = interleaved({"product": lambda: a @ b}, rounds)["product"]
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
+def peak_memory_mb(module: str, *arguments: str) -> float:
+    """What ``python -m module arguments`` prints: its own peak in MB."""
+    command = [sys.executable, "-m", module, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.machine()
+    return {"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def write_results(name: str, content: dict[str, Any]) -> Path:
+    """Write benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
+    return path

@@ -1,0 +1,129 @@
+"""How much memory training will need, and what to change when that is more than there is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from heterodiff.config import RunConfig
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.models.profile import ModelProfile, profile
+from heterodiff.training.recipes.diffusion import model_arguments
+
+BYTES_PER_PARAMETER = 5 * 4
+"""Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
+TRANSIENT_SHARE = 0.25
+"""Of what is kept for the backward pass: what comes and goes while gradients flow back."""
+USABLE_SHARE = 0.9
+"""Of the free memory; the rest is for what no estimate sees (fragments, libraries, other programs)."""
+RECOMPUTATION = (
+    ("nothing", {"memory_optimization": False, "gradient_checkpointing": False}),
+    ("norms, activations, attention and hybrid blocks", {"memory_optimization": True, "gradient_checkpointing": False}),
+    ("everything", {"gradient_checkpointing": True}),
+)
+"""What the backward pass computes again, least first, with the keys of ``model`` that ask for it."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A way to run a training step, and the memory it needs.
+
+    Attributes:
+        changes: ``key=value`` overrides of the configuration; () for the configuration as it is.
+        peak_bytes: estimated peak of one process, beside what Python and its libraries take.
+    """
+
+    changes: tuple[str, ...]
+    peak_bytes: float
+
+
+def free_memory() -> tuple[float, str]:
+    """Bytes free for training, and what kind of memory they are."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], "GPU memory"
+    return psutil.virtual_memory().available, "memory"
+
+
+def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
+    """Estimated peak of a training step in one process, in bytes, beside what Python and its libraries take.
+
+    The parameters five times over (weights, gradients, two moments of AdamW, EMA) and what is kept for the backward
+    pass of one part of the batch, with a quarter more for what comes and goes; in float32.
+
+    Raises:
+        ConfigError: no network can be built for these images.
+    """
+    return _peak(_profile(config, spec), images_at_once(config))
+
+
+def images_at_once(config: RunConfig) -> int:
+    """Images that one process has in the network at the same time."""
+    return config.training.batch_size // config.training.accumulation_steps
+
+
+def _profile(config: RunConfig, spec: ImageSpec) -> ModelProfile:
+    return profile(config.model.variant, spec.height, spec.width, **model_arguments(config, spec))
+
+
+def _peak(cost: ModelProfile, images: int) -> float:
+    return BYTES_PER_PARAMETER * cost.parameters + images * cost.saved_mb * 1e6 * (1 + TRANSIENT_SHARE)
+
+
+def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
+    """The fastest way to take the same training step within ``budget_bytes``; None if there is none.
+
+    Recomputing what is cheap costs about an eighth more time, smaller parts of a batch next to none; so parts of at
+    least eight images come before recomputation, and that before smaller parts. None of it changes what is learned.
+    """
+    best: tuple[tuple[float, ...], MemoryPlan] | None = None
+    for order, (changes, cost) in enumerate(_recomputations(config, spec)):
+        for parts in _divisors(config.training.batch_size, config.training.accumulation_steps):
+            images = config.training.batch_size // parts
+            peak = _peak(cost, images)
+            if peak > budget_bytes:
+                continue
+            split = () if parts == config.training.accumulation_steps else (f"training.accumulation_steps={parts}",)
+            rank = (images < min(8, config.training.batch_size), order, parts)
+            if best is None or rank < best[0]:
+                best = rank, MemoryPlan((*split, *changes), peak)
+            break
+    return None if best is None else best[1]
+
+
+def largest_batch(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> int:
+    """Images that fit into ``budget_bytes`` at once with this configuration's recomputation; 0 if none does."""
+    cost = _profile(config, spec)
+    rest = budget_bytes - _peak(cost, 0)
+    return max(0, int(rest / (_peak(cost, 1) - _peak(cost, 0))))
+
+
+def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[str, ...], ModelProfile]]:
+    """From what the configuration recomputes to more, with the overrides that ask for it and its cost."""
+    seen: set[float] = set()
+    asked = _profile(config, spec)
+    yield (), asked
+    seen.add(asked.saved_mb)
+    for _, keys in RECOMPUTATION:
+        model = config.model.model_copy(update=keys)
+        cost = _profile(config.model_copy(update={"model": model}), spec)
+        if cost.saved_mb < min(seen):
+            seen.add(cost.saved_mb)
+            yield tuple(f"model.{key}={str(value).lower()}" for key, value in keys.items() if value), cost
+
+
+def _divisors(batch_size: int, least: int) -> list[int]:
+    return [n for n in range(least, batch_size + 1) if batch_size % n == 0 and n % least == 0]
+
+
+def advice(config: RunConfig, spec: ImageSpec, free_bytes: float) -> tuple[bool, str]:
+    """Whether training fits into ``free_bytes``, and a line that says how much it needs and what would help."""
+    needed = training_memory_bytes(config, spec)
+    budget = USABLE_SHARE * free_bytes
+    text = f"about {needed / 1e9:.2f} GB for {images_at_once(config)} images at once"
+    if needed <= budget:
+        return True, f"{text}; up to {largest_batch(config, spec, budget)} would fit"
+    plan = suggest_plan(config, spec, budget)
+    if plan is None:
+        return False, f"{text}; even one image at a time is too much: choose a smaller model.model_channels"
+    return False, f"{text}; the same training in {plan.peak_bytes / 1e9:.2f} GB: {' '.join(plan.changes)}"

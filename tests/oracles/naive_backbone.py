@@ -1,0 +1,73 @@
+"""The backbone computed the slow and obvious way, with the parameters and the outputs of ours."""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heterodiff.models.blocks import AttentionBlock, to_map, to_tokens
+from heterodiff.models.hybrid import REGIONAL_PATCHES, SparseSelfAttention
+from heterodiff.models.sparse_attention import Grid, make_pattern
+
+
+def make_naive(model: nn.Module) -> nn.Module:
+    """Let the attention of ``model`` form what it is defined by: the E x E product of the condition and all attention
+    weights, and in hybrid blocks dense weights under a mask, by ``nn.MultiheadAttention``'s function.
+    """
+    for module in model.modules():
+        if isinstance(module, AttentionBlock):
+            module.forward = MethodType(_attention_to_outer_product, module)
+        elif isinstance(module, SparseSelfAttention):
+            module.forward = MethodType(_dense_masked_attention, module)
+    return model
+
+
+def _attention_to_outer_product(self: AttentionBlock, x: Tensor, condition: Tensor | None) -> Tensor:
+    height, width = x.shape[2:]
+    qkv = self.qkv(to_tokens(self.norm(x)))
+    q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+    if self.encoder_kv is not None:
+        if condition is None:
+            condition = x.new_zeros(len(x), self.encoder_kv.in_channels)
+        outer = condition[:, :, None] * condition[:, None, :]
+        tokens = F.conv1d(outer, self.encoder_kv.weight, self.encoder_kv.bias)
+        token_k, token_v = tokens.unflatten(1, (self.num_heads, 2, -1)).permute(2, 0, 1, 4, 3)
+        k, v = torch.cat([token_k, k], dim=2), torch.cat([token_v, v], dim=2)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return x + to_map(self.proj_out((weights @ v).transpose(1, 2).flatten(2)), height, width)
+
+
+def _dense_masked_attention(
+    self: SparseSelfAttention, local: Tensor, regional: Tensor, height: int, width: int
+) -> Tensor:
+    tokens = torch.cat([local, regional], dim=1).transpose(0, 1)
+    answer, _ = F.multi_head_attention_forward(
+        local.transpose(0, 1),
+        tokens,
+        tokens,
+        embed_dim_to_check=local.shape[-1],
+        num_heads=self.num_heads,
+        in_proj_weight=self.in_proj_weight,
+        in_proj_bias=self.in_proj_bias,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=self.out_proj.weight,
+        out_proj_bias=self.out_proj.bias,
+        training=self.training,
+        need_weights=True,
+        attn_mask=~_visible(self, height, width),
+    )
+    return answer.transpose(0, 1)
+
+
+def _visible(attention: SparseSelfAttention, height: int, width: int) -> Tensor:
+    """The pattern as a mask (L, S), made once a size as our own is."""
+    made = attention.__dict__.setdefault("naive_masks", {})
+    if (height, width) not in made:
+        p = attention.pattern
+        pattern = make_pattern(p.kind, Grid(height, width, REGIONAL_PATCHES), p.sparsity, p.max_keys, p.seed)
+        made[height, width] = torch.from_numpy(pattern.visible())
+    return made[height, width]
