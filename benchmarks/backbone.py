@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.measure import interleaved, matrix_product_rate, peak_memory_mb, ratio, write_results
+from benchmarks.measure import MATRIX_GFLOP, interleaved, matrix_product, peak_memory_mb, ratio, write_results
 from benchmarks.networks import CONFIG, NETWORKS, SIZE, build, forward, inputs, train
 from benchmarks.promises import Promise, report
 from heterodiff.models.hybrid import REGIONAL_PATCHES, HybridBlock, HybridSpec, MultiScaleTransformer, PatternSpec
@@ -34,7 +34,7 @@ SPEC = VARIANTS["hae-v2"].hybrid
 BUDGETS_GB = (4, 8, 16, 24)
 
 
-def networks(rounds: int, rate: float) -> dict[str, dict[str, float]]:
+def networks(rounds: int) -> dict[str, dict[str, float]]:
     """A row a network: size, work, memory and time."""
     peaks = {name: peak_memory_mb("benchmarks.networks", name) for name in NETWORKS}  # first: a child's includes ours
     built = {name: build(name) for name in NETWORKS}
@@ -56,12 +56,16 @@ def networks(rounds: int, rate: float) -> dict[str, dict[str, float]]:
         calls = {}
         for name, network in built.items():
             calls[f"{name} (unmeasured)"] = calls[name] = lambda n=network, c=call: c(n, *arguments)
+        calls["matrix product"] = matrix_product  # in turns with them: the machine's speed varies over minutes
         if kind == "train":
             calls = {name: call for name, call in calls.items() if not name.endswith("(unmeasured)")}
         times[kind] = interleaved(calls, rounds)
+    rate = MATRIX_GFLOP / statistics.median(times["forward"]["matrix product"] + times["train"]["matrix product"])
+    print(f"matrix product {rate:.0f} GFLOP/s on {torch.get_num_threads()} threads; the floor is GFLOP over that")
     for name, row in rows.items():
         row["forward_s"] = statistics.median(times["forward"][name])
         row["train_s"] = statistics.median(times["train"][name])
+        row["matrix_product_gflop_per_s"] = rate
         row["forward_to_floor"] = row["forward_s"] / (row["gflop"] / rate)
         row["train_to_floor"] = row["train_s"] / (3 * row["gflop"] / rate)
         for base in ("unet", "diffusers", "MONAI", "hae-v2"):
@@ -92,7 +96,7 @@ def dropout_memory() -> dict[str, float]:
     return found
 
 
-def compiled(names: list[str], training: list[str], rounds: int, rate: float) -> dict[str, dict[str, float]]:
+def compiled(names: list[str], training: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """Times of the compiled networks; compiling takes a minute or two each."""
     arguments, rows = inputs(), {}
     calls: dict[str, dict[str, Any]] = {"forward": {}, "train": {}}
@@ -107,7 +111,9 @@ def compiled(names: list[str], training: list[str], rounds: int, rate: float) ->
                 call(fast, *arguments)
                 rows[name][f"compile_{kind}_s"] = time.perf_counter() - start
                 calls[kind][name] = lambda f=fast, c=call, t=kind == "train": c(f.train(t), *arguments)
+    calls["forward"]["matrix product"] = matrix_product  # in turns with them: the machine's speed varies over minutes
     times = {kind: interleaved(made, rounds) for kind, made in calls.items()}
+    rate = MATRIX_GFLOP / statistics.median(times["forward"]["matrix product"])
     for name, row in rows.items():
         row["forward_s"] = statistics.median(times["forward"][name])
         row["forward_to_floor"] = row["forward_s"] / (row["gflop"] / rate)
@@ -241,15 +247,13 @@ def promises(found: dict[str, Any]) -> list[Promise]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled (most of the time)")
     options = parser.parse_args()
     start = time.perf_counter()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    rate = matrix_product_rate()
-    print(f"matrix product {rate:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
-    found: dict[str, Any] = {"matrix_product_gflop_per_s": rate}
-    found["networks"] = networks(options.rounds, rate)
+    found: dict[str, Any] = {}
+    found["networks"] = networks(options.rounds)
     print_networks(found["networks"])
     found["transformer_block"] = transformer_block(options.rounds)
     print("\nMSTB, 256 channels, 64x64: " + ", ".join(f"{k} {v:.3g}" for k, v in found["transformer_block"].items()))
@@ -264,7 +268,7 @@ def main() -> None:
     for row in found["batches"]:
         print("  " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if not options.no_compile:
-        found["compiled"] = compiled(["unet", "diffusers", "MONAI"], ["unet", "diffusers"], options.rounds, rate)
+        found["compiled"] = compiled(["unet", "diffusers", "MONAI"], ["unet", "diffusers"], options.rounds)
         print("\ncompiled:")
         for name, row in found["compiled"].items():
             print(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)

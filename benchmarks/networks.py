@@ -104,12 +104,12 @@ def train(network: nn.Module, *arguments: Tensor) -> None:
 
 
 def main() -> None:
-    """Print the peak memory in MB of a process that trains the named network for three steps."""
+    """Print the peak memory in MB of a process that trains the named network for two steps."""
     import resource
     import sys
 
     network = build(sys.argv[1]).train()
-    for _ in range(3):
+    for _ in range(2):
         train(network, *inputs())
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 

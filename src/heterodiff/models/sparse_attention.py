@@ -28,7 +28,7 @@ LARGEST_TILE = 8
 """Side of the largest square of queries that share their keys."""
 REGIONAL_SHARE = 0.8
 SEQUENCE_BLOCK = 16
-GATHER_BYTES = {"cpu": 2_000_000, "other": 256_000_000}
+GATHER_BYTES = {"cpu": 4_000_000, "other": 256_000_000}
 """Keys and values gathered at once: on a CPU what stays in its cache, elsewhere what keeps it busy."""
 
 PATTERNS = ("multiscale", "sequence")
@@ -148,8 +148,8 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Rando
     far = min(int(FAR_SHARE * budget), max(0, grid.local - budget))
     rounded = min(int(BLOCK_ROUNDING * (1 - sparsity) * length), max_keys)
     # Where not all regional tokens fit anyway, they leave room for the window of the largest tile.
-    left = max(budget // 2, rounded - far - _window_of(LARGEST_TILE))
-    scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget), left)
+    at_most = max(budget // 2, rounded - far - _window_of(LARGEST_TILE))
+    scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget), at_most)
     regional = sum(math.prod(size) for size in scales)
     tile = _tile_size(rounded - regional - far, height, width) if length > DENSE_LIMIT else 1
     window_keys = max(1, (rounded if tile > 1 else budget) - regional - far)
@@ -171,14 +171,14 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Rando
     return _pattern(queries, np.concatenate(keys, axis=1), grid)
 
 
-def _regional_sizes(grid: Grid, budget: int, otherwise: int) -> list[tuple[int, int]]:
+def _regional_sizes(grid: Grid, budget: int, at_most: int) -> list[tuple[int, int]]:
     """The window each regional map is seen through.
 
-    Whole maps if they fit ``budget``; else, of at most ``otherwise`` of it, equal shares, coarsest first.
+    Whole maps if they fit ``budget``; else, of ``at_most`` of it, equal shares, coarsest first.
     """
     if sum(h * w for h, w in grid.regional) <= budget:
         return grid.regional
-    budget = min(budget, otherwise)
+    budget = min(budget, at_most)
     sizes: dict[int, tuple[int, int]] = {}
     for patch in sorted(grid.patch_sizes, reverse=True):
         height, width = grid.regional[grid.patch_sizes.index(patch)]
@@ -261,6 +261,8 @@ def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: i
 def _flat(index: Tensor, x: Tensor) -> Tensor:
     """Tokens ``index`` of every row of x (B, S, C) as indices of its B*S tokens, along which gathering is fastest."""
     batch, length = x.shape[:2]
+    if batch == 1:
+        return index.flatten()
     first = length * torch.arange(batch, device=index.device)
     return (first[:, None] + index.flatten()).flatten()
 
