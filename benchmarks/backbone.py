@@ -36,7 +36,7 @@ BUDGETS_GB = (4, 8, 16, 24)
 
 def networks(rounds: int) -> dict[str, dict[str, float]]:
     """A row a network: size, work, memory and time."""
-    peaks = {name: peak_memory_mb("benchmarks.networks", name) for name in NETWORKS}  # first: a child's includes ours
+    peaks = {name: peak_memory_mb("benchmarks.networks", name) for name in NETWORKS}
     built = {name: build(name) for name in NETWORKS}
     arguments = inputs()
     rows: dict[str, dict[str, float]] = {}
@@ -203,7 +203,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         positions, seconds = [r["side"] ** 2 for r in drawn], [r[f"{prefix}train_s"] for r in drawn]
         axes[2].loglog(positions, seconds, "o-", label=label, color=colour)
     axes[2].set_xlabel("positions (height x width)")
-    axes[2].set_title("hybrid block, 64 channels: seconds forward and backward", fontsize=10)
+    axes[2].set_title("seconds, 64 channels, forward and backward", fontsize=10)
     axes[2].legend()
     axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=90)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_every_suggestion_fits_and_is_the_same_batch():
     needed = training_memory_bytes(config, SPEC)
     assert suggest_plan(config, SPEC, needed).changes == ()
     seen = set()
-    for share in (0.9, 0.6, 0.4, 0.2, 0.12):
+    for share in (0.9, 0.6, 0.4, 0.2, 0.16):
         plan = suggest_plan(config, SPEC, share * needed)
         changed = config_of(64, *plan.changes)
         assert changed.training.batch_size == 64
@@ -79,7 +80,11 @@ def test_advice_names_what_would_fit():
 
 
 STEP = """
-import resource, sys
+import sys
+from pathlib import Path
+def peak():  # of this process; getrusage would count the one that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 from heterodiff.config import load_config
 from heterodiff.training.start import dry_run, load_run_data
 from heterodiff.training.memory_plan import training_memory_bytes
@@ -87,12 +92,13 @@ config = load_config(sys.argv[1])
 spec = load_run_data(config).spec
 predicted = training_memory_bytes(config, spec)
 from heterodiff.training.loop import Trainer  # all libraries are there before the first reading
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
 dry_run(config)
-print(predicted, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(predicted, peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to read a process's peak memory")
 @pytest.mark.parametrize("changes", [{}, {"memory_optimization": True}, {"gradient_checkpointing": True}])
 def test_prediction_is_near_to_what_a_process_takes(changes, tmp_path):
     model = "\n".join(f"  {key}: {value}" for key, value in (MODEL | changes).items())

@@ -28,7 +28,7 @@ LARGEST_TILE = 8
 """Side of the largest square of queries that share their keys."""
 REGIONAL_SHARE = 0.8
 SEQUENCE_BLOCK = 16
-GATHER_BYTES = {"cpu": 4_000_000, "other": 256_000_000}
+GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
 """Keys and values gathered at once: on a CPU what stays in its cache, elsewhere what keeps it busy."""
 
 PATTERNS = ("multiscale", "sequence")

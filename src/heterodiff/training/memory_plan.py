@@ -14,15 +14,13 @@ from heterodiff.training.recipes.diffusion import model_arguments
 BYTES_PER_PARAMETER = 5 * 4
 """Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
 TRANSIENT_SHARE = 0.25
-"""Of what is kept for the backward pass: what comes and goes while gradients flow back."""
+"""Of what is kept where nothing is recomputed: what comes and goes while gradients flow back."""
+SCRATCH_BYTES = 200e6
+"""Room that kernels and the optimiser work in, as measured with small networks on a CPU."""
 USABLE_SHARE = 0.9
 """Of the free memory; the rest is for what no estimate sees (fragments, libraries, other programs)."""
-RECOMPUTATION = (
-    ("nothing", {"memory_optimization": False, "gradient_checkpointing": False}),
-    ("norms, activations, attention and hybrid blocks", {"memory_optimization": True, "gradient_checkpointing": False}),
-    ("everything", {"gradient_checkpointing": True}),
-)
-"""What the backward pass computes again, least first, with the keys of ``model`` that ask for it."""
+RECOMPUTATION = ({"memory_optimization": True, "gradient_checkpointing": False}, {"gradient_checkpointing": True})
+"""Keys of ``model`` that let the backward pass compute more again: what is cheap; everything."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ def free_memory() -> tuple[float, str]:
 def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
     """Estimated peak of a training step in one process, in bytes, beside what Python and its libraries take.
 
-    The parameters five times over (weights, gradients, two moments of AdamW, EMA) and what is kept for the backward
-    pass of one part of the batch, with a quarter more for what comes and goes; in float32.
+    The parameters five times over (weights, gradients, two moments of AdamW, EMA), what is kept for the backward pass
+    of one part of the batch, what comes and goes meanwhile, and scratch space; in float32.
 
     Raises:
         ConfigError: no network can be built for these images.
     """
-    return _peak(_profile(config, spec), images_at_once(config))
+    return _cost(config, spec).peak(images_at_once(config))
 
 
 def images_at_once(config: RunConfig) -> int:
@@ -62,25 +60,41 @@ def images_at_once(config: RunConfig) -> int:
     return config.training.batch_size // config.training.accumulation_steps
 
 
-def _profile(config: RunConfig, spec: ImageSpec) -> ModelProfile:
-    return profile(config.model.variant, spec.height, spec.width, **model_arguments(config, spec))
+@dataclass(frozen=True)
+class _Cost:
+    """Parameters, and bytes an image: kept with the recomputation asked for, and with none."""
+
+    parameters: int
+    kept: float
+    kept_without: float
+
+    def peak(self, images: int) -> float:
+        per_image = self.kept + TRANSIENT_SHARE * self.kept_without
+        return BYTES_PER_PARAMETER * self.parameters + SCRATCH_BYTES + images * per_image
 
 
-def _peak(cost: ModelProfile, images: int) -> float:
-    return BYTES_PER_PARAMETER * cost.parameters + images * cost.saved_mb * 1e6 * (1 + TRANSIENT_SHARE)
+def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
+    def profile_with(**keys: bool) -> ModelProfile:
+        model = config.model.model_copy(update=keys)
+        arguments = model_arguments(config.model_copy(update={"model": model}), spec)
+        return profile(model.variant, spec.height, spec.width, **arguments)
+
+    found = profile_with()
+    without = profile_with(memory_optimization=False, gradient_checkpointing=False)
+    return _Cost(found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
     """The fastest way to take the same training step within ``budget_bytes``; None if there is none.
 
-    Recomputing what is cheap costs about an eighth more time, smaller parts of a batch next to none; so parts of at
+    Recomputing what is cheap costs about a tenth more time, smaller parts of a batch next to none; so parts of at
     least eight images come before recomputation, and that before smaller parts. None of it changes what is learned.
     """
     best: tuple[tuple[float, ...], MemoryPlan] | None = None
     for order, (changes, cost) in enumerate(_recomputations(config, spec)):
         for parts in _divisors(config.training.batch_size, config.training.accumulation_steps):
             images = config.training.batch_size // parts
-            peak = _peak(cost, images)
+            peak = cost.peak(images)
             if peak > budget_bytes:
                 continue
             split = () if parts == config.training.accumulation_steps else (f"training.accumulation_steps={parts}",)
@@ -93,22 +107,20 @@ def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> Mem
 
 def largest_batch(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> int:
     """Images that fit into ``budget_bytes`` at once with this configuration's recomputation; 0 if none does."""
-    cost = _profile(config, spec)
-    rest = budget_bytes - _peak(cost, 0)
-    return max(0, int(rest / (_peak(cost, 1) - _peak(cost, 0))))
+    cost = _cost(config, spec)
+    rest = budget_bytes - cost.peak(0)
+    return max(0, int(rest / (cost.peak(1) - cost.peak(0))))
 
 
-def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[str, ...], ModelProfile]]:
+def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[str, ...], _Cost]]:
     """From what the configuration recomputes to more, with the overrides that ask for it and its cost."""
-    seen: set[float] = set()
-    asked = _profile(config, spec)
-    yield (), asked
-    seen.add(asked.saved_mb)
-    for _, keys in RECOMPUTATION:
+    least = _cost(config, spec)
+    yield (), least
+    for keys in RECOMPUTATION:
         model = config.model.model_copy(update=keys)
-        cost = _profile(config.model_copy(update={"model": model}), spec)
-        if cost.saved_mb < min(seen):
-            seen.add(cost.saved_mb)
+        cost = _cost(config.model_copy(update={"model": model}), spec)
+        if cost.kept < least.kept:
+            least = cost
             yield tuple(f"model.{key}={str(value).lower()}" for key, value in keys.items() if value), cost
 
 
