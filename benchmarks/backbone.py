@@ -203,7 +203,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         positions, seconds = [r["side"] ** 2 for r in drawn], [r[f"{prefix}train_s"] for r in drawn]
         axes[2].loglog(positions, seconds, "o-", label=label, color=colour)
     axes[2].set_xlabel("positions (height x width)")
-    axes[2].set_title("seconds, 64 channels, forward and backward", fontsize=10)
+    axes[2].set_ylabel("seconds")
+    axes[2].set_title("one hybrid block, forward and backward", fontsize=10)
     axes[2].legend()
     axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=90)
