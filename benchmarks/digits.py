@@ -9,22 +9,21 @@ on real held-out digits stands beside.
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.measure import write_results
 from heterodiff.cli import shipped_configs
 from heterodiff.config import load_config
 from heterodiff.evaluation.generation import evaluate_generation
 from heterodiff.evaluation.run import images_of, run_data
 from heterodiff.pipelines.files import all_classes, draw_classes
-from heterodiff.pipelines.load import load
+from heterodiff.pipelines.load import load_generation
 from heterodiff.training.start import train
 
-RESULTS = Path(__file__).parent / "results" / "digits.json"
 PER_CLASS = 20
 ROWS: list[dict[str, Any]] = [
     *({"sampler": "dpmpp", "num_inference_steps": 20, "guidance_scale": w} for w in (1.0, 1.25, 1.5, 2.0, 3.0)),
@@ -44,7 +43,7 @@ def main() -> None:
     steps = train(load_config(shipped_configs() / "digits.yaml", [f"output={run}"])).step
     last_row = (run / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
     training = {"steps": steps, "seconds": json.loads(last_row)["seconds"]}
-    data, pipeline = run_data(run), load(run)
+    data, pipeline = run_data(run), load_generation(run)
     train_images, val_images = images_of(data.train), images_of(data.val)
     rows = []
     print(f"{'sampler':8} {'steps':>5} {'guidance':>8} {'SVM %':>6} {'CNN %':>6} {'Fréchet':>8} {'images/s':>9}")
@@ -74,16 +73,8 @@ def main() -> None:
         f"real held-out digits:   {100 * real['svm']:6.1f} {100 * real['cnn']:6.1f} {real['frechet_distance']:8.3f}\n"
         f"training took {training['seconds']:.0f} s for {steps} steps on {torch.get_num_threads()} CPU threads"
     )
-    content = {
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "training": training,
-        "images_per_class": PER_CLASS,
-        "rows": rows,
-        "real": real,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    print(f"wrote {RESULTS}")
+    content = {"training": training, "images_per_class": PER_CLASS, "rows": rows, "real": real}
+    print(f"wrote {write_results('digits', content)}")
 
 
 if __name__ == "__main__":
