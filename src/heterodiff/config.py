@@ -91,8 +91,11 @@ class MicrodopplerConfig(Section):
 class DataConfig(Section):
     """Where images and labels come from."""
 
-    source: str = Field("images", description="`images`, or a built-in source: `digits`, `microdoppler`")
-    path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl)")
+    source: str = Field(
+        "images",
+        description="`images`, `latents` (written by `heterodiff encode`), or built in: `digits`, `microdoppler`",
+    )
+    path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl) or latents")
     image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
     channels: Positive | None = Field(
         None,
@@ -119,12 +122,6 @@ class DataConfig(Section):
         4.0, description="decode all images once into memory when they need at most this"
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
-
-
-class CodecConfig(Section):
-    """The space in which diffusion happens."""
-
-    kind: Literal["pixels"] = "pixels"
 
 
 class ModelConfig(Section):
@@ -221,17 +218,89 @@ class TrainingConfig(Section):
     tensorboard: bool = True
 
 
+class CodecConfig(Section):
+    """The space in which diffusion happens."""
+
+    kind: Literal["pixels", "kl-vae"] = "pixels"
+    path: Path | None = Field(
+        None, description="the VAE of kind kl-vae: a run of recipe `vae`, or a folder with a diffusers AutoencoderKL"
+    )
+    cache: bool = Field(
+        True, description="encode the images once, at the start of a run, into its folder; false: encode every batch"
+    )
+    posterior: Literal["sample", "mode"] = Field(
+        "sample", description="latents to train on: drawn anew from the posterior each time, or its mean"
+    )
+    statistics: Literal["stored", "measured"] = Field(
+        "stored",
+        description="mean and std that bring latents to unit variance: those stored with the VAE, or measured on the "
+        "training images (for a VAE that was trained on other images)",
+    )
+    training: TrainingConfig | None = Field(
+        None, description="where codec.path holds no finished VAE: first train one there (section `vae`), like this"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_vae(self) -> "CodecConfig":
+        if self.kind == "kl-vae" and self.path is None:
+            raise ValueError(
+                "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
+            )
+        if self.kind == "pixels" and self.path is not None:
+            raise ValueError("codec.path is a VAE, which kind pixels does not use; set codec.kind=kl-vae")
+        return self
+
+
+class VAEConfig(Section):
+    """The autoencoder that recipe `vae` trains: diffusers' AutoencoderKL, and its losses."""
+
+    init_from: Path | None = Field(
+        None, description="start from this VAE (a run, or a diffusers AutoencoderKL) instead of from scratch"
+    )
+    latent_channels: Positive = 4
+    block_out_channels: Levels = Field(
+        (32, 64, 64), description="channels of each level; every level after the first halves height and width"
+    )
+    layers_per_block: Positive = 1
+    mid_block_attention: bool = False
+    kl_weight: Annotated[float, Field(ge=0)] = Field(
+        1e-6, description="of the KL divergence of an image's posterior, summed over its latent, in nats"
+    )
+    structural_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of 1 - SSIM, averaged over scales; 0 leaves it out"
+    )
+    adversarial_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the patch discriminator's verdict, beside its adaptive weight; 0 leaves it out"
+    )
+    adversarial_start: Annotated[int, Field(ge=0)] = Field(
+        2000, description="step at which the patch discriminator begins to train and to count"
+    )
+
+
 class RunConfig(Section):
     """Everything that defines a run; saved as ``config.yaml`` in its folder, which is enough to repeat it."""
 
-    recipe: Literal["diffusion"] = "diffusion"
+    recipe: Literal["diffusion", "vae"] = "diffusion"
     output: Path | None = Field(None, description="run folder; default: runs/<name of the config file>")
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
+    vae: VAEConfig = Field(VAEConfig(), description="the autoencoder of recipe `vae`")
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _stored_latents_are_fixed(self) -> "RunConfig":
+        data, cached = self.data, self.codec.cache or self.data.source == "latents"
+        if self.recipe == "diffusion" and self.codec.kind == "kl-vae" and cached:
+            for key, value in (("horizontal_flip", data.horizontal_flip), ("random_crop", data.random_crop)):
+                if value:
+                    raise ValueError(
+                        f"data.{key}={value} cannot act on stored latents; set codec.cache=false (images are encoded "
+                        "with every batch, which is slower), or leave it out"
+                    )
+        return self
 
 
 class _StrictLoader(yaml.SafeLoader):

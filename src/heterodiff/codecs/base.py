@@ -2,26 +2,48 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
-
-from heterodiff.config import CodecConfig
 
 
 class Codec(Protocol):
-    """Maps images in [0, 1] to the space of the diffusion and back.
+    """Maps images in [0, 1] to the space of the diffusion, in two halves, and back.
+
+    The first half, :meth:`posterior`, can be computed once and stored; the second, :meth:`draw`, is cheap and is done
+    for every batch. It is the only place that scales.
 
     Attributes:
         clip_sample: whether encoded images lie in [-1, 1], so that predictions may be clipped to it.
+        random: whether :meth:`draw` uses noise.
+        factor: height and width of an image over those of its latent.
     """
 
     clip_sample: bool
+    random: bool
+    factor: int
 
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> z."""
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of z for images (channels, height, width).
+
+        Raises:
+            ConfigError: images that the codec cannot take.
+        """
+        ...
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> what is to be known of their latents."""
+        ...
+
+    def draw(self, posterior: Tensor, noise: Tensor | None) -> Tensor:
+        """What :meth:`posterior` gave -> z of unit variance; without ``noise``, the most likely one."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:
         """z -> (B, C, H, W) in [0, 1]."""
+        ...
+
+    def to(self, device: torch.device) -> "Codec":
+        """Move to ``device`` and return itself."""
         ...
 
 
@@ -29,14 +51,20 @@ class PixelCodec:
     """Diffusion on the pixels themselves, scaled to [-1, 1]."""
 
     clip_sample = True
+    random = False
+    factor = 1
 
-    def encode(self, images: Tensor) -> Tensor:
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        return channels, height, width
+
+    def posterior(self, images: Tensor) -> Tensor:
         return images * 2 - 1
+
+    def draw(self, posterior: Tensor, noise: Tensor | None) -> Tensor:
+        return posterior
 
     def decode(self, z: Tensor) -> Tensor:
         return ((z + 1) / 2).clamp(0, 1)
 
-
-def make_codec(config: CodecConfig) -> Codec:
-    """The codec that ``config.kind`` names."""
-    return {"pixels": PixelCodec}[config.kind]()
+    def to(self, device: torch.device) -> "PixelCodec":
+        return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,40 @@ _LEAST_COVERAGE = 0.05
 
 
 @dataclass(frozen=True)
+class LatentsInfo:
+    """Where stored latents are and what they are of.
+
+    Attributes:
+        folder: the folder of latents.
+        vae_fingerprint: of the encoder's weights.
+        vae_path: where the VAE was when they were encoded.
+        shape: (c, h, w) of a latent.
+        data_config: the data settings the images were read with, as JSON.
+        mean, std: of each channel of the unscaled training latents.
+    """
+
+    folder: Path
+    vae_fingerprint: str
+    vae_path: Path
+    shape: tuple[int, int, int]
+    data_config: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class LoadedData:
-    """A training and a validation set with what the user should know about them."""
+    """A training and a validation set with what the user should know about them.
+
+    ``latents`` is set where the sets hold stored latents instead of images.
+    """
 
     spec: ImageSpec
     train: ImageDataset
     val: ImageDataset
     skipped: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    latents: LatentsInfo | None = None
 
     def split_to_dict(self) -> dict[str, list[str]]:
         """Return the names of the training and validation images; JSON-able, read back by ``load_data(split=)``."""

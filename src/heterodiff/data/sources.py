@@ -10,15 +10,25 @@ from heterodiff.data.builtin.microdoppler import open_microdoppler
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.images import open_images
+from heterodiff.data.latents import load_stored
 from heterodiff.data.survey import survey_images
 from heterodiff.errors import DataError, unknown_name
 
 __all__ = ["LoadedData", "list_sources", "load_data", "open_source"]
 
+
+def _refuse_latents(config: DataConfig) -> Collection:
+    raise DataError(
+        f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were encoded "
+        "from are needed: set data.source and data.path to those"
+    )
+
+
 _SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
     "images": open_images,
     "digits": open_digits,
     "microdoppler": open_microdoppler,
+    "latents": _refuse_latents,
 }
 
 
@@ -31,7 +41,7 @@ def open_source(config: DataConfig) -> Collection:
     """List the images of ``config.source`` without decoding them.
 
     Raises:
-        DataError: unknown source, or nothing usable at ``config.path``.
+        DataError: unknown source, latents, or nothing usable at ``config.path``.
     """
     if config.source not in _SOURCES:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
@@ -39,7 +49,7 @@ def open_source(config: DataConfig) -> Collection:
 
 
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
-    """Read all images once and return the training and validation sets.
+    """Read all images once and return the training and validation sets; for latents, open them as they were stored.
 
     Args:
         split: a saved ``LoadedData.split_to_dict()`` to reuse instead of drawing the split again.
@@ -49,7 +59,9 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
     Raises:
         DataError: nothing to load, images that cannot be used (with ``on_bad=error``), differing sizes without
             ``image_size``, unusable labels or metadata, a single value everywhere, or a split or specification that
-            does not fit. The message names the files and the way out.
+            does not fit; latents that are incomplete or damaged. The message names the files and the way out.
     """
+    if config.source == "latents":
+        return load_stored(config, split, spec)
     collection = open_source(config)
     return assemble(collection, survey_images(collection, config, keep=True), config, split, spec)

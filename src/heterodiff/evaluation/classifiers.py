@@ -24,13 +24,18 @@ CONV_PIXEL_BUDGET = 50_000_000
 PREDICT_BATCH_SIZE = 256
 
 
-def _shrink(images: Tensor, max_side: int) -> Tensor:
+def shrink(images: Tensor, max_side: int) -> Tensor:
     """Average (N, C, H, W) down to sides of at most ``max_side``; smaller images stay as they are."""
     height, width = images.shape[-2:]
     if max(height, width) <= max_side:
         return images.float()
     size = (min(height, max_side), min(width, max_side))
     return torch.cat([F.adaptive_avg_pool2d(part.float(), size) for part in images.split(PREDICT_BATCH_SIZE)])
+
+
+def conv_steps(batch_size: int, pixels: int) -> int:
+    """Return how many optimiser steps :class:`ConvReader` takes on images of ``pixels`` pixels a channel."""
+    return min(CONV_MAX_STEPS, max(CONV_MIN_STEPS, CONV_PIXEL_BUDGET // (batch_size * pixels)))
 
 
 def _subsample(count: int, limit: int, seed: int) -> Tensor:
@@ -76,7 +81,7 @@ class SvmReader:
 
         images, labels = _labelled(images.detach().cpu(), labels.detach().cpu())
         chosen = _subsample(len(images), MAX_TRAIN_IMAGES, self.seed)
-        images, labels = _shrink(images[chosen], SVM_MAX_SIDE), labels[chosen]
+        images, labels = shrink(images[chosen], SVM_MAX_SIDE), labels[chosen]
         if len(labels.unique()) < 2:
             raise DataError("a classifier needs training images of at least two classes")
         self.mean, self.std = _channel_statistics(images)
@@ -97,7 +102,7 @@ class SvmReader:
         """Return the class read in each of ``images`` (N, C, H, W), a LongTensor (N,)."""
         if len(images) == 0:
             return torch.empty(0, dtype=torch.long)
-        vectors = self._vectors(_shrink(images.detach().cpu(), SVM_MAX_SIDE))
+        vectors = self._vectors(shrink(images.detach().cpu(), SVM_MAX_SIDE))
         return torch.as_tensor(self.machine.predict(vectors), dtype=torch.long)
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -145,13 +150,19 @@ class ConvReader:
     Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the
     data and the seed only, and the caller's random state is left alone.
 
+    Args:
+        seed: of the weights, the order of the images and their choice.
+        batch_size: images an optimiser step sees (fewer where there are fewer). The number of steps follows
+            from it and from the image size alone, so readers with equal batches train equally long.
+
     Attributes:
         trained: False if there were fewer than two classes to learn: :meth:`features` then come from
             random weights, which still tell distributions apart, and there is nothing to predict.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, batch_size: int = CONV_BATCH_SIZE) -> None:
         self.seed = seed
+        self.batch_size = batch_size
         self.trained = False
 
     def fit(self, images: Tensor, labels: Tensor | None = None) -> "ConvReader":
@@ -171,7 +182,7 @@ class ConvReader:
         # rather than torch.manual_seed: the latter would reseed the caller's GPUs too.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            images, labels = _shrink(images[chosen], CONV_MAX_SIDE), labels[chosen]
+            images, labels = shrink(images[chosen], CONV_MAX_SIDE), labels[chosen]
             self.mean, self.std = _channel_statistics(images)
             images = (images - self.mean) / self.std
             size = (images.shape[2], images.shape[3])
@@ -189,9 +200,8 @@ class ConvReader:
         return self
 
     def _train(self, images: Tensor, targets: Tensor) -> None:
-        batch_size = min(CONV_BATCH_SIZE, len(images))
-        affordable = CONV_PIXEL_BUDGET // (batch_size * images[0, 0].numel())
-        steps = min(CONV_MAX_STEPS, max(CONV_MIN_STEPS, affordable))
+        batch_size = min(self.batch_size, len(images))
+        steps = conv_steps(batch_size, images[0, 0].numel())
         network = self.network.train()
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
@@ -210,7 +220,7 @@ class ConvReader:
             return torch.cat([self.network.features(part) for part in standardised.split(PREDICT_BATCH_SIZE)])
 
     def _prepare(self, images: Tensor) -> Tensor:
-        return (_shrink(images.detach().cpu(), CONV_MAX_SIDE) - self.mean) / self.std
+        return (shrink(images.detach().cpu(), CONV_MAX_SIDE) - self.mean) / self.std
 
     def features(self, images: Tensor) -> Tensor:
         """Return the standardised penultimate features (N, 64) of ``images`` (N, C, H, W) in [0, 1]."""

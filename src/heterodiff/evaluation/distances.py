@@ -68,8 +68,11 @@ def kernel_distance(
     return found.mean().item(), found.std(correction=0).item(), size
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval (Wilson 1927) of a share; 95 % by default, (0, 1) without data."""
+def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval (Wilson 1927) of a share; 95 % by default, (0, 1) without data.
+
+    ``successes`` is a count, or the mean count over repeated readings of the same ``count`` items.
+    """
     if count == 0:
         return 0.0, 1.0
     share = successes / count

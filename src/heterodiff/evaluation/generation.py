@@ -75,9 +75,9 @@ def evaluate_generation(
         DataError: shapes that do not fit together, no generated or training images, NaN among them,
             or values outside [0, 1].
     """
-    generated, labels = _checked("generated images", generated, labels)
-    train = _checked("training images", *train)
-    val = _checked("held-out images", *val)
+    generated, labels = checked_images("generated images", generated, labels)
+    train = checked_images("training images", *train)
+    val = checked_images("held-out images", *val)
     for name, images in (("generated images", generated), ("training images", train[0])):
         if len(images) == 0:
             raise DataError(f"{name}: there are none to evaluate")
@@ -107,7 +107,12 @@ def evaluate_generation(
     return result | {"skipped": skipped}
 
 
-def _checked(name: str, images: Tensor, labels: Tensor) -> Labelled:
+def checked_images(name: str, images: Tensor, labels: Tensor) -> Labelled:
+    """Return images (N, C, H, W) and labels (N,) on the CPU, the labels as int64; ``name`` is for messages.
+
+    Raises:
+        DataError: shapes that do not fit together, NaN, or values outside [0, 1].
+    """
     images, labels = images.detach().cpu(), labels.detach().cpu().long()
     if len(images) == 0:
         return images, labels.new_empty(0)
@@ -130,7 +135,8 @@ def _proportion(hits: Tensor) -> dict[str, Any]:
     return {"n": count, "share": successes / count if count else None, "low": low, "high": high}
 
 
-def _class_name(class_names: Sequence[str], label: int) -> str:
+def class_name(class_names: Sequence[str], label: int) -> str:
+    """The name of a class, or its number where it has none."""
     return str(class_names[label]) if label < len(class_names) else str(label)
 
 
@@ -164,7 +170,7 @@ def _fidelity(
             continue
         row = {
             "label": label,
-            "name": _class_name(class_names, label),
+            "name": class_name(class_names, label),
             "train_images": int((train[1] == label).sum()),
         }
         for key, hit in hits.items():
@@ -238,7 +244,7 @@ def _diversity(
             mean_pairwise_rmse(images[part[_draw(len(part), count, generator)]])
             for images, part in ((generated[0], indices), (train[0], train_indices))
         )
-        name = _class_name(class_names, label) if labelled else "all images"
+        name = class_name(class_names, label) if labelled else "all images"
         ratio = found / real if real > 0 else None
         rows.append({"name": name, "n": count, "generated": found, "real": real, "ratio": ratio})
     if not rows:

@@ -1,22 +1,24 @@
 """Evaluating a run folder: draw images, measure them, and write pictures, numbers and the report."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from heterodiff.config import load_config
+from heterodiff.config import DataConfig, load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data
-from heterodiff.errors import RunError
+from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
-from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load, load_spec, read_json
+from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load_generation, load_spec, read_json
 
 MAX_REAL_IMAGES = 10_000
 
@@ -30,6 +32,21 @@ class Evaluation:
     report: Path
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Real images that the run was not trained on.
+
+    Attributes:
+        images: (N, C, H, W) in [0, 1]; N may be 0.
+        labels: (N,), in the run's class order; -1 where unlabelled.
+        record: ready for JSON: ``path``, ``part`` ("validation split" or "all"), ``n``, ``notes``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    record: dict[str, Any]
+
+
 def run_data(run: Path) -> LoadedData:
     """The data of the run in folder ``run``, with the split and value range it was trained with.
 
@@ -40,26 +57,88 @@ def run_data(run: Path) -> LoadedData:
     needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
-    config = load_config(run / CONFIG_FILE)
-    return load_data(config.data, split=read_json(run / SPLIT_FILE), spec=load_spec(run))
+    config = load_config(run / CONFIG_FILE).data
+    if config.source == "latents":  # the images they were encoded from
+        stored = load_data(config).latents
+        assert stored is not None
+        config = DataConfig.model_validate(stored.data_config)
+    return load_data(config, split=read_json(run / SPLIT_FILE), spec=load_spec(run))
 
 
-def evaluate_run(run: Path, per_class: int = 20, seed: int = 0, **options: Any) -> Evaluation:
+def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> HeldOut:
+    """Real images to measure the run in folder ``run`` against: those at ``path``, or its validation split.
+
+    Images at ``path`` (a folder or npz file, as ``data.path``) are brought to the run's size, channels, value range
+    and class order; classes are matched by name.
+
+    Args:
+        data: of the run, see :func:`run_data`.
+
+    Raises:
+        DataError: nothing usable at ``path``, images of other channels or number type than the run's, or classes
+            that it does not know.
+    """
+    config = load_config(run / CONFIG_FILE).data
+    if path is None:
+        images, labels = images_of(data.val)
+        record = {"path": str(config.path or config.source), "part": "validation split", "n": len(images), "notes": []}
+        return HeldOut(images, labels, record)
+    if not path.expanduser().exists():
+        raise DataError(f"{path}: no such folder or npz file; correct --data")
+    spec = data.spec
+    unseen = config.model_copy(
+        update={
+            "source": "images",
+            "path": path,
+            "image_size": (spec.height, spec.width),
+            "channels": spec.channels,
+            "val_fraction": 0.0,
+        }
+    )
+    loaded = load_data(unseen, spec=spec)
+    images, labels = images_of(loaded.train)
+    notes = list(loaded.warnings)
+    seen = _count_seen(images, data.train)
+    if seen:
+        notes.append(f"{seen:,} of {len(images):,} images at {path} are training images too: they are not held out")
+    return HeldOut(images, labels, {"path": str(path), "part": "all", "n": len(images), "notes": notes})
+
+
+def _count_seen(images: Tensor, train: ImageDataset) -> int:
+    """How many of ``images`` (N, C, H, W) are training images, bit by bit."""
+    known: set[bytes] = set()
+    for start in range(0, len(train), 256):
+        part, _ = train.batch(range(start, min(start + 256, len(train))))
+        known.update(_digest(image) for image in part)
+    return sum(_digest(image) in known for image in images)
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
+
+
+def evaluate_run(
+    run: Path, per_class: int = 20, seed: int = 0, data_path: Path | None = None, **options: Any
+) -> Evaluation:
     """Draw ``per_class`` images of each class from the run and compare them with its real images.
 
     Writes ``samples.png``, ``nearest.png``, ``evaluation.json`` and ``report.html`` into the run folder.
 
     Args:
+        data_path: real images unseen in training to compare with, instead of the validation split.
         **options: of :class:`heterodiff.pipelines.generate.GenerationPipeline`, such as guidance_scale.
 
     Raises:
         HeterodiffError: no usable run, or data that are not there any more.
     """
     data = run_data(run)
-    pipeline = load(run)
+    held_out = held_out_images(run, data, data_path)
+    pipeline = load_generation(run)
     images, labels = draw_classes(pipeline, all_classes(pipeline), per_class, seed, **options)
     train = images_of(data.train)
-    metrics = evaluate_generation(images, labels, train, images_of(data.val), data.spec.class_names, seed)
+    real = (held_out.images, held_out.labels)
+    metrics = evaluate_generation(images, labels, train, real, data.spec.class_names, seed)
+    metrics["held_out"] = held_out.record
     defaults = pipeline.defaults.model_dump(mode="json")
     metrics["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     titles = [class_title(pipeline, int(label)) for label in labels]
@@ -72,8 +151,10 @@ def evaluate_run(run: Path, per_class: int = 20, seed: int = 0, **options: Any) 
 
 
 def images_of(data: ImageDataset) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in [0, 1] and labels (N,) of ``data``, at most 10,000."""
-    return data.batch(range(min(len(data), MAX_REAL_IMAGES)))
+    """Images (N, C, H, W) in [0, 1] and labels (N,) of ``data``, at most 10,000, spread evenly over its order."""
+    count = min(len(data), MAX_REAL_IMAGES)
+    # Images are sorted by class folder: the first ones alone would leave whole classes out.
+    return data.batch(np.linspace(0, len(data) - 1, count).round().astype(np.int64).tolist())
 
 
 def summary_lines(metrics: dict[str, Any]) -> list[str]:
@@ -96,6 +177,7 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
             + f" (distance to the training images, {frechet['n']} images each, {metrics['features']} features)"
         )
     lines.append(f"copies   {metrics['nearest']['verdict']} (distance to the nearest training images; see the report)")
+    lines += [f"note     {note}" for note in metrics.get("held_out", {}).get("notes", [])]
     for key, reason in metrics["skipped"].items():
         lines.append(f"skipped  {key}: {reason}")
     return lines

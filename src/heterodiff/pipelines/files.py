@@ -1,7 +1,7 @@
 """Images of a pipeline as files: one each, and a labelled grid."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,37 @@ def class_title(pipeline: GenerationPipeline, label: int) -> str:
 
 
 def draw_classes(
-    pipeline: GenerationPipeline, classes: Sequence[int], count: int, seed: int, **options: Any
+    pipeline: GenerationPipeline,
+    classes: Sequence[int],
+    count: int | Sequence[int],
+    seed: int,
+    batch_size: int = 100,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` images of each class.
+    """Draw ``count`` images of each class, or a number of its own for each.
 
     The k-th image of a class depends on (seed, class, k) alone, not on which others are drawn.
+
+    Args:
+        batch_size: how many images to draw at once.
+        progress: called with the number of images drawn so far, after every batch.
 
     Returns:
         images (N, C, H, W) in [0, 1] and labels (N,), class after class.
     """
-    labels = [c for c in classes for _ in range(count)]
-    generators = [g for c in classes for g in seeded_generators(seed, count, first=(c + 1) * 1_000_000)]
-    images = pipeline(labels, generator=generators, **options).images
-    return images, torch.tensor(labels)
+    counts = [count] * len(classes) if isinstance(count, int) else count
+    labels = [c for c, n in zip(classes, counts, strict=True) for _ in range(n)]
+    generators = [
+        g for c, n in zip(classes, counts, strict=True) for g in seeded_generators(seed, n, first=(c + 1) * 1_000_000)
+    ]
+    parts = []
+    for start in range(0, max(1, len(labels)), batch_size):  # none at all: the pipeline says so
+        chosen = slice(start, start + batch_size)
+        parts.append(pipeline(labels[chosen], generator=generators[chosen], batch_size=batch_size, **options).images)
+        if progress is not None:
+            progress(min(start + batch_size, len(labels)))
+    return torch.cat(parts), torch.tensor(labels)
 
 
 def write_images(

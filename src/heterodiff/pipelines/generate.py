@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.codecs.base import Codec, PixelCodec
+from heterodiff.codecs.kl_vae import KLVAECodec, latent_shape
 from heterodiff.config import SamplingConfig
 from heterodiff.diffusion.guidance import guided_denoiser, null_labels
 from heterodiff.diffusion.sampling import draw_noise, sample
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.unet import HAEUNet
+from heterodiff.models.unet import HAEUNet, check_size
 from heterodiff.pictures import to_pil
 
 Labels = int | str | Sequence[int | str] | Tensor
@@ -36,15 +38,19 @@ class GenerationPipeline(DiffusionPipeline):
     Args:
         unet: the denoiser, called as ``unet(z, time, class_labels=...)``.
         scheduler: the diffusers scheduler that describes the training schedule and the prediction type.
+        vae: for a denoiser of latents, the AutoencoderKL that they come from, with their mean and std.
     """
 
-    def __init__(self, unet: HAEUNet, scheduler: Any):
+    _optional_components = ["vae"]
+
+    def __init__(self, unet: HAEUNet, scheduler: Any, vae: AutoencoderKL | None = None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.codec: Codec = PixelCodec()
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.codec: Codec = PixelCodec() if vae is None else KLVAECodec(vae)
         self.defaults = SamplingConfig()
         self.class_names: tuple[str, ...] = ()
-        self.sample_size: tuple[int, int] = _pair(unet.config.sample_size)
+        height, width = _pair(unet.config.sample_size)
+        self.image_size = (height * self.codec.factor, width * self.codec.factor)
 
     def class_index(self, label: int | str) -> int:
         """The index of a class: an integer is an index (-1: no condition), a text a name or else an index.
@@ -104,7 +110,7 @@ class GenerationPipeline(DiffusionPipeline):
             timesteps: explicit training timesteps, descending, instead of num_inference_steps.
             generator: one for all images, or a list of one an image; with a list, an image does not depend on
                 which others are drawn with it.
-            size: (height, width), or a number for both; default: that of the training images.
+            size: (height, width) of the images, or a number for both; default: that of the training images.
             batch_size: how many images to draw at once.
             output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"pil"`` for pictures.
 
@@ -124,13 +130,14 @@ class GenerationPipeline(DiffusionPipeline):
         d = self.defaults
         if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
             raise ConfigError(f"dynamic_threshold {dynamic_threshold}: expected a quantile above 0 and at most 1")
+        latent_size = self._latent_size(_pair(size) if size is not None else self.image_size)
         parts = []
         for start in range(0, len(labels), batch_size):
             some = labels[start : start + batch_size]
             z = self._draw(
                 some,
                 generator[start : start + batch_size] if isinstance(generator, list) else generator,
-                _pair(size) if size is not None else self.sample_size,
+                latent_size,
                 scale=d.guidance_scale if guidance_scale is None else guidance_scale,
                 interval=guidance_interval or d.guidance_interval,
                 sampler=sampler or d.sampler,
@@ -142,6 +149,13 @@ class GenerationPipeline(DiffusionPipeline):
         drawn = torch.cat(parts)
         images: Tensor | list[Image] = drawn if output_type == "pt" else [to_pil(image) for image in drawn]
         return GenerationOutput(images=images) if return_dict else (images,)
+
+    def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.vae is None:
+            return size
+        found = latent_shape(self.vae.config, self.vae.config.in_channels, *size)[1:]
+        check_size(*size, self.codec.factor * self.unet.factor)  # in pixels, as the user gives them
+        return found
 
     def _draw(
         self,

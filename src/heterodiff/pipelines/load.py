@@ -9,53 +9,91 @@ from diffusers import schedulers
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from heterodiff.codecs.base import make_codec
+from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, RunError, unknown_name
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
+from heterodiff.pipelines.reconstruct import ReconstructionPipeline
 
 DATA_FILE = "data.json"
 SPLIT_FILE = "split.json"
 CONFIG_FILE = "config.yaml"
+INDEX_FILE = "model_index.json"
 
 
-def load(run: str | Path, device: str | torch.device | None = None, compile: bool = False) -> GenerationPipeline:
+def load(
+    run: str | Path, device: str | torch.device | None = None, compile: bool = False
+) -> GenerationPipeline | ReconstructionPipeline:
     """Load the pipeline of a run folder, or of a folder written by ``heterodiff import``.
 
     Args:
-        run: folder with ``model_index.json``, ``unet/`` and ``scheduler/``; ``config.yaml`` and ``data.json``, where
+        run: folder with ``model_index.json`` and the folders it names; ``config.yaml`` and ``data.json``, where
             present, bring sampling defaults and class names.
         device: default: a GPU if there is one, else the CPU.
         compile: compile the network with torch.compile: about a minute at the first call, and again for each other
             batch or image size, for faster steps after it. On a CPU this needs a C++ compiler.
+
+    Returns:
+        What draws images, or for a run of recipe ``vae`` what reconstructs them.
 
     Raises:
         RunError: no such folder, or nothing to load in it yet.
         CheckpointError: weights or configuration that cannot be read, or of another kind.
     """
     folder = Path(run)
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder; `heterodiff train` makes one")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise RunError(f"{folder}: no model_index.json, so no finished weights here yet; train it first")
-    kind = read_json(index).get("_class_name")
+    kind = pipeline_kind(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == ReconstructionPipeline.__name__:
+        return ReconstructionPipeline(load_vae(folder)).to(device)
     if kind != GenerationPipeline.__name__:
-        raise CheckpointError(f"{index}: expected a GenerationPipeline, found {kind}; it needs another loader")
-    pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"))
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: expected a GenerationPipeline or ReconstructionPipeline, found {kind}; it needs "
+            "another loader"
+        )
+    vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
+    pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae)
     if (folder / CONFIG_FILE).is_file():
         config = load_config(folder / CONFIG_FILE)
         pipeline.defaults = config.sampling
-        pipeline.codec = make_codec(config.codec)
+        if config.codec.kind == "kl-vae" and vae is None:
+            raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
     spec = load_spec(folder)
     if spec is not None:
         pipeline.class_names = spec.class_names
     pipeline.set_progress_bar_config(disable=True)
     if compile:
         pipeline.unet.compile(dynamic=False)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device)
+
+
+def load_generation(run: str | Path, compile: bool = False) -> GenerationPipeline:
+    """Load a run that draws images, see :func:`load`.
+
+    Raises:
+        RunError: also for a run of recipe ``vae``, which draws none.
+    """
+    pipeline = load(run, compile=compile)
+    if not isinstance(pipeline, GenerationPipeline):
+        raise RunError(
+            f"{run}: a VAE, which reconstructs images but draws none; train a run with codec.kind=kl-vae "
+            f"codec.path={run}"
+        )
+    return pipeline
+
+
+def pipeline_kind(folder: Path) -> str:
+    """Name of the pipeline's class in ``folder``.
+
+    Raises:
+        RunError: no such folder, or no weights in it yet.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder; `heterodiff train` makes one")
+    if not (folder / INDEX_FILE).is_file():
+        raise RunError(f"{folder}: no {INDEX_FILE}, so no finished weights here yet; train it first")
+    return str(read_json(folder / INDEX_FILE).get("_class_name"))
 
 
 def load_spec(run: Path) -> ImageSpec | None:

@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 
+from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.config import DataConfig, RunConfig, apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.sources import load_data
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE, load
+from heterodiff.pipelines.reconstruct import ReconstructionPipeline
+from heterodiff.training.check_latents import check_latent_setup
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice, free_memory
-from heterodiff.training.start import dry_run
+from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.start import timed_steps, trial, vae_run
 
 MAX_LISTED = 50
 
@@ -86,29 +92,51 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def _check_config(config: RunConfig, findings: Findings) -> None:
-    summary = check_data(config.data)
-    _report_data(config.data, summary, findings)
-    if not findings.passed or summary.spec is None:
-        return
+    if config.data.source == "latents":
+        spec = _report_latents(config.data, findings)
+    else:
+        summary = check_data(config.data)
+        _report_data(config.data, summary, findings)
+        if not findings.passed or summary.spec is None:
+            return
+        spec = summary.spec
     try:
+        if (needed := vae_run(config)) is not None:
+            print(
+                f"note  {'':10} codec.path={needed.output} holds no finished VAE; it is trained first, as checked here"
+            )
+            config = needed
         free, where = free_memory()
-        fits, text = advice(config, summary.spec, free)
+        fits, text = advice(config, spec, free)
         findings.add(fits, "memory", f"{free / 1e9:.1f} GB free {where}; training needs {text}")
         if not fits:  # then trying it would end this process
             return
-        result = dry_run(config)
+        trainer, recipe = trial(config)
+        result = timed_steps(trainer, recipe)
+        findings.add(True, "network", f"{result.network}, {result.parameters:,} parameters")
+        if isinstance(recipe, DiffusionRecipe) and isinstance(recipe.codec, KLVAECodec):
+            check_latent_setup(config, recipe, trainer, findings.add)
+        else:
+            findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
+        findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours in all")
     except HeterodiffError as error:
-        findings.add(False, "network", str(error))
-        return
-    findings.add(True, "network", f"{result.variant}, {result.parameters:,} parameters")
-    findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-    findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours in all")
+        findings.add(False, "set-up", str(error))
+
+
+def _report_latents(config: DataConfig, findings: Findings) -> ImageSpec:
+    data = load_data(config)
+    assert data.latents is not None
+    findings.add(
+        True, "latents", f"{len(data.train)} to train on, {len(data.val)} held out, of {data.latents.vae_path}"
+    )
+    findings.add(True, "classes", ", ".join(data.spec.class_names) or "none")
+    return data.spec
 
 
 def _check_run(run: Path, findings: Findings) -> None:
     if (run / CONFIG_FILE).is_file():
         config = load_config(run / CONFIG_FILE)
-        findings.add(True, "config", f"{config.recipe} of {config.model.variant}, {config.training.steps} steps")
+        findings.add(True, "config", f"recipe {config.recipe}, {config.training.steps} steps")
     for path in list_checkpoints(run / CHECKPOINTS):
         try:
             checkpoint = read_checkpoint(path)
@@ -117,6 +145,15 @@ def _check_run(run: Path, findings: Findings) -> None:
             findings.add(False, "checkpoint", str(error))
     try:
         pipeline = load(run)
+        if isinstance(pipeline, ReconstructionPipeline):
+            vae = pipeline.vae.config
+            side = 8 * pipeline.codec.factor
+            images = pipeline(torch.rand(1, vae.in_channels, side, side)).images
+            scale = ", ".join(f"{value:.3g}" for value in vae.latents_std or [1 / vae.scaling_factor])
+            findings.add(
+                bool(torch.isfinite(images).all()), "vae", f"reconstructs an image; std of its latents {scale}"
+            )
+            return
         images = pipeline(num_images=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
         findings.add(bool(torch.isfinite(images).all()), "sample", f"one image {tuple(images.shape[1:])}, 2 steps")
     except HeterodiffError as error:

@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from heterodiff.config import RunConfig, TrainingConfig
+from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
@@ -21,13 +24,12 @@ from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed,
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
 from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
-from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws
+from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.run_folder import fingerprint, save_pipeline
-from heterodiff.training.state import capture, restore
+from heterodiff.training.state import Part, capture, restore
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
-VALIDATION_IMAGES = 256
 
 OnStep = Callable[[int, float], None]
 
@@ -72,13 +74,13 @@ class Trainer:
     Args:
         config: the run; ``config.output`` is its folder.
         recipe: what is trained.
-        data: images and labels.
+        data: images and labels; or latents and labels, for a recipe that takes them.
 
     Raises:
         ConfigError: the batch does not split evenly over processes and accumulation steps.
     """
 
-    def __init__(self, config: RunConfig, recipe: DiffusionRecipe, data: LoadedData):
+    def __init__(self, config: RunConfig, recipe: Recipe, data: LoadedData):
         assert config.output is not None
         self.config, self.recipe, self.data = config, recipe, data
         self.folder: Path = config.output
@@ -95,53 +97,82 @@ class Trainer:
                 f"{training.accumulation_steps} accumulation_steps; use a multiple of "
                 f"{processes * training.accumulation_steps}"
             )
-        fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(
-            recipe.model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
-        )
-        self.network, self.optimizer = self.accelerator.prepare(recipe.model, optimizer)
+        recipe.to(self.device)
+        self.main = self._part("model", recipe.model)
+        self.network: Any = self.main.network  # as called in training
+        self.adversary = None if recipe.adversary is None else self._part("adversary", recipe.adversary)
         if training.compile:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay)
         self.ema.to(self.device)
         self.step = 0
         self._nonfinite_in_a_row = 0
-        self._window: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "count": 0}
+        self._window: dict[str, list[float]] = {}  # sum and count of each number since the last row
+
+    def _part(self, name: str, module: nn.Module) -> Part:
+        training = self.config.training
+        optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        return Part(name, module, *self.accelerator.prepare(module, optimizer))
+
+    @property
+    def parts(self) -> list[Part]:
+        """The networks that are trained, each with its optimiser."""
+        return [self.main] if self.adversary is None else [self.main, self.adversary]
 
     # ---- one step -------------------------------------------------------------------------------------------
 
-    def _draws(self, step: int) -> Draws:
-        generator = torch.Generator(self.device)
-        generator.manual_seed(derive_seed(self.config.training.seed, Stream.NOISE, step))
-        return self.recipe.draw(self.config.training.batch_size, generator, self.device)
+    def _inputs(self, images: Tensor) -> Tensor:
+        """What the recipe computes losses of: cached latents as they are, images prepared."""
+        images = images.to(self.device)
+        return images if self.data.latents is not None else self.recipe.prepare(images)
 
-    def _train_step(self, batch: Batch, share: slice) -> tuple[float, float]:
-        """One optimiser step; the loss and the gradient norm, over all processes."""
+    def _train_step(self, batch: Batch, share: slice) -> tuple[dict[str, float], float]:
+        """One optimiser step; the means of the loss and its parts, and the gradient norm, over all processes."""
         training, accelerator = self.config.training, self.accelerator
-        draws = self._draws(self.step).rows(share)
-        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed(training.seed, Stream.NOISE, self.step))
+        whole = self.recipe.draw(self.step, training.batch_size, generator, self.device)
+        draws = whole.rows(share)
+        images, labels = batch.images, batch.labels.to(self.device)
         rank = accelerator.process_index
         size = len(labels) // training.accumulation_steps
         self.network.train()
-        losses = []
+        found, judged = [], False
         for k in range(training.accumulation_steps):
-            part = slice(k * size, (k + 1) * size)
+            rows = slice(k * size, (k + 1) * size)
             torch.manual_seed(derive_seed(training.seed, Stream.DROPOUT, self.step, rank, k))
+            inputs = self._inputs(images[rows])
             last = k == training.accumulation_steps - 1
             with nullcontext() if last else accelerator.no_sync(self.network):
-                loss, _ = self.recipe.losses(self.network, images[part], labels[part], draws.rows(part))
-                accelerator.backward(loss.mean() / training.accumulation_steps)
-            losses.append(loss.detach())
-        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), training.max_grad_norm))
-        all_losses, t, weights = accelerator.gather((torch.cat(losses), draws.t, draws.weights))
+                losses = self.recipe.losses(self.network, inputs, labels[rows], draws.rows(rows))
+                accelerator.backward(losses.each.mean() / training.accumulation_steps)
+            values = {"loss": losses.each.detach(), **losses.parts}
+            if self.adversary is not None and losses.outputs is not None:
+                judged = True
+                with nullcontext() if last else accelerator.no_sync(self.adversary.network):
+                    verdicts = self.recipe.adversary_losses(self.adversary.network, inputs, losses.outputs)
+                    accelerator.backward(verdicts.mean() / training.accumulation_steps)
+                values["adversary"] = verdicts.detach()
+            found.append(values)
+        trained = self.parts if judged else [self.main]
+        norms = [float(accelerator.clip_grad_norm_(p.network.parameters(), training.max_grad_norm)) for p in trained]
+        every = accelerator.gather({name: torch.cat([values[name] for values in found]) for name in found[0]})
+        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
         if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate_at(self.step, training)
-            self.optimizer.step()
+            for part in trained:
+                for group in part.optimizer.param_groups:
+                    group["lr"] = learning_rate_at(self.step, training)
+                part.optimizer.step()
             self.ema.step(self.recipe.model.parameters())
-            self.recipe.timesteps.update(t, all_losses / weights)
-        self.optimizer.zero_grad()
-        return float(all_losses.mean()), norm
+            self.recipe.observe(whole, every["loss"])
+        for part in self.parts:
+            part.optimizer.zero_grad()
+        return {name: float(value.mean()) for name, value in every.items()}, norm
 
     def _check_finite(self, loss: float, norm: float, batch: Batch, journal: Journal) -> None:
         """Report a step that was left out because its gradient was not finite; stop after a run of them."""
@@ -163,9 +194,9 @@ class Trainer:
         batches = StepBatches(
             self.data.train, self.config.data, self.config.training.batch_size, self.config.training.seed
         )
-        loss, _ = self._train_step(batches[self.step], slice(None))
+        values, _ = self._train_step(batches[self.step], slice(None))
         self.step += 1
-        return loss
+        return values["loss"]
 
     # ---- evaluation while training --------------------------------------------------------------------------
 
@@ -181,28 +212,15 @@ class Trainer:
         finally:
             self.ema.restore(parameters)
 
-    @torch.no_grad()
-    def _validation_loss(self) -> float | None:
-        """Loss on held-out images; timesteps spread evenly, the same noise at every call."""
-        count = min(len(self.data.val), VALIDATION_IMAGES)
-        if count == 0:
-            return None
-        steps = self.config.diffusion.num_train_timesteps
-        generator = torch.Generator(self.device)
-        generator.manual_seed(derive_seed(self.config.training.seed, Stream.VALIDATION))
-        draws = self.recipe.draw(count, generator, self.device)
-        draws.t = ((torch.arange(count, device=self.device) + 0.5) / count * steps).long()
-        draws.weights = torch.ones_like(draws.weights)
-        chosen = np.random.default_rng(0).permutation(len(self.data.val))[:count].tolist()
-        total = 0.0
-        size = min(count, max(1, self.config.training.batch_size // self.config.training.accumulation_steps))
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Up to 256 held-out images, the same at every call, prepared for the recipe, and their labels."""
+        data: ImageDataset = self.data.val
+        count = min(len(data), VALIDATION_IMAGES)
+        chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
+        size = max(1, self.config.training.batch_size // self.config.training.accumulation_steps)
         for start in range(0, count, size):
-            part = slice(start, start + size)
-            images, labels = self.data.val.batch(chosen[part])
-            images, labels = images.to(self.device), labels.to(self.device)
-            loss, _ = self.recipe.losses(self.recipe.model, images, labels, draws.rows(part))
-            total += float(loss.sum())
-        return total / count
+            images, labels = data.batch(chosen[start : start + size])
+            yield self._inputs(images), labels.to(self.device)
 
     def _evaluate(self, journal: Journal, request: StopRequest) -> None:
         """Validation loss and preview picture, from the EMA weights; given up when asked to stop."""
@@ -211,8 +229,9 @@ class Trainer:
         journal.note("validation and preview")
         watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
         try:
-            with self._ema_weights():
-                val_loss = self._validation_loss()
+            with self._ema_weights(), torch.no_grad():
+                seed = derive_seed(self.config.training.seed, Stream.VALIDATION)
+                measured = self.recipe.validate(self._validation_batches(), seed)
                 picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
         except Interrupted:
             return
@@ -222,8 +241,8 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step_{self.step:06d}.png")
         journal.picture(self.step, picture)
-        if val_loss is not None:
-            journal.row(self.step, {"val_loss": val_loss})
+        if measured:
+            journal.row(self.step, measured)
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
@@ -239,7 +258,7 @@ class Trainer:
         if checkpoint.state.get("run") != fingerprint(self.config):
             raise CheckpointError(f"checkpoint of step {checkpoint.step} belongs to a run of another configuration")
         try:
-            restore(checkpoint, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
+            restore(checkpoint, self.recipe, self.parts, self.ema, self.accelerator.scaler)
             self._window = dict(checkpoint.state["window"])
             self._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
         except (KeyError, RuntimeError) as error:
@@ -255,7 +274,7 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
         if self.accelerator.is_main_process:
-            checkpoint = capture(self.step, self.recipe, self.optimizer, self.ema, self.accelerator.scaler)
+            checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.accelerator.scaler)
             checkpoint.state |= {
                 "recipe": self.config.recipe,
                 "run": fingerprint(self.config),
@@ -311,16 +330,17 @@ class Trainer:
         while self.step < stop and not self._asked_to_stop(request):
             with clock.waiting():
                 batch = next(batches)
-            loss, norm = self._train_step(batch, share)
-            self._check_finite(loss, norm, batch, journal)
+            values, norm = self._train_step(batch, share)
+            self._check_finite(values["loss"], norm, batch, journal)
             self.step += 1
             clock.steps += 1
             if math.isfinite(norm):
-                for name, value in (("loss", loss), ("grad_norm", norm), ("count", 1)):
-                    self._window[name] += value
+                for name, value in {**values, "grad_norm": norm}.items():
+                    total, count = self._window.get(name, [0.0, 0])
+                    self._window[name] = [total + value, count + 1]
             journal.advance(self.step)
             if on_step is not None:
-                on_step(self.step, loss)
+                on_step(self.step, values["loss"])
             if self.step % training.log_every == 0 or self.step == training.steps:
                 journal.row(self.step, self._row(clock))
                 clock = StepClock()
@@ -339,12 +359,11 @@ class Trainer:
 
     def _row(self, clock: StepClock) -> dict[str, float]:
         """The numbers to log: means since the last row, over the steps that counted."""
-        window, self._window = self._window, {"loss": 0.0, "grad_norm": 0.0, "count": 0}
-        count = window["count"] or math.nan
+        window, self._window = self._window, {}
         return {
-            "loss": window["loss"] / count,
+            "loss": math.nan,
+            **{name: total / count for name, (total, count) in window.items()},
             "lr": learning_rate_at(self.step - 1, self.config.training),
-            "grad_norm": window["grad_norm"] / count,
             "images_per_second": round(self.config.training.batch_size * clock.steps / clock.seconds, 2),
             "waiting_share": round(clock.waited / clock.seconds, 4),
         }

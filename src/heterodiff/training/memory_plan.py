@@ -5,11 +5,17 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from heterodiff.codecs.kl_vae import latent_shape as latent_shape_of
+from heterodiff.codecs.kl_vae import read_vae_config
+from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.models.profile import ModelProfile, profile
+from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.training.recipes.diffusion import model_arguments
+from heterodiff.training.recipes.vae import Autoencoder, build_vae
 
 BYTES_PER_PARAMETER = 5 * 4
 """Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
@@ -74,14 +80,30 @@ class _Cost:
 
 
 def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
+    if config.recipe == "vae":
+        return _vae_cost(config, spec)
+    _, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
+
     def profile_with(**keys: bool) -> ModelProfile:
         model = config.model.model_copy(update=keys)
         arguments = model_arguments(config.model_copy(update={"model": model}), spec)
-        return profile(model.variant, spec.height, spec.width, **arguments)
+        return profile(model.variant, height, width, **arguments)
 
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
     return _Cost(found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+
+
+def _vae_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
+    """A VAE recomputes nothing; the discriminator, far smaller, is left out."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        start = config.vae.init_from
+        vae = build_vae(config.vae, spec) if start is None else AutoencoderKL.from_config(read_vae_config(start))
+        shape = latent_shape_of(vae.config, spec.channels, spec.height, spec.width)
+        model = Autoencoder(vae)
+        image = torch.empty(1, spec.channels, spec.height, spec.width)
+        kept = count_saved_bytes(model, image, torch.empty(1, *shape))
+    return _Cost(sum(p.numel() for p in model.parameters()), kept, kept)
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
@@ -116,6 +138,8 @@ def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[
     """From what the configuration recomputes to more, with the overrides that ask for it and its cost."""
     least = _cost(config, spec)
     yield (), least
+    if config.recipe == "vae":
+        return
     for keys in RECOMPUTATION:
         model = config.model.model_copy(update=keys)
         cost = _cost(config.model_copy(update={"model": model}), spec)
@@ -136,6 +160,7 @@ def advice(config: RunConfig, spec: ImageSpec, free_bytes: float) -> tuple[bool,
     if needed <= budget:
         return True, f"{text}; up to {largest_batch(config, spec, budget)} would fit"
     plan = suggest_plan(config, spec, budget)
+    smaller = "model.model_channels" if config.recipe == "diffusion" else "vae.block_out_channels"
     if plan is None:
-        return False, f"{text}; even one image at a time is too much: choose a smaller model.model_channels"
+        return False, f"{text}; even one image at a time is too much: choose a smaller {smaller}"
     return False, f"{text}; the same training in {plan.peak_bytes / 1e9:.2f} GB: {' '.join(plan.changes)}"

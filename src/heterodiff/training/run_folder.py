@@ -14,11 +14,13 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from heterodiff.config import RunConfig, dump_config, load_config
 from heterodiff.errors import RunError
-from heterodiff.pipelines.load import CONFIG_FILE, read_json
+from heterodiff.pipelines.load import CONFIG_FILE, INDEX_FILE, read_json
 from heterodiff.training.checkpoint import share_files
 
 LOCK_FILE = ".lock"
 WEIGHTS_FILE = "weights.json"
+LATENTS = "latents"
+"""Folder of the latents that a run encodes for itself, before anything else is in its folder."""
 
 FREE_TO_CHANGE = (
     "output",
@@ -35,6 +37,7 @@ FREE_TO_CHANGE = (
     "training.num_workers",
     "training.preview_every",
     "training.tensorboard",
+    "codec.cache",
 )
 """Keys (and sections) that a resumed run may change: they do not alter what is learned."""
 
@@ -76,8 +79,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         existing = existing.parent
     if not os.access(existing, os.W_OK):
         raise RunError(f"{folder}: cannot be written (no permission on {existing}); set output=... elsewhere")
-    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name != LOCK_FILE]:
-        return False
+    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name not in (LOCK_FILE, LATENTS)]:
+        return False  # latents alone: stopped before the run began; they are compared with what it needs
     if not (folder / CONFIG_FILE).is_file():
         raise RunError(f"{folder}: holds files but no run ({CONFIG_FILE} is missing); set output=... to a new folder")
     if resume == "never":
@@ -124,18 +127,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """A hash of all that defines what is learned; a checkpoint carries that of its run."""
-    flat = flatten(config.model_dump(mode="json"))
+    """A hash of all that defines what is learned and is not the default; a checkpoint carries that of its run.
+
+    Without the defaults, so that a setting that a later version adds does not make earlier runs strangers.
+    """
+    flat, default = (flatten(c.model_dump(mode="json")) for c in (config, RunConfig()))
     free = (*FREE_TO_CHANGE, "training.steps")
-    fixed = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
+    fixed = {
+        k: v
+        for k, v in flat.items()
+        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in free)
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_step(folder: Path) -> int | None:
     """The step whose weights the pipeline in ``folder`` holds; None if there is none, or not all of it."""
-    parts = (WEIGHTS_FILE, "model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    if not all((folder / part).is_file() for part in (*parts, f"unet/{SAFETENSORS_WEIGHTS_NAME}")):
+    if not (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return None
+    for name, kind in read_json(folder / INDEX_FILE).items():
+        if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
+            continue
+        needed = ("scheduler_config.json",) if name == "scheduler" else ("config.json", SAFETENSORS_WEIGHTS_NAME)
+        if not all((folder / name / part).is_file() for part in needed):
+            return None
     return read_json(folder / WEIGHTS_FILE).get("step")
 
 

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 
 import heterodiff
-from heterodiff.config import RunConfig
+from heterodiff.codecs.kl_vae import holds_vae
+from heterodiff.config import RunConfig, load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, load_data
-from heterodiff.errors import CheckpointError, RunError, compile_error
-from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
+from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
+from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.latents import prepare_latents, stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
 from heterodiff.training.memory_plan import advice, training_memory_bytes
+from heterodiff.training.recipes.base import Recipe
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
+from heterodiff.training.recipes.vae import VAERecipe
+from heterodiff.training.run_folder import changed_keys, check_run_folder, locked, save_config, weights_step, write_json
 
 RUN_FILE = "run.json"
 
@@ -48,6 +52,10 @@ def train(
     """
     if config.output is None:
         raise RunError("output: no run folder given; set output=runs/<name>")
+    if (needed := vae_run(config)) is not None:
+        result = train(needed, quiet=quiet)
+        if result.step < needed.training.steps or result.stopped_by is not None:
+            return result
     folder = config.output
     resuming = check_run_folder(folder, config, resume)
     checkpoint, notes = _find_checkpoint(folder, resume) if resuming else (None, [])
@@ -57,9 +65,12 @@ def train(
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
     data = load_run_data(config)
-    trainer = Trainer(config, _build(config, data.spec), data)
+    recipe = build_recipe(config, data)
+    trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     with locked(folder) if trainer.accelerator.is_main_process else nullcontext():
+        if isinstance(recipe, DiffusionRecipe):
+            trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             if not current:  # stopped between the checkpoint and the weights made from it
@@ -89,14 +100,55 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _build(config: RunConfig, spec: ImageSpec) -> DiffusionRecipe:
+def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
+    """The recipe of a run, its networks with initial weights.
+
+    Raises:
+        ConfigError, CheckpointError: no network for these images, or a VAE that cannot be used.
+    """
+    spec = data.spec
+    if config.data.random_crop >= min(spec.height, spec.width):
+        raise ConfigError(
+            f"data.random_crop={config.data.random_crop}: expected less than the image size, {spec.height}x{spec.width}"
+        )
     torch.manual_seed(config.training.seed)  # initial weights
+    if config.recipe == "vae":
+        if data.latents is not None:
+            raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
+        return VAERecipe(config, spec, data.train, data.val)
+    if data.latents is not None and config.codec.kind != "kl-vae":
+        vae = data.latents.vae_path
+        raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
     return DiffusionRecipe(config, spec)
+
+
+def vae_run(config: RunConfig) -> RunConfig | None:
+    """The run of recipe ``vae`` that ``config`` needs and describes, if it is not finished yet.
+
+    Raises:
+        RunError: ``codec.path`` holds a VAE that was trained with other settings.
+    """
+    codec = config.codec
+    if config.recipe != "diffusion" or codec.training is None or codec.path is None:
+        return None
+    keys = {"recipe": "vae", "output": codec.path, "data": config.data, "vae": config.vae, "training": codec.training}
+    if not (codec.path / CONFIG_FILE).is_file():
+        return None if holds_vae(codec.path) else RunConfig().model_copy(update=keys)  # None: a VAE from elsewhere
+    before = load_config(codec.path / CONFIG_FILE)
+    wanted = before.model_copy(update=keys)  # other sections do not matter to a VAE
+    if changes := changed_keys(before, wanted):
+        raise RunError(
+            f"codec.path={codec.path}: its VAE was trained with other settings; undo these, set codec.path to a new "
+            "folder, or leave codec.training out to use that VAE as it is:\n  " + "\n  ".join(changes)
+        )
+    return None if weights_step(codec.path) == codec.training.steps else wanted
 
 
 def load_run_data(config: RunConfig) -> LoadedData:
     """The data of a run; with the split and value range saved in its folder, if it has them already."""
     folder = config.output
+    if folder is not None and (latents := stored_latents(config)) is not None:
+        return latents
     if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
         return load_data(config.data, split=read_json(folder / SPLIT_FILE), spec=load_spec(folder))
     return load_data(config.data)
@@ -137,7 +189,7 @@ def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:
             "torch": torch.__version__,
         },
         "parameters": parameters,
-        "model_summary": f"{model.config.variant}, {parameters / 1e6:.2f} M parameters, "
+        "model_summary": f"{trainer.recipe.summary}, {parameters / 1e6:.2f} M parameters, "
         f"{spec.channels}x{spec.height}x{spec.width} images",
         "device": device,
         "class_names": list(spec.class_names),
@@ -149,15 +201,30 @@ def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:
 def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
     """Settings that work but hardly mean what they say."""
     doubts = []
+    if len(data.train) < config.training.batch_size:
+        doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
+    if config.recipe != "diffusion":
+        if config.vae.init_from is not None:
+            doubts.append(
+                f"the architecture is that of vae.init_from={config.vae.init_from}; vae's own keys for it rest"
+            )
+        return doubts
     if data.spec.class_names and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
         doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
     if data.spec.class_names and config.diffusion.p_uncond == 1:
         doubts.append("diffusion.p_uncond=1: the classes are never shown to the network")
-    if len(data.train) < config.training.batch_size:
-        doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
     if config.model.variant != "unet" and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
         doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
     return doubts
+
+
+def next_steps(config: RunConfig) -> list[str]:
+    """Commands to use a finished run with, a line each."""
+    run = config.output
+    if config.recipe == "vae":
+        use = f"heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"
+        return [f"next     heterodiff evaluate {run}", f"         {use}"]
+    return [f"next     heterodiff sample {run}", f"         heterodiff evaluate {run}"]
 
 
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
@@ -175,7 +242,7 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
     for note in [*notes, *_doubts(config, data)]:
         print(f"note     {note}")
     parameters = sum(p.numel() for p in trainer.recipe.model.parameters())
-    print(f"model    {config.model.variant}, {parameters:,} parameters, on {trainer.device}")
+    print(f"model    {trainer.recipe.summary}, {parameters:,} parameters, on {trainer.device}")
     print(f"run      {config.output}" + (f", going on from step {trainer.step}" if trainer.step else ""), flush=True)
 
 
@@ -187,7 +254,7 @@ class DryRun:
     train_images: int
     val_images: int
     classes: int
-    variant: str
+    network: str
     parameters: int
     memory_gb: float
     step_seconds: float
@@ -195,8 +262,8 @@ class DryRun:
     loss: float
 
 
-def dry_run(config: RunConfig) -> DryRun:
-    """Load the data, build the model, do two training steps in memory and time the second; writes nothing.
+def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
+    """A run in memory, for trying out; nothing is written.
 
     Raises:
         HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
@@ -204,22 +271,42 @@ def dry_run(config: RunConfig) -> DryRun:
     if config.output is not None:
         check_run_folder(config.output, config, "auto")
     data = load_run_data(config)
-    recipe = _build(config, data.spec)
-    trainer = Trainer(config.model_copy(update={"output": config.output or Path("runs/dry-run")}), recipe, data)
+    recipe = build_recipe(config, data)
+    config = config.model_copy(update={"output": config.output or Path("runs/dry-run")})
+    trainer = Trainer(config, recipe, data)
+    if isinstance(recipe, DiffusionRecipe):
+        without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
+        trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
+    return trainer, recipe
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """Load the data, build the model, do two training steps in memory and time the second; writes nothing.
+
+    Where the run needs a VAE that is still to be trained, this is about the VAE's training.
+
+    Raises:
+        HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
+    """
+    return timed_steps(*trial(vae_run(config) or config))
+
+
+def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:
+    """Two training steps, the second timed, and what else is to be known before a run."""
+    config, data = trainer.config, trainer.data
     trainer.step_once()
     start = time.perf_counter()
     loss = trainer.step_once()
     seconds = time.perf_counter() - start
-    parameters = sum(p.numel() for p in recipe.model.parameters())
     spec = data.spec
     return DryRun(
         spec=spec,
         train_images=len(data.train),
         val_images=len(data.val),
         classes=len(spec.class_names),
-        variant=config.model.variant,
-        parameters=parameters,
-        memory_gb=training_memory_bytes(config, data.spec) / 1e9,
+        network=recipe.summary,
+        parameters=sum(p.numel() for p in recipe.model.parameters()),
+        memory_gb=training_memory_bytes(config, spec) / 1e9,
         step_seconds=seconds,
         total_hours=seconds * config.training.steps / 3600,
         loss=loss,
@@ -233,7 +320,7 @@ def print_dry_run(result: DryRun) -> None:
     for name, text in (
         ("images", f"{shape}, {result.train_images} to train on, {result.val_images} held out"),
         ("classes", str(result.classes or "none")),
-        ("model", f"{result.variant}, {result.parameters:,} parameters"),
+        ("model", f"{result.network}, {result.parameters:,} parameters"),
         ("memory", f"about {result.memory_gb:.2f} GB for a training step"),
         ("step", f"{result.step_seconds:.2f} s, loss {result.loss:.4f}"),
         ("total", f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"),

@@ -1,7 +1,7 @@
 """The recipe ``diffusion``: a denoiser of images, steered by their class labels."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,20 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.codecs.base import make_codec
+from heterodiff.codecs.kl_vae import KLVAECodec
+from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
-from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.training.recipes.base import Losses
 
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
@@ -43,18 +44,20 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """Arguments of :class:`heterodiff.models.unet.HAEUNet` for images as in ``spec``, defaults filled in.
 
     Raises:
-        ConfigError: the image size does not suit the number of levels (the nearest sizes are named).
+        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named).
+        CheckpointError: the codec's VAE is not there.
     """
     m = config.model
-    side = max(spec.height, spec.width)
+    channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
+    side = max(height, width)
     default_mult = next((mult for limit, mult in DEFAULT_CHANNEL_MULT if side <= limit), (1, 1, 2, 2, 4, 4))
     channel_mult = m.channel_mult or default_mult
     factors = [2**level for level in range(len(channel_mult))]
-    check_size(spec.height, spec.width, factors[-1])
+    check_size(spec.height, spec.width, factors[-1] * (spec.height // height))  # in pixels, as the user gives them
     return {
-        "sample_size": (spec.height, spec.width),
-        "in_channels": spec.channels,
-        "out_channels": spec.channels * (2 if config.diffusion.learn_variance else 1),
+        "sample_size": (height, width),
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
         "num_classes": len(spec.class_names) or None,
         "model_channels": m.model_channels,
         "channel_mult": channel_mult,
@@ -80,9 +83,11 @@ class Draws:
     weights: Tensor
     noise: Tensor
     drop: Tensor
+    latent_noise: Tensor | None  # of the draw from the codec's posterior
 
     def rows(self, part: slice) -> "Draws":
-        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part])
+        latent_noise = None if self.latent_noise is None else self.latent_noise[part]
+        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part], latent_noise)
 
 
 class DiffusionRecipe:
@@ -97,39 +102,50 @@ class DiffusionRecipe:
 
     Raises:
         ConfigError: no network can be built for these images.
+        CheckpointError: the codec's VAE cannot be loaded.
     """
+
+    adversary = None
 
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
-        if config.data.random_crop >= min(spec.height, spec.width):
-            raise ConfigError(
-                f"data.random_crop={config.data.random_crop}: expected less than the image size, "
-                f"{spec.height}x{spec.width}"
-            )
+        self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
         self.model = create_model(config.model.variant, **model_arguments(config, spec))
         self.codec = make_codec(config.codec)
+        self.summary = config.model.variant
+        if self.codec.factor > 1:
+            self.summary += " on {}x{}x{} latents".format(*self.latent_shape)
         self.schedule = NoiseSchedule.from_config(config.diffusion)
         self.objective = DiffusionObjective(config.diffusion, self.schedule)
         self.timesteps = make_timestep_sampler(config.diffusion.timestep_sampler, config.diffusion.num_train_timesteps)
         # A sampler that does not work should not be found out at the first preview.
         make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
 
-    def draw(self, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+    def to(self, device: torch.device) -> None:
+        """Move the codec to ``device``."""
+        self.codec.to(device)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The codec's posterior of images (B, C, H, W) in [0, 1]."""
+        return self.codec.posterior(images)
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
         """All random numbers of a step for ``batch_size`` images (the whole batch, whoever computes which part)."""
         t, weights = self.timesteps.sample(batch_size, generator)
-        shape = (batch_size, self.spec.channels, self.spec.height, self.spec.width)
+        shape = (batch_size, *self.latent_shape)
         noise = torch.randn(shape, generator=generator, device=device)
         drop = torch.rand(batch_size, generator=generator, device=device) < self.config.diffusion.p_uncond
-        return Draws(t.to(device), weights.to(device), noise, drop)
+        latent_noise = None
+        if self.codec.random and self.config.codec.posterior == "sample":
+            latent_noise = torch.randn(shape, generator=generator, device=device)
+        return Draws(t.to(device), weights.to(device), noise, drop, latent_noise)
 
-    def losses(
-        self, network: Callable[..., Any], images: Tensor, labels: Tensor, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss of each image (B,) and the detached parts of it to log.
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
+        """Weighted losses of a batch.
 
         Args:
             network: ``self.model``, possibly wrapped.
-            images: (B, C, H, W) in [0, 1]; labels: (B,), -1 for none.
+            inputs: posteriors of the codec; labels: (B,), -1 for none.
         """
         labels = torch.where(draws.drop, NO_CLASS, labels)
         conditional = self.spec.class_names != ()
@@ -137,14 +153,40 @@ class DiffusionRecipe:
         def model_call(z: Tensor, time: Tensor) -> Tensor:
             return network(z, time, class_labels=labels if conditional else None).sample
 
-        losses, parts = self.objective.losses(model_call, self.codec.encode(images), draws.t, draws.noise)
-        return losses * draws.weights, parts
+        z = self.codec.draw(inputs, draws.latent_noise)
+        losses, parts = self.objective.losses(model_call, z, draws.t, draws.noise)
+        return Losses(losses * draws.weights, parts)
+
+    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def observe(self, draws: Draws, losses: Tensor) -> None:
+        """Let the timestep sampler know the losses (B,) at the timesteps drawn."""
+        self.timesteps.update(draws.t, losses / draws.weights)
+
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
+        """Loss on held-out images; timesteps spread evenly, the same noise at every call."""
+        every = list(batches)
+        count = sum(len(labels) for _, labels in every)
+        if count == 0:
+            return {}
+        device = every[0][1].device
+        draws = self.draw(0, count, torch.Generator(device).manual_seed(seed), device)
+        spread = (torch.arange(count, device=device) + 0.5) / count * self.config.diffusion.num_train_timesteps
+        draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights))
+        total, start = 0.0, 0
+        for inputs, labels in every:
+            part = slice(start, start + len(labels))
+            total += float(self.losses(self.model, inputs, labels, draws.rows(part)).each.sum())
+            start = part.stop
+        return {"val_loss": total / count}
 
     def pipeline(self) -> GenerationPipeline:
         """A pipeline around the network as it is now."""
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
-        pipeline = GenerationPipeline(self.model, scheduler)
-        pipeline.codec, pipeline.defaults = self.codec, self.config.sampling
+        vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
+        pipeline = GenerationPipeline(self.model, scheduler, vae)
+        pipeline.defaults = self.config.sampling
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -1,0 +1,72 @@
+"""A VAE under the call signatures of earlier latent diffusion scripts."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
+from heterodiff.errors import ConfigError, DataError
+
+ROUND_TRIP_MSE = 0.01
+RANGE_TOLERANCE = 1e-3
+
+
+class VAEInterface:
+    """Encode and decode batches with the VAE at ``vae_path``; its own scale is used, never a constant.
+
+    Args:
+        vae_path: a run of recipe ``vae``, or a folder with a diffusers AutoencoderKL.
+        device: default: a GPU if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: no VAE there, or one that cannot be loaded.
+    """
+
+    def __init__(self, vae_path: str | Path, device: str | torch.device | None = None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.codec = KLVAECodec(load_vae(vae_path)).to(self.device)
+
+    def encode_batch(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> latents (B, c, h, w) of unit std, from the mean of the posterior.
+
+        Raises:
+            ConfigError: channels or a size that the VAE cannot take.
+            DataError: values outside [0, 1], or NaN.
+        """
+        images = torch.as_tensor(images)
+        if images.ndim != 4 or len(images) == 0:
+            channels = self.codec.vae.config.in_channels
+            raise ConfigError(f"images {tuple(images.shape)}: the VAE encodes (B, {channels}, H, W), B above 0")
+        self.codec.latent_shape(images.shape[1], images.shape[2], images.shape[3])
+        low, high = float(images.min()), float(images.max())
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+            raise DataError(f"images to encode hold values {low:g} to {high:g}; expected [0, 1]: scale them first")
+        return self.codec.encode(images.to(self.device, torch.float32))
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) as from :meth:`encode_batch` -> images (B, C, H, W), clamped to [0, 1].
+
+        Raises:
+            ConfigError: another number of channels than the VAE's.
+        """
+        latents = torch.as_tensor(latents)
+        if latents.ndim != 4 or latents.shape[1] != self.codec.latent_channels:
+            raise ConfigError(
+                f"latents {tuple(latents.shape)}: the VAE decodes (B, {self.codec.latent_channels}, h, w)"
+            )
+        return self.codec.decode(latents.to(self.device, torch.float32))
+
+    def get_latent_size(self, image_size: int) -> int:
+        """Side of the latent of an image with sides of ``image_size`` pixels.
+
+        Raises:
+            ConfigError: a side that the VAE's factor does not divide.
+        """
+        channels = self.codec.vae.config.in_channels
+        return self.codec.latent_shape(channels, image_size, image_size)[1]
+
+    def test_roundtrip(self, images: Tensor, max_mse: float = ROUND_TRIP_MSE) -> bool:
+        """Whether images (B, C, H, W) in [0, 1] come back with a mean squared error below ``max_mse``."""
+        decoded = self.decode_batch(self.encode_batch(images)).cpu()
+        return float((decoded - torch.as_tensor(images).cpu()).square().mean()) < max_mse

@@ -1,0 +1,106 @@
+"""Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from heterodiff.codecs.kl_vae import KLVAECodec, check_scale, holds_vae, load_vae, measure
+from heterodiff.config import RunConfig
+from heterodiff.data.encode import encode_data
+from heterodiff.data.latents import INDEX_FILE, load_latents
+from heterodiff.data.sources import LoadedData
+from heterodiff.errors import DataError
+from heterodiff.pipelines.load import CONFIG_FILE
+from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.run_folder import LATENTS, weights_step
+
+MEASURED_IMAGES = 1024
+MEASURED_BATCH = 32
+
+
+def stored_latents(config: RunConfig) -> LoadedData | None:
+    """The latents that a run encoded into its folder when it began; None if it has none (yet) or needs none.
+
+    Only those of a run that has begun are known to be of its images; others are compared when it begins.
+    """
+    if config.output is None or not _caches(config) or not (config.output / CONFIG_FILE).is_file():
+        return None
+    if not (latents_folder(config) / INDEX_FILE).is_file():
+        return None
+    return load_latents(latents_folder(config), config.data.memory_limit_gb)
+
+
+def prepare_latents(
+    config: RunConfig, recipe: DiffusionRecipe, data: LoadedData, accelerator: Accelerator, quiet: bool
+) -> LoadedData:
+    """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
+
+    Also fixes the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
+
+    Raises:
+        DataError: latents of another VAE, NaN latents, or a std after scaling outside 0.8 to 1.25.
+    """
+    codec = recipe.codec
+    if not isinstance(codec, KLVAECodec):
+        return data
+    if data.latents is None and _caches(config):
+        folder = encode_data(
+            data,
+            config.data,
+            codec,
+            latents_folder(config),
+            vae_path=Path(config.codec.path or ""),
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
+            quiet=quiet,
+        )
+        accelerator.wait_for_everyone()  # the index is written by one process
+        data = load_latents(folder, config.data.memory_limit_gb)
+    mean, std = _statistics(codec, data, recipe)
+    if config.codec.statistics == "measured":
+        codec.set_statistics(mean, std)
+    check_scale(codec, mean, std)
+    return data
+
+
+def latents_folder(config: RunConfig) -> Path:
+    """Where a run keeps the latents that it encodes for itself."""
+    assert config.output is not None
+    return config.output / LATENTS
+
+
+def _caches(config: RunConfig) -> bool:
+    return config.codec.kind == "kl-vae" and config.codec.cache and config.data.source != "latents"
+
+
+def _statistics(codec: KLVAECodec, data: LoadedData, recipe: DiffusionRecipe) -> tuple[Tensor, Tensor]:
+    """Mean and std (c,) of the unscaled latents of the training images: stored with them, or of up to 1,024."""
+    if (stored := data.latents) is not None:
+        if (found := codec.fingerprint()) != stored.vae_fingerprint or stored.shape != recipe.latent_shape:
+            raise DataError(
+                f"{stored.folder}: latents {stored.shape} of the VAE {stored.vae_path} (fingerprint "
+                f"{stored.vae_fingerprint}), but codec.path={recipe.config.codec.path} makes {recipe.latent_shape} "
+                f"and has {found}; use that VAE, or encode the images again with this one"
+            )
+        return Tensor(stored.mean).double(), Tensor(stored.std).double()
+    _refuse_another_vae(codec, recipe)
+    rows = torch.linspace(0, len(data.train) - 1, min(MEASURED_IMAGES, len(data.train))).long().tolist()
+    device = next(codec.vae.parameters()).device
+    parts = (rows[k : k + MEASURED_BATCH] for k in range(0, len(rows), MEASURED_BATCH))
+    return measure((codec.posterior(data.train.batch(part)[0].to(device)) for part in parts), codec.latent_channels)
+
+
+def _refuse_another_vae(codec: KLVAECodec, recipe: DiffusionRecipe) -> None:
+    """Compare the codec with the VAE that a resumed run saved beside its weights."""
+    run = recipe.config.output
+    if run is None or weights_step(run) is None or not holds_vae(run / "vae"):
+        return
+    found, before = codec.fingerprint(), KLVAECodec(load_vae(run / "vae")).fingerprint()
+    if found != before:
+        raise DataError(
+            f"{run}: began with a VAE of fingerprint {before}, but codec.path={recipe.config.codec.path} now has "
+            f"{found}; set codec.path to the first one ({run / 'vae'} is a copy), or start a new run"
+        )

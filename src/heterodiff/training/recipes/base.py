@@ -1,0 +1,95 @@
+"""What the loop asks of a recipe."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+VALIDATION_IMAGES = 256
+
+
+class Draws(Protocol):
+    """The random numbers of a step, one row an image."""
+
+    def rows(self, part: slice) -> Any:
+        """Those of the images in ``part``."""
+        ...
+
+
+@dataclass
+class Losses:
+    """Of a batch.
+
+    Attributes:
+        each: the loss of each image (B,), with gradient.
+        parts: what it is made of, each (B,) and detached, to log.
+        outputs: what the adversary is to judge (B, ...), detached; None when it has a rest.
+    """
+
+    each: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    outputs: Tensor | None = None
+
+
+class Recipe(Protocol):
+    """What one run trains.
+
+    Attributes:
+        model: the network that is trained and averaged (EMA).
+        adversary: a second network with an optimiser of its own, trained against the first; or None.
+        summary: the network in a few words.
+    """
+
+    summary: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def adversary(self) -> nn.Module | None: ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what is not trained to ``device``."""
+        ...
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> what :meth:`losses` takes; cached latents hold it ready."""
+        ...
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Any:
+        """All random numbers of ``step`` for ``batch_size`` images (the whole batch, whoever computes which part)."""
+        ...
+
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Any) -> Losses:
+        """The losses of prepared ``inputs`` (B, ...) with labels (B,); ``network`` is the model, possibly wrapped."""
+        ...
+
+    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The adversary's loss of each image (B,)."""
+        ...
+
+    def observe(self, draws: Any, losses: Tensor) -> None:
+        """Take note of the losses (B,) of a whole batch after its step."""
+        ...
+
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
+        """Numbers to log, from batches of prepared held-out inputs and labels; the same noise at every call."""
+        ...
+
+    def preview(self, seed: int) -> Image:
+        """A picture of what the network can do now."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the network as it is now as a diffusers pipeline folder."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State outside the networks that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

@@ -1,0 +1,220 @@
+"""The recipe ``vae``: diffusers' AutoencoderKL, whose latents the recipe ``diffusion`` can train on."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heterodiff.codecs.discriminator import PatchDiscriminator, adaptive_weight, hinge_losses
+from heterodiff.codecs.kl_vae import MAX_LOGVAR, MIN_LOGVAR, KLVAECodec, latent_shape, load_vae, measure
+from heterodiff.config import RunConfig, VAEConfig
+from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.errors import ConfigError
+from heterodiff.evaluation.reconstruction import psnr, ssim
+from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
+from heterodiff.training.recipes.base import Losses
+
+MAX_GROUPS = 8
+STRUCTURAL_SCALES = 3
+PREVIEW_IMAGES = 8
+STATISTICS_IMAGES = 4096
+STATISTICS_BATCH = 32
+
+
+def build_vae(config: VAEConfig, spec: ImageSpec) -> AutoencoderKL:
+    """A new AutoencoderKL for images as in ``spec``, or the one to start from.
+
+    Raises:
+        ConfigError: images that it cannot take.
+        CheckpointError: nothing usable to start from.
+    """
+    if config.init_from is not None:
+        vae = load_vae(config.init_from).requires_grad_(True)
+    else:
+        levels = len(config.block_out_channels)
+        vae = AutoencoderKL(
+            in_channels=spec.channels,
+            out_channels=spec.channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=math.gcd(MAX_GROUPS, *config.block_out_channels),
+            sample_size=max(spec.height, spec.width),
+            scaling_factor=1.0,
+            mid_block_add_attention=config.mid_block_attention,
+        )
+    latent_shape(vae.config, spec.channels, spec.height, spec.width)
+    return vae
+
+
+class Autoencoder(nn.Module):
+    """The VAE as one call, which distributed training needs."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) in [-1, 1], standard normal noise (B, c, h, w) -> reconstruction, mean, log variance."""
+        mean, logvar = self.vae.encode(images).latent_dist.parameters.chunk(2, dim=1)
+        logvar = logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)
+        return self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample, mean, logvar
+
+
+@dataclass
+class VAEDraws:
+    """Noise of the latents, and whether the adversary takes part in this step."""
+
+    noise: Tensor
+    adversarial: bool
+
+    def rows(self, part: slice) -> "VAEDraws":
+        return VAEDraws(self.noise[part], self.adversarial)
+
+
+class VAERecipe:
+    """What the loop needs to know to train an autoencoder.
+
+    The loss of an image is the mean absolute error in [-1, 1] plus ``kl_weight`` times the KL divergence of its
+    posterior from a standard normal, summed over the latent (Kingma and Welling 2014); optionally a multi-scale
+    structural term and the verdict of a patch discriminator (Esser et al. 2021).
+
+    Args:
+        config: the run.
+        spec: of the images.
+        train: images from which the scale of the latents is measured when weights are saved.
+        val: images of the preview; where there are none, training images.
+
+    Raises:
+        ConfigError: no VAE for these images.
+    """
+
+    def __init__(self, config: RunConfig, spec: ImageSpec, train: ImageDataset, val: ImageDataset):
+        self.config, self.spec, self.train = config, spec, train
+        self.shown = val if len(val) else train
+        vae = build_vae(config.vae, spec)
+        self.latent_shape = latent_shape(vae.config, spec.channels, spec.height, spec.width)
+        self.model = Autoencoder(vae)
+        self.adversary: PatchDiscriminator | None = None
+        if config.vae.adversarial_weight > 0:
+            if config.training.precision == "float16":
+                raise ConfigError("vae.adversarial_weight needs training.precision bfloat16 or float32, found float16")
+            if min(spec.height, spec.width) < 16:
+                raise ConfigError(
+                    f"vae.adversarial_weight: images of {spec.height}x{spec.width} are too small for a patch "
+                    "discriminator, which needs 16x16; set it to 0"
+                )
+            self.adversary = PatchDiscriminator(spec.channels)
+        c, h, w = self.latent_shape
+        self.summary = f"AutoencoderKL to {c}x{h}x{w}"
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> VAEDraws:
+        noise = torch.randn((batch_size, *self.latent_shape), generator=generator, device=device)
+        active = self.adversary is not None and step >= self.config.vae.adversarial_start
+        return VAEDraws(noise, active)
+
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: VAEDraws) -> Losses:
+        reconstruction, mean, logvar = network(inputs, draws.noise)
+        reconstruction = reconstruction.float()
+        weights = self.config.vae
+        each, parts = self._reconstruction_losses(inputs, reconstruction)
+        kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(dim=1)
+        parts["kl"] = kl.detach()
+        total = each + weights.kl_weight * kl
+        if not draws.adversarial:
+            return Losses(total, parts)
+        assert self.adversary is not None
+        self.adversary.requires_grad_(False)
+        verdict = -self.adversary(reconstruction).mean(dim=1)
+        self.adversary.requires_grad_(True)
+        parts["adversarial"] = verdict.detach()
+        scale = adaptive_weight(each.mean(), verdict.mean(), self.model.vae.decoder.conv_out.weight)
+        return Losses(total + weights.adversarial_weight * scale * verdict, parts, reconstruction.detach())
+
+    def _reconstruction_losses(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        each = (reconstruction - images).abs().flatten(1).mean(dim=1)
+        parts = {"l1": each.detach()}
+        if weight := self.config.vae.structural_weight:
+            structural = structural_losses(images, reconstruction)
+            parts["structural"] = structural.detach()
+            each = each + weight * structural
+        return each, parts
+
+    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
+        real, fake = network(torch.cat([inputs, outputs])).chunk(2)
+        return hinge_losses(real, fake)
+
+    def observe(self, draws: VAEDraws, losses: Tensor) -> None:
+        pass
+
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
+        """Loss without the adversary, PSNR in dB and SSIM of held-out images, from the posterior mean."""
+        sums: dict[str, float] = {"val_loss": 0.0, "val_psnr": 0.0, "val_ssim": 0.0}
+        count = 0
+        for inputs, labels in batches:
+            none = torch.zeros((len(inputs), *self.latent_shape), device=inputs.device)
+            found = self.losses(self.model, inputs, labels, VAEDraws(none, False))
+            images, drawn = ((x + 1) / 2 for x in (inputs, self.model(inputs, none)[0].float()))
+            sums["val_loss"] += float(found.each.sum())
+            sums["val_psnr"] += float(psnr(images, drawn.clamp(0, 1)).sum())
+            sums["val_ssim"] += float(ssim(images, drawn.clamp(0, 1)).sum())
+            count += len(inputs)
+        return {name: total / count for name, total in sums.items()} if count else {}
+
+    def pipeline(self) -> ReconstructionPipeline:
+        """A pipeline around the VAE as it is now."""
+        return ReconstructionPipeline(self.model.vae)
+
+    def preview(self, seed: int) -> Image:
+        """Held-out images beside their reconstructions and the differences."""
+        device = next(self.model.parameters()).device
+        spread = torch.linspace(0, len(self.shown) - 1, min(PREVIEW_IMAGES, len(self.shown))).long().tolist()
+        images = self.shown.batch(spread)[0]
+        return comparison_picture(images, self.pipeline()(images.to(device)).images.cpu())
+
+    def save(self, folder: Path) -> None:
+        """Write the VAE, with the mean and std of its latents of up to 4,096 training images in its configuration."""
+        device = next(self.model.parameters()).device
+        codec = KLVAECodec(self.model.vae)
+        rows = torch.linspace(0, len(self.train) - 1, min(STATISTICS_IMAGES, len(self.train))).long().tolist()
+        parts = (rows[k : k + STATISTICS_BATCH] for k in range(0, len(rows), STATISTICS_BATCH))
+        posteriors = (codec.posterior(self.train.batch(part)[0].to(device)) for part in parts)
+        codec.set_statistics(*measure(posteriors, codec.latent_channels))
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def structural_losses(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """1 - SSIM of each image (B,), averaged over up to three scales, each half the one before.
+
+    Args:
+        images, reconstruction: (B, C, H, W) in [-1, 1].
+    """
+    x, y = (images + 1) / 2, (reconstruction + 1) / 2
+    losses = []
+    for _ in range(STRUCTURAL_SCALES):
+        losses.append(1 - ssim(x, y))
+        if min(x.shape[-2:]) < 16:
+            break
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return torch.stack(losses).mean(dim=0)
