@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all lint bench bench-digits clean
+.PHONY: demo demo-radar test test-all lint bench bench-digits bench-latent bench-radar clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
+
+demo-radar: $(INSTALLED)
+	$(BIN)/heterodiff demo radar
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -23,6 +26,12 @@ bench: $(INSTALLED)
 
 bench-digits: $(INSTALLED)
 	$(BIN)/python -m benchmarks.digits
+
+bench-latent: $(INSTALLED)
+	$(BIN)/python -m benchmarks.latent
+
+bench-radar: $(INSTALLED)
+	$(BIN)/python -m benchmarks.radar_gestures
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -56,13 +56,16 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/digits"),
+    what: Annotated[str, typer.Argument(metavar="[digits|radar]", help="Real digits, or simulated radar.")] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/digits or runs/radar.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Train on real digits, draw samples, evaluate, write a report: the main job in minutes."""
-    from heterodiff.demo import run_demo
+    """Train on built-in images, draw samples, evaluate, write a report: the main job in minutes."""
+    from heterodiff.demo import DEMOS, run_demo
 
-    run_demo(shipped_configs() / "digits.yaml", out, seed)
+    if what not in DEMOS:
+        raise ConfigError(unknown_name("demo", what, DEMOS))
+    run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed)
 
 
 @app.command()
@@ -135,7 +138,41 @@ def train(
         assert run_config.output is not None
         report = write_report(run_config.output)
         typer.echo(f"done     step {result.step} of {run_config.training.steps}\nreport   {report}")
-        typer.echo(f"next     heterodiff sample {run_config.output}\n         heterodiff evaluate {run_config.output}")
+        for line in start.next_steps(run_config):
+            typer.echo(line)
+
+
+@app.command()
+def encode(
+    config: ConfigArgument,
+    vae: Annotated[
+        Path, typer.Option(metavar="RUN", help="A run of recipe vae, or a diffusers AutoencoderKL.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the latents.", show_default=False)],
+    overrides: Overrides = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in each file.")] = 1024,
+) -> None:
+    """Encode the images of a configuration once, to train on their latents; an interrupted start can be repeated."""
+    from heterodiff.config import load_config
+
+    run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
+    from heterodiff.data.encode_run import encode_run
+
+    result = encode_run(run_config.data, vae, out, batch_size, shard_size)
+    if result is None:  # another process of torchrun reports
+        return
+    for note in result.notes:
+        typer.echo(f"note     {note}")
+    stored = result.data.latents
+    assert stored is not None
+    shape = "x".join(map(str, stored.shape))
+    std = " ".join(f"{value:.3f}" for value in result.std)
+    typer.echo(f"latents  {len(result.data.train)} training and {len(result.data.val)} held-out, {shape}, in {out}")
+    typer.echo(f"std      {std} {'per channel ' if len(result.std) > 1 else ''}after scaling, expected 1")
+    typer.echo(
+        f"next     heterodiff train {config} data.source=latents data.path={out} codec.kind=kl-vae codec.path={vae}"
+    )
 
 
 @app.command()
@@ -157,9 +194,9 @@ def sample(
     """Draw images from a trained model: separate files and a labelled grid."""
     from heterodiff.errors import compile_error
     from heterodiff.pipelines.files import all_classes, draw_classes, write_images
-    from heterodiff.pipelines.load import load
+    from heterodiff.pipelines.load import load_generation
 
-    pipeline = load(run, compile=compile_)
+    pipeline = load_generation(run, compile=compile_)
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
@@ -179,17 +216,62 @@ def sample(
 @app.command()
 def evaluate(
     run: RunArgument,
-    number: Annotated[int, typer.Option("-n", min=2, help="Images of each class to draw.")] = 50,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            min=2,
+            help="Images of each class to draw; default: 50, or with --augmentation as many as it has training images "
+            "(at most 500).",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Real images unseen in training (folder or npz); default: the run's validation split."
+        ),
+    ] = None,
+    augmentation: Annotated[
+        bool,
+        typer.Option(
+            "--augmentation",
+            help="Instead, measure the images as training data: a classifier trained on real, on generated, on both.",
+        ),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Classifiers of each kind that --augmentation trains.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure a trained model against real images; writes evaluation.json and report.html into the run."""
-    from heterodiff.evaluation.run import evaluate_run, summary_lines
+    """Measure a trained model against real images; writes its numbers, pictures and report.html into the run."""
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    if augmentation:
+        from heterodiff.evaluation import augmentation_run, augmentation_summary
 
-    result = evaluate_run(run, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler)
+        outcome = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **options)
+        if as_json:
+            typer.echo(json.dumps(outcome.study, indent=1))
+            return
+        for line in augmentation_summary.summary_lines(outcome.study):
+            typer.echo(line)
+        typer.echo(f"numbers    {outcome.numbers}\npicture    {outcome.picture}\nreport     {outcome.report}")
+        return
+    from heterodiff.evaluation.run import evaluate_run, summary_lines
+    from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
+
+    if is_vae(run):
+        reconstructed = evaluate_vae(run, seed, data)
+        if as_json:
+            typer.echo(json.dumps(reconstructed.metrics, indent=1))
+            return
+        for line in vae_summary(reconstructed.metrics):
+            typer.echo(line)
+        typer.echo(f"picture  {reconstructed.picture}\nreport   {reconstructed.report}")
+        return
+    result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
     if as_json:
         typer.echo(json.dumps(result.metrics, indent=1))
         return

@@ -41,6 +41,10 @@ def _number(value: Any, pattern: str = "") -> str:
     return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−")
 
 
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
 def _percent(value: Any) -> str:
     return _number(100 * value if is_number(value) else None, "{:.1f} %")
 
@@ -76,6 +80,33 @@ def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, st
         noisy = diversity.get("verdict") == "noisy"
         note = "far more varied than real: noise?" if noisy else "100 %: as varied as real images"
         yield "Variety against real", _percent(diversity["ratio"]), note
+
+
+def reconstruction_section(evaluation: Mapping[str, Any]) -> str:
+    """Return what a VAE loses of real held-out images, and the scale of their latents."""
+    found = _part(evaluation, "reconstruction")
+    if not found:
+        return ""
+    psnr, ssim = _part(found, "psnr"), _part(found, "ssim")
+    rows: list[Sequence[str]] = [
+        ("PSNR", _number(psnr.get("mean"), "{:.2f} dB"), f"a tenth below {_number(psnr.get('tenth'), '{:.2f} dB')}"),
+        ("SSIM", _number(ssim.get("mean"), "{:.4f}"), f"a tenth below {_number(ssim.get('tenth'), '{:.4f}')}"),
+    ]
+    for name, title in (("svm", "Read right by an SVM"), ("cnn", "Read right by a CNN")):
+        if reader := _part(evaluation, "readers", name):
+            rows.append(
+                (title, _percent(reader.get("reconstruction")), f"originals {_percent(reader.get('original'))}")
+            )
+    stds = evaluation.get("latent_std")
+    if isinstance(stds, list) and stds:
+        rows.append(("Std of the latents", ", ".join(_number(value, "{:.3f}") for value in stds), "expected 1"))
+    held_out = _part(evaluation, "held_out")
+    text = f"{_number(found.get('n'), '{:,}')} real images that were not trained on: {held_out.get('path', MISSING)}."
+    return page.section(
+        "Reconstruction",
+        page.table(("Metric", "Reconstructions", ""), rows, numbers=(1,)),
+        page.paragraph(text, "soft"),
+    )
 
 
 def _kid(value: Mapping[str, Any]) -> str:
@@ -137,6 +168,10 @@ def _footnote(evaluation: Mapping[str, Any], frechet: Mapping[str, Any]) -> str:
     if sizes:
         counts = [f"{sizes[key]:,} {name}" for key, name in _SIZE_NAMES.items() if is_number(sizes.get(key))]
         parts.append(f"Images: {', '.join(counts)}.")
+    held_out = _part(evaluation, "held_out")
+    if held_out.get("path"):
+        parts.append(f"Held-out images: {held_out['path']} ({held_out.get('part', MISSING)}).")
+        parts += [f"{note}." for note in _texts(held_out.get("notes"))]
     if evaluation.get("features"):
         parts.append(f"Features of the distances: {evaluation['features']}.")
     if frechet.get("note"):
@@ -178,6 +213,56 @@ def class_section(evaluation: Mapping[str, Any]) -> str:
     ]
     header = ("Class", "SVM, generated", "SVM, real", "CNN, generated", "CNN, real", "Variety", "Training images")
     return page.section("By class", page.paragraph(text), page.table(header, rows, numbers=(1, 2, 3, 4, 5, 6)))
+
+
+def _interval(interval: Mapping[str, Any]) -> str:
+    """A share with its interval on a second line."""
+    value, low, high = (interval.get(key) for key in ("value", "low", "high"))
+    if not (is_number(value) and is_number(low) and is_number(high)):
+        return MISSING
+    return f"{_percent(value)}\n{100 * low:.1f}–{100 * high:.1f} %"
+
+
+_STUDY_TONES = {"better": "good", "not worse": "good", "worse": "bad"}
+_STUDY_METHOD = (
+    "A small convolutional network is trained on real training images, on generated ones, and on both, equally long, "
+    "and reads real images that were not trained on. Intervals are at 95 %; they take images for independent."
+)
+
+
+def augmentation_section(study: Mapping[str, Any], picture: str) -> str:
+    """Return what generated images are worth as training data; ``picture`` is HTML or empty."""
+    conditions = {key: _part(study, "conditions", key) for key in ("real", "generated", "both")}
+    if not any(conditions.values()):
+        return ""
+    titles = [str(part.get("title", key)) for key, part in conditions.items()]
+    held_out = study.get("n_held_out")
+    rows: list[Sequence[str]] = [
+        (
+            "all classes",
+            _number(held_out, "{:,}"),
+            *(_interval(_part(part, "accuracy")) for part in conditions.values()),
+        ),
+        ("all classes, by an SVM", "", *(_interval(_part(study, "svm", "accuracy", key)) for key in conditions)),
+    ]
+    per_class = {key: _by_name(part.get("per_class")) for key, part in conditions.items()}
+    for name, row in list(per_class["real"].items())[:MAX_CLASS_ROWS]:
+        shares = (_interval(found.get(name, {})) for found in per_class.values())
+        rows.append((name, _number(row.get("n"), "{:,}"), *shares))
+    path = _part(study, "held_out").get("path")
+    notes = [*([f"Real images read: {path}"] if path else []), *_texts(study.get("notes"))]
+    return page.section(
+        "Generated images as training data",
+        page.notice(str(study.get("summary", "")), _STUDY_TONES.get(str(study.get("verdict")), "")),
+        page.paragraph(_STUDY_METHOD),
+        picture,
+        page.table(("Accuracy, recall of a class", "Images read", *titles), rows, numbers=(1, 2, 3, 4)),
+        page.paragraph(" ".join(f"{note}." for note in notes), "soft"),
+    )
+
+
+def _by_name(rows: Any) -> dict[str, dict[str, Any]]:
+    return {str(row.get("name")): row for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
 
 
 def memorising_section(evaluation: Mapping[str, Any], picture: str) -> str:

@@ -15,13 +15,17 @@ from heterodiff.errors import RunError
 from heterodiff.evaluation import page
 from heterodiff.evaluation.curves import curves_svg, is_number, series
 from heterodiff.evaluation.metric_sections import (
+    augmentation_section,
     class_section,
     headline_cards,
     memorising_section,
     metrics_section,
+    reconstruction_section,
 )
 
 REPORT_NAME = "report.html"
+AUGMENTATION_FILE = "augmentation.json"
+AUGMENTATION_PICTURE = "augmentation.png"
 SHOWN_GRIDS = 6
 
 
@@ -34,7 +38,13 @@ class RunFiles:
         self.config = self._text("config.yaml")
         self.run = self._json("run.json")
         self.evaluation = self._json("evaluation.json")
+        self.augmentation = self._json(AUGMENTATION_FILE)
         self.metrics = self._rows("metrics.jsonl")
+
+    @property
+    def is_vae(self) -> bool:
+        """Whether the run trained a VAE, which reconstructs images and draws none."""
+        return "recipe: vae" in self.config.splitlines()
 
     def _text(self, name: str) -> str:
         path = self.run_dir / name
@@ -147,7 +157,8 @@ def _grids_section(files: RunFiles) -> str:
 
 def _curves_section(files: RunFiles) -> str:
     svg = curves_svg(files.metrics)
-    text = "Noise levels are drawn at random, so single losses scatter: follow the mean." if svg else ""
+    text = "Noise levels are drawn at random, so single losses scatter: follow the mean."
+    text = text if svg and not files.is_vae else ""
     return page.section("Training curves", page.paragraph(text, "soft"), page.figure(svg, "svg+xml", "Training curves"))
 
 
@@ -174,11 +185,8 @@ def _machine_section(files: RunFiles) -> str:
 def _reproduce_section(files: RunFiles) -> str:
     folder = shlex.quote(str(files.run_dir))
     config = shlex.quote(str(files.run_dir / "config.yaml"))
-    commands = [
-        f"heterodiff train {config}",
-        f"heterodiff sample {folder} -n 16 --seed 0 --out samples",
-        f"heterodiff evaluate {folder}",
-    ]
+    sample = [] if files.is_vae else [f"heterodiff sample {folder} -n 16 --seed 0 --out samples"]
+    commands = [f"heterodiff train {config}", *sample, f"heterodiff evaluate {folder}"]
     text = "The saved configuration repeats the run; seeds make it exact on the same device and versions."
     original = files.run.get("command")
     if original:
@@ -190,8 +198,9 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder from whatever the folder holds.
 
     Read are ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``samples/step_*.png``, ``samples.png``,
-    ``evaluation.json`` (see :func:`heterodiff.evaluation.generation.evaluate_generation`) and
-    ``nearest.png``; a section without data is left out, a damaged file is named at the top.
+    ``evaluation.json`` (see :func:`heterodiff.evaluation.generation.evaluate_generation`),
+    ``nearest.png``, ``augmentation.json`` (see :func:`heterodiff.evaluation.augmentation.augmentation_study`)
+    and ``augmentation.png``; a section without data is left out, a damaged file is named at the top.
 
     Returns:
         The path of the report.
@@ -205,12 +214,17 @@ def write_report(run_dir: Path) -> Path:
     files = RunFiles(run_dir)
     samples = page.figure(files.picture("samples.png"), "png", "Final samples")
     nearest = page.figure(files.picture("nearest.png"), "png", "Generated images above their nearest training images")
+    study = ""
+    if files.augmentation:
+        study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
     name = run_dir.resolve().name
     sections = [
         page.cards([*headline_cards(files.evaluation), *_training_cards(files)]),
         page.section("Final samples", samples),
+        reconstruction_section(files.evaluation),
         metrics_section(files.evaluation),
         class_section(files.evaluation),
+        augmentation_section(files.augmentation, study),
         memorising_section(files.evaluation, nearest),
         _curves_section(files),
         _grids_section(files),

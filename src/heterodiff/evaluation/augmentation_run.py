@@ -1,0 +1,148 @@
+"""The augmentation study of a run folder: draw images, train the classifiers, write numbers, picture and report."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from heterodiff.errors import ConfigError
+from heterodiff.evaluation.augmentation import augmentation_study
+from heterodiff.evaluation.augmentation_picture import augmentation_picture
+from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
+from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
+from heterodiff.evaluation.run import held_out_images, images_of, run_data
+from heterodiff.pipelines.files import draw_classes
+from heterodiff.pipelines.generate import GenerationPipeline
+from heterodiff.pipelines.load import load_generation, load_spec
+
+MAX_PER_CLASS = 500
+LINE_SECONDS = 15.0  # between progress lines where there is no terminal
+BATCH_SIZES = {"cpu": 20}  # small, so that progress is seen; a GPU wants more at once
+BATCH_SIZE = 100
+
+
+@dataclass(frozen=True)
+class AugmentationRun:
+    """Numbers of an augmentation study (see :func:`heterodiff.evaluation.augmentation.augmentation_study`), and the
+    files that show them."""
+
+    study: dict[str, Any]
+    numbers: Path
+    picture: Path
+    report: Path
+
+
+def study_run(
+    run: Path,
+    data_path: Path | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
+    **options: Any,
+) -> AugmentationRun:
+    """Measure what images drawn from the run are worth as training data for a classifier.
+
+    Writes ``augmentation.json``, ``augmentation.png`` and ``report.html`` into the run folder.
+
+    Args:
+        data_path: real images unseen in training to read (folder or npz file); default: the validation split.
+        per_class: how many images of each class to draw; default: as many as there are real training images of the
+            class, scaled down together where one has more than 500.
+        seed: of the images.
+        seeds: of the classifiers.
+        **options: of :class:`heterodiff.pipelines.generate.GenerationPipeline`, such as guidance_scale.
+
+    Returns:
+        The study, with ``held_out`` (which images were read), ``sampling`` (how images were drawn) and ``images``
+        (``seed``, ``seconds``) added.
+
+    Raises:
+        ConfigError: the run has no classes.
+        HeterodiffError: no usable run, data that are not there any more, or held-out images that cannot be used.
+    """
+    spec = load_spec(run) if run.is_dir() else None
+    if spec is not None and len(spec.class_names) < 2:
+        raise ConfigError(
+            f"{run}: trained without classes, so a classifier has nothing to learn from its images; --augmentation "
+            "needs a run with at least two classes"
+        )
+    data = run_data(run)
+    held_out = held_out_images(run, data, data_path)
+    train, real = images_of(data.train), (held_out.images, held_out.labels)
+    (_, labels), _, _ = study_sets(train, real, data.spec.class_names)  # refuses unusable sets before anything is drawn
+    pipeline = load_generation(run)
+    counts = generated_counts(labels, per_class, MAX_PER_CLASS if per_class is None else None)
+    with _progress() as task:
+        start = time.perf_counter()
+        generated = _draw(pipeline, counts, seed, task("drawing images", sum(counts.values())), options)
+        seconds = time.perf_counter() - start
+        report_fit = task("training classifiers", 3 * (len(dict.fromkeys(seeds)) + 1))
+        study = augmentation_study(
+            train, generated, real, data.spec.class_names, seeds, per_class, lambda done, _: report_fit(done)
+        )
+    defaults = pipeline.defaults.model_dump(mode="json")
+    study["held_out"] = held_out.record
+    study["notes"] += held_out.record["notes"]
+    study["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
+    study["images"] = {"seed": seed, "seconds": seconds}
+    numbers, picture = run / AUGMENTATION_FILE, run / AUGMENTATION_PICTURE
+    numbers.write_text(json.dumps(study, indent=1) + "\n", "utf-8")
+    picture.write_bytes(augmentation_picture(study))
+    return AugmentationRun(study, numbers, picture, write_report(run))
+
+
+def _draw(
+    pipeline: GenerationPipeline,
+    counts: dict[int, int],
+    seed: int,
+    progress: Callable[[int], None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    batch_size = BATCH_SIZES.get(torch.device(pipeline.device).type, BATCH_SIZE)
+    return draw_classes(pipeline, list(counts), list(counts.values()), seed, batch_size, progress, **options)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Yield a function that starts a task of so many items and returns what to call with the number done.
+
+    A bar on a terminal, else a line every quarter of a minute and at the end of each task.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+
+    def start(name: str, total: int) -> Callable[[int], None]:
+        task = bar.add_task(name, total=total, speed="")
+        began = shown = time.perf_counter()
+
+        def done(count: int) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            speed = f"{count / max(now - began, 1e-9):.3g}/s"
+            bar.update(task, completed=count, speed=speed)
+            if bar.disable and (now - shown >= LINE_SECONDS or count == total):
+                shown = now
+                print(f"{name}: {count:,} of {total:,}, {speed}", file=sys.stderr, flush=True)
+
+        return done
+
+    with bar:
+        yield start
