@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import write_results
 from heterodiff.cli import shipped_configs
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.evaluation.generation import evaluate_generation
 from heterodiff.evaluation.run import images_of, run_data
 from heterodiff.pipelines.files import all_classes, draw_classes

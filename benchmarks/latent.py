@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL
 
 from benchmarks.measure import interleaved, peak_memory_mb, ratio, write_results
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae, measure
-from heterodiff.config import RunConfig, VAEConfig, parse_config
+from heterodiff.config import RunConfig, VAEConfig
+from heterodiff.config_file import parse_config
 from heterodiff.data.encode import encode_data
 from heterodiff.data.sources import load_data
 from heterodiff.training.recipes.vae import build_vae

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure import write_results
 from heterodiff.cli import shipped_configs
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
 from heterodiff.evaluation.run import evaluate_run, summary_lines

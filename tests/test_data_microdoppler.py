@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from scipy.interpolate import PchipInterpolator
 from sklearn.svm import SVC
 
-from heterodiff.config import DataConfig, MicrodopplerConfig, parse_config
+from heterodiff.config import DataConfig, MicrodopplerConfig
+from heterodiff.config_file import parse_config
 from heterodiff.data.builtin.microdoppler import CLASSES, axes, open_microdoppler, random_state, simulate
 from heterodiff.data.builtin.microdoppler.gait import Gait, periodic_curve, running_gait, walking_gait
 from heterodiff.data.builtin.microdoppler.human import segments

@@ -11,7 +11,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from heterodiff.config import RunConfig, dump_config
+from heterodiff.config import RunConfig
+from heterodiff.config_file import dump_config
 from heterodiff.errors import RunError
 from heterodiff.evaluation.curves import _draw_loss, curves_svg, running_mean, series
 from heterodiff.evaluation.report import write_report

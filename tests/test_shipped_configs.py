@@ -9,7 +9,7 @@ from PIL import Image
 
 import heterodiff as hd
 from heterodiff.cli import shipped_configs
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.training.start import train
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from heterodiff.config import DataConfig, dump_config, parse_config
+from heterodiff.config import DataConfig
+from heterodiff.config_file import dump_config, parse_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError
 from heterodiff.training.batches import BatchOrder, StepBatches, Stream, derive_seed

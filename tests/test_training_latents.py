@@ -16,7 +16,8 @@ from PIL import Image
 
 import heterodiff
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.config import CodecConfig, DataConfig, RunConfig, dump_config, load_config
+from heterodiff.config import CodecConfig, DataConfig, RunConfig
+from heterodiff.config_file import dump_config, load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, HeterodiffError, RunError
 from heterodiff.pipelines.generate import GenerationPipeline

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heterodiff.config import parse_config
+from heterodiff.config_file import parse_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.training.memory_plan import (
     advice,
@@ -85,7 +85,7 @@ from pathlib import Path
 def peak():  # of this process; getrusage would count the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.training.start import dry_run, load_run_data
 from heterodiff.training.memory_plan import training_memory_bytes
 config = load_config(sys.argv[1])

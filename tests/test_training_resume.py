@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heterodiff.config import dump_config
+from heterodiff.config_file import dump_config
 from heterodiff.errors import CheckpointError, HeterodiffError, RunError
 from heterodiff.training.checkpoint import list_checkpoints
 from heterodiff.training.loop import CHECKPOINTS

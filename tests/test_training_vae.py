@@ -20,7 +20,7 @@ from torch.distributions import Normal, kl_divergence
 
 from heterodiff.codecs.discriminator import PatchDiscriminator, adaptive_weight, hinge_losses
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.config import dump_config
+from heterodiff.config_file import dump_config
 from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError
@@ -351,7 +351,7 @@ def test_parts_of_a_batch_learn_what_the_whole_learns(tmp_path: Path) -> None:
 
 TRAIN_ALL = """
 import sys
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.training.start import train
 for name in sys.argv[1:]:
     train(load_config(name), quiet=True)

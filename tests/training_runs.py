@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterodiff.config import RunConfig, parse_config
+from heterodiff.config import RunConfig
+from heterodiff.config_file import parse_config
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
 

@@ -14,12 +14,13 @@ _HOME = {
     "list_models": "heterodiff.models.variants",
     "GenerationPipeline": "heterodiff.pipelines.generate",
     "load": "heterodiff.pipelines.load",
-    "load_config": "heterodiff.config",
+    "load_config": "heterodiff.config_file",
     "RunConfig": "heterodiff.config",
 }
 
 if TYPE_CHECKING:
-    from heterodiff.config import RunConfig, load_config
+    from heterodiff.config import RunConfig
+    from heterodiff.config_file import load_config
     from heterodiff.models.unet import HAEUNet
     from heterodiff.models.variants import create_model, list_models
     from heterodiff.pipelines.generate import GenerationPipeline

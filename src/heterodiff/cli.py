@@ -117,7 +117,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the screen.")] = False,
 ) -> None:
     """Train a model; start the same command again to go on after an interruption."""
-    from heterodiff.config import load_config
+    from heterodiff.config_file import load_config
 
     run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
     from heterodiff.training import start
@@ -154,7 +154,7 @@ def encode(
     shard_size: Annotated[int, typer.Option(min=1, help="Images in each file.")] = 1024,
 ) -> None:
     """Encode the images of a configuration once, to train on their latents; an interrupted start can be repeated."""
-    from heterodiff.config import load_config
+    from heterodiff.config_file import load_config
 
     run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
     from heterodiff.data.encode_run import encode_run

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.evaluation.run import evaluate_run, summary_lines
 from heterodiff.evaluation.vae_run import evaluate_vae, vae_summary
 from heterodiff.pipelines.load import load_generation

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from heterodiff.config import DataConfig, load_config
+from heterodiff.config import DataConfig
+from heterodiff.config_file import load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data

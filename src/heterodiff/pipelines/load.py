@@ -10,7 +10,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
-from heterodiff.config import load_config
+from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, RunError, unknown_name
 from heterodiff.models.unet import HAEUNet

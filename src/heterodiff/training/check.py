@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from heterodiff.codecs.kl_vae import KLVAECodec
-from heterodiff.config import DataConfig, RunConfig, apply_override, load_config, parse_config
+from heterodiff.config import DataConfig, RunConfig
+from heterodiff.config_file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import load_data

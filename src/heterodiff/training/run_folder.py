@@ -12,7 +12,8 @@ from typing import Any
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from heterodiff.config import RunConfig, dump_config, load_config
+from heterodiff.config import RunConfig
+from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
 from heterodiff.pipelines.load import CONFIG_FILE, INDEX_FILE, read_json
 from heterodiff.training.checkpoint import share_files

@@ -13,7 +13,8 @@ import torch
 
 import heterodiff
 from heterodiff.codecs.kl_vae import holds_vae
-from heterodiff.config import RunConfig, load_config
+from heterodiff.config import RunConfig
+from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, load_data
 from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error

@@ -1,0 +1,134 @@
+"""Configurations as files: one YAML file, ``key.path=value`` overrides, nothing unknown accepted."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from heterodiff.config import RunConfig
+from heterodiff.errors import ConfigError, nearest_name
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases (an alias bomb grows exponentially) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError("YAML aliases (*name) are not accepted in a configuration; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = [key for key in keys if keys.count(key) > 1]
+        if repeated:
+            raise ConfigError(f"key '{repeated[0]}' appears twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping from ``path``.
+
+    Raises:
+        ConfigError: the file is missing, larger than 1 MB, not UTF-8, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: {'a folder, not' if path.is_dir() else 'no such'} configuration file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most 1,000,000")
+    try:
+        # The loader is SafeLoader with two more refusals: it can build plain values only.
+        content = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set ``key.path=value``, the value read as YAML, in nested ``content``.
+
+    Raises:
+        ConfigError: not of that form, or a path through a value.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}': expected key.path=value, for example training.steps=1000")
+    *parents, last = key.strip().split(".")
+    section = content
+    for parent in parents:
+        child = section.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
+        section = child
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        section[last] = text
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at ``location`` accepts."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        location = item["loc"]
+        key = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            hint = nearest_name(str(location[-1]), known)
+            lines.append(f"unknown key '{key}'{hint}; known here: {', '.join(known)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}, found {item['input']!r}" if key else message)
+    return "\n".join(lines)
+
+
+def parse_config(content: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Check ``content`` against :class:`RunConfig`.
+
+    Raises:
+        ConfigError: unknown keys (the nearest known one is named) or values of a wrong type or range.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read the YAML file at ``path``, apply ``key.path=value`` overrides and check the result.
+
+    The run folder (``output``) defaults to ``runs/<file stem>``.
+
+    Raises:
+        ConfigError: see :func:`read_yaml` and :func:`parse_config`.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    for override in overrides:
+        apply_override(content, override)
+    content.setdefault("output", str(Path("runs") / path.stem))
+    return parse_config(content, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return ``config`` as YAML text that :func:`load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
