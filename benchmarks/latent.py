@@ -2,8 +2,8 @@
 
     python -m benchmarks.latent
 
-Simulated radar pictures of 64x64. All ways of training take turns, step by step, in one run; the networks are of one
-width. Prints a table and writes benchmarks/results/latent.json.
+Simulated radar pictures of 64x64. All ways of training take turns, step by step, in one run; the networks of a
+row are of one width. Prints a table and writes benchmarks/results/latent.json.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -93,3 +94,35 @@ def test_bad_overrides_are_explained(override: str, tmp_path: Path) -> None:
 def test_every_field_has_a_default_that_is_valid() -> None:
     assert parse_config({}) == RunConfig()
     assert parse_config(yaml.safe_load(dump_config(RunConfig()))) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"codec": {"kind": "kl-vae"}}, r"codec: kind kl-vae needs codec\.path"),
+        ({"codec": {"path": "runs/vae"}}, r"which kind pixels does not use; set codec\.kind=kl-vae"),
+        ({"codec": {"training": {"steps": 5}}}, r"codec\.training is for a VAE; set codec\.kind=kl-vae"),
+        ({"recipe": "vae", "codec": {"kind": "kl-vae", "path": "x"}}, r"has no codec; leave `codec` out"),
+        (
+            {"codec": {"kind": "kl-vae", "path": "x"}, "sampling": {"dynamic_threshold": 0.9}},
+            r"dynamic_threshold is for pixels",
+        ),
+        (
+            {"codec": {"kind": "kl-vae", "path": "x"}, "data": {"random_crop": 2}},
+            r"data\.random_crop=2 cannot act on stored latents; set codec\.cache=false",
+        ),
+        (
+            {"codec": {"kind": "kl-vae", "path": "x", "training": {"stepz": 5}}},
+            r"unknown key 'codec\.training\.stepz' \(did you mean 'steps'\?\)",
+        ),
+    ],
+)
+def test_sections_that_do_not_go_together(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(content)
+
+
+def test_the_path_of_a_vae_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse_config({"codec": {"kind": "kl-vae", "path": "~/vae"}, "vae": {"init_from": "~/first"}})
+    assert (config.codec.path, config.vae.init_from) == (tmp_path / "vae", tmp_path / "first")

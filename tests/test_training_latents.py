@@ -491,3 +491,86 @@ def test_a_finished_vae_of_other_settings_is_not_taken_silently(digits_vae: Path
     with pytest.raises(RunError, match=r"codec\.path=.*other settings(.|\n)*vae\.kl_weight: .* -> 0\.5"):
         train(config, quiet=True)
     assert vae_run(config.model_copy(update={"vae": trained.vae})) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__model_channels": 16}, "denoiser of 4x4x4 latents: .*multiple of 32"),
+        ({"sampling__sampler": "nonsense"}, "denoiser of 4x4x4 latents: unknown sampler 'nonsense'"),
+        ({"training__batch_size": 9, "training__accumulation_steps": 2}, "batch_size=9 does not split"),
+    ],
+)
+def test_a_mistake_in_the_denoiser_is_found_before_its_vae_is_trained(
+    overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = latent_config(tmp_path / "run", tmp_path / "vae", codec__training={"steps": 1}, **overrides)
+    for attempt in (lambda: train(config, quiet=True), lambda: dry_run(config)):
+        with pytest.raises(ConfigError, match=message):
+            attempt()
+    assert not (tmp_path / "vae").exists()
+
+
+def test_latents_that_are_stored_already_need_no_training_of_their_vae(digits_vae: Path, tmp_path: Path) -> None:
+    config = latent_config(tmp_path / "first", digits_vae, training__steps=1)
+    train(config, quiet=True)
+    stored = tmp_path / "first" / "latents"
+    again = latent_config(
+        tmp_path / "again",
+        digits_vae,
+        data__source="latents",
+        data__path=str(stored),
+        codec__training={"steps": 7},
+        training__steps=1,
+    )
+    assert train(again, quiet=True).step == 1
+
+
+def test_a_run_goes_on_with_its_own_copy_when_its_vae_is_gone(digits_vae: Path, tmp_path: Path) -> None:
+    vae = tmp_path / "vae"
+    shutil.copytree(digits_vae, vae)
+    config = latent_config(tmp_path / "run", vae, training__steps=4, codec__cache=False)
+    train(config, quiet=True, stop_after=2)
+    shutil.rmtree(vae)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(config, quiet=True)
+    copy = config.codec.model_copy(update={"path": tmp_path / "run" / "vae"})
+    assert train(config.model_copy(update={"codec": copy}), quiet=True).step == 4
+
+
+def test_held_out_images_are_read_as_those_that_were_encoded(digits_vae: Path, tmp_path: Path) -> None:
+    from heterodiff.evaluation.run import held_out_images, run_data
+
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        path = tmp_path / "images" / f"c{k % 2}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 32), np.uint8)).save(path)
+    first = latent_config(
+        tmp_path / "first",
+        digits_vae,
+        data__source="images",
+        data__path=str(tmp_path / "images"),
+        data__resize="stretch",
+        codec__statistics="measured",
+        training__steps=1,
+        training__batch_size=4,
+    )
+    train(first, quiet=True)
+    stored = {"data__source": "latents", "data__path": str(tmp_path / "first" / "latents")}
+    second = latent_config(
+        tmp_path / "second",
+        digits_vae,
+        **stored,
+        codec__statistics="measured",
+        training__steps=1,
+        training__batch_size=4,
+    )
+    train(second, quiet=True)
+    data = run_data(tmp_path / "second")
+    held_out = held_out_images(tmp_path / "second", data, tmp_path / "images")
+    assert torch.equal(
+        data.train.batch([0])[0][0],
+        held_out.images[sorted([*data.train.names, *data.val.names]).index(data.train.names[0])],
+    )
+    assert any("are training images too" in note for note in held_out.record["notes"])

@@ -98,7 +98,9 @@ def test_loss_is_l1_and_the_divergence_of_the_posterior(structural_weight: float
         assert losses.each[k].item() == pytest.approx(float(expected), rel=1e-5)
         assert losses.parts["l1"][k].item() == pytest.approx(l1, rel=1e-5)
         assert losses.parts["kl"][k].item() == pytest.approx(kl.item(), rel=1e-5)
-    assert losses.outputs is None
+    assert losses.outputs is not None
+    assert not losses.outputs.requires_grad
+    assert not recipe.judges(draws)
     assert "adversarial" not in losses.parts
     losses.each.mean().backward()
     assert all(p.grad is not None for p in recipe.model.parameters())
@@ -430,3 +432,10 @@ def test_constant_images_are_named(tmp_path: Path) -> None:
         recipe.model.vae.quant_conv.bias[4:] = -30
     with pytest.raises(DataError, match=r"never varies .*images are constant, or the VAE is not trained"):
         recipe.save(tmp_path / "vae")
+
+
+def test_a_discriminator_that_cannot_take_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adversarial_start=2000: the discriminator would never begin"):
+        recipe_of(tmp_path, vae__adversarial_weight=0.5)
+    with pytest.raises(ConfigError, match=r"does not go with training\.compile=true"):
+        recipe_of(tmp_path, vae__adversarial_weight=0.5, vae__adversarial_start=0, training__compile=True)

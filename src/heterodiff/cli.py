@@ -171,7 +171,8 @@ def encode(
     typer.echo(f"latents  {len(result.data.train)} training and {len(result.data.val)} held-out, {shape}, in {out}")
     typer.echo(f"std      {std} {'per channel ' if len(result.std) > 1 else ''}after scaling, expected 1")
     typer.echo(
-        f"next     heterodiff train {config} data.source=latents data.path={out} codec.kind=kl-vae codec.path={vae}"
+        f"next     heterodiff train {config} data.source=latents data.path={out} codec.kind=kl-vae codec.path={vae} "
+        "output=runs/NEW"
     )
 
 

@@ -17,6 +17,7 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -217,7 +218,7 @@ class CodecConfig(Section):
     """The space in which diffusion happens."""
 
     kind: Literal["pixels", "kl-vae"] = "pixels"
-    path: Path | None = Field(
+    path: UserPath | None = Field(
         None, description="the VAE of kind kl-vae: a run of recipe `vae`, or a folder with a diffusers AutoencoderKL"
     )
     cache: bool = Field(
@@ -237,6 +238,8 @@ class CodecConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_vae(self) -> "CodecConfig":
+        if self.kind == "pixels" and self.training is not None:
+            raise ValueError("codec.training is for a VAE; set codec.kind=kl-vae and codec.path")
         if self.kind == "kl-vae" and self.path is None:
             raise ValueError(
                 "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
@@ -249,7 +252,7 @@ class CodecConfig(Section):
 class VAEConfig(Section):
     """The autoencoder that recipe `vae` trains: diffusers' AutoencoderKL, and its losses."""
 
-    init_from: Path | None = Field(
+    init_from: UserPath | None = Field(
         None, description="start from this VAE (a run, or a diffusers AutoencoderKL) instead of from scratch"
     )
     latent_channels: Positive = 4
@@ -284,6 +287,14 @@ class RunConfig(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _sections_go_together(self) -> "RunConfig":
+        if self.recipe == "vae" and self.codec.kind != "pixels":
+            raise ValueError("recipe vae trains a VAE with section `training` and has no codec; leave `codec` out")
+        if self.codec.kind == "kl-vae" and self.sampling.dynamic_threshold is not None:
+            raise ValueError("sampling.dynamic_threshold is for pixels, latents have no fixed range; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _stored_latents_are_fixed(self) -> "RunConfig":

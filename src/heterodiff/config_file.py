@@ -1,7 +1,7 @@
 """Configurations as files: one YAML file, ``key.path=value`` overrides, nothing unknown accepted."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -80,9 +80,11 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for part in location:
         field = section.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))  # also of an optional section
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is None:
             break
-        section = field.annotation
+        section = inner
     return list(section.model_fields)
 
 

@@ -27,7 +27,8 @@ def run_demo(config_file: Path, out: Path, seed: int) -> None:
     vae = None
     if config.codec.training is not None:
         vae = out.with_name(f"{out.name}_vae")
-        config = load_config(config_file, [f"output={out}", f"training.seed={seed}", f"codec.path={vae}"])
+        first = [f"codec.path={vae}", f"codec.training.seed={seed}"]
+        config = load_config(config_file, [f"output={out}", f"training.seed={seed}", *first])
     result = train(config)
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)

@@ -22,14 +22,6 @@ class Codec(Protocol):
     random: bool
     factor: int
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of z for images (channels, height, width).
-
-        Raises:
-            ConfigError: images that the codec cannot take.
-        """
-        ...
-
     def posterior(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> what is to be known of their latents."""
         ...
@@ -53,9 +45,6 @@ class PixelCodec:
     clip_sample = True
     random = False
     factor = 1
-
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        return channels, height, width
 
     def posterior(self, images: Tensor) -> Tensor:
         return images * 2 - 1

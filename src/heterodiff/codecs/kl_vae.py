@@ -15,8 +15,8 @@ from torch import Tensor
 
 from heterodiff.errors import CheckpointError, ConfigError, DataError
 
-DECODE_PIXELS = 2**22
-"""Pixels decoded at once: activations of a decoder are far larger than those of the network that drew the latents."""
+PIXELS_AT_ONCE = 2**20
+"""Pixels encoded or decoded at once: a VAE's activations are far larger than those of a network on its latents."""
 LEAST_STD, MOST_STD = 0.8, 1.25
 """Bounds of the std of latents that are said to have unit variance."""
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
@@ -65,7 +65,9 @@ class KLVAECodec:
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> mean and std of the posterior (B, 2 c, h, w), float32, as the VAE gives them."""
-        moments = self.vae.encode(images * 2 - 1).latent_dist.parameters.float()
+        at_once = max(1, PIXELS_AT_ONCE // (images.shape[-1] * images.shape[-2]))
+        parts = (images * 2 - 1).to(self.vae.dtype).split(at_once)
+        moments = torch.cat([self.vae.encode(part).latent_dist.parameters.float() for part in parts])
         mean, logvar = moments.chunk(2, dim=1)
         return torch.cat([mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))], dim=1)
 
@@ -83,7 +85,7 @@ class KLVAECodec:
     def decode(self, z: Tensor) -> Tensor:
         """z (B, c, h, w) -> images (B, C, H, W) in [0, 1]."""
         latents = (z / self._scale.to(z) + self._mean.to(z)).to(self.vae.dtype)
-        at_once = max(1, DECODE_PIXELS // (z.shape[-1] * z.shape[-2] * self.factor**2))
+        at_once = max(1, PIXELS_AT_ONCE // (z.shape[-1] * z.shape[-2] * self.factor**2))
         decoded = torch.cat([self.vae.decode(part).sample for part in latents.split(at_once)])
         return ((decoded.float() + 1) / 2).clamp(0, 1)
 
@@ -149,7 +151,7 @@ class LatentMoments:
 
     def add(self, mean: Tensor, std: Tensor) -> None:
         """Take in mean and std (B, c, h, w) of posteriors."""
-        mean, std = mean.double().cpu(), std.double().cpu()
+        mean, std = mean.cpu().double(), std.cpu().double()
         self.count += mean.numel() // mean.shape[1]
         self._sum += mean.sum(dim=(0, 2, 3))
         self._square += (mean.square() + std.square()).sum(dim=(0, 2, 3))

@@ -168,7 +168,7 @@ def _encode(
     tensors = {name: np.empty((len(images), channels, height, width), np.float16) for name in ("mean", "std")}
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        posterior = codec.posterior(images_at(data, part).to(codec.vae.device, codec.vae.dtype)).cpu()
+        posterior = codec.posterior(images_at(data, part).to(codec.vae.device)).cpu()
         _refuse_unusable(posterior, plan.names[part.start : part.stop])
         for name, values in zip(("mean", "std"), posterior.chunk(2, dim=1), strict=True):
             tensors[name][start : start + len(part)] = values.numpy()

@@ -93,7 +93,7 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
         DataError: no such folder, one that is not complete, or a file that is missing, damaged or of another format.
     """
     folder = folder.expanduser().absolute()
-    index = _read_index(folder)
+    index = read_index(folder)
     labels = index.labels
     for images, shard in zip(index.ranges, index.shards, strict=True):
         path = folder / shard.file
@@ -120,7 +120,12 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
     return LoadedData(spec, part(index.train, 0), part(index.val, len(index.train.names)), (), warnings, info)
 
 
-def _read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> Index:
+    """What a folder of latents holds.
+
+    Raises:
+        DataError: no such folder, not complete, or an index that is damaged or of another format.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: {'a file; expected' if folder.exists() else 'no such'} folder of latents")
     if not (folder / INDEX_FILE).is_file():

@@ -13,6 +13,7 @@ from heterodiff.config import DataConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.latents import read_index
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
@@ -58,12 +59,20 @@ def run_data(run: Path) -> LoadedData:
     needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
+    return load_data(image_config(run), split=read_json(run / SPLIT_FILE), spec=load_spec(run))
+
+
+def image_config(run: Path) -> DataConfig:
+    """How the run's images are read; for a run on stored latents, those that they were encoded from.
+
+    Raises:
+        DataError: the latents are not there any more.
+    """
     config = load_config(run / CONFIG_FILE).data
-    if config.source == "latents":  # the images they were encoded from
-        stored = load_data(config).latents
-        assert stored is not None
-        config = DataConfig.model_validate(stored.data_config)
-    return load_data(config, split=read_json(run / SPLIT_FILE), spec=load_spec(run))
+    if config.source != "latents":
+        return config
+    assert config.path is not None
+    return DataConfig.model_validate(read_index(config.path.expanduser()).data_config)
 
 
 def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> HeldOut:
@@ -79,7 +88,7 @@ def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> He
         DataError: nothing usable at ``path``, images of other channels or number type than the run's, or classes
             that it does not know.
     """
-    config = load_config(run / CONFIG_FILE).data
+    config = image_config(run)
     if path is None:
         images, labels = images_of(data.val)
         record = {"path": str(config.path or config.source), "part": "validation split", "n": len(images), "notes": []}

@@ -130,6 +130,8 @@ class GenerationPipeline(DiffusionPipeline):
         d = self.defaults
         if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
             raise ConfigError(f"dynamic_threshold {dynamic_threshold}: expected a quantile above 0 and at most 1")
+        if dynamic_threshold is not None and not self.codec.clip_sample:
+            raise ConfigError("dynamic_threshold is for models of pixels; latents have no fixed range")
         latent_size = self._latent_size(_pair(size) if size is not None else self.image_size)
         parts = []
         for start in range(0, len(labels), batch_size):

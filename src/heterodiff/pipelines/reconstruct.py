@@ -51,5 +51,7 @@ class ReconstructionPipeline(DiffusionPipeline):
 def comparison_picture(images: Tensor, reconstructions: Tensor) -> Image:
     """Rows of original, reconstruction, and four times their absolute difference; all (B, C, H, W) in [0, 1]."""
     difference = (DIFFERENCE_GAIN * (images - reconstructions).abs()).clamp(0, 1)
+    if images.shape[1] == 4:  # drawn with transparency: let differences be seen
+        difference[:, 3] = 1
     tiles = torch.stack([images, reconstructions, difference], dim=1).flatten(0, 1)
     return image_grid(tiles, ["original", "reconstruction", f"difference x{DIFFERENCE_GAIN}"] * len(images), columns=3)

@@ -20,7 +20,8 @@ from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice, free_memory
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.start import timed_steps, trial, vae_run
+from heterodiff.training.start import timed_steps, trial
+from heterodiff.training.vae_stage import check_denoiser, vae_run
 
 MAX_LISTED = 50
 
@@ -106,6 +107,7 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
             print(
                 f"note  {'':10} codec.path={needed.output} holds no finished VAE; it is trained first, as checked here"
             )
+            findings.add(True, "denoiser", check_denoiser(config, spec))
             config = needed
         free, where = free_memory()
         fits, text = advice(config, spec, free)
@@ -119,7 +121,9 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
             check_latent_setup(config, recipe, trainer, findings.add)
         else:
             findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-        findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours in all")
+        encoding = trainer.data.latents is None and config.codec.kind == "kl-vae" and config.codec.cache
+        note = "; with its images encoded, which the run does once, before" if encoding else ""
+        findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours{note}")
     except HeterodiffError as error:
         findings.add(False, "set-up", str(error))
 

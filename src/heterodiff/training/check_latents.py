@@ -76,7 +76,7 @@ def _check_loader(codec: KLVAECodec, data: LoadedData, posteriors: Tensor, add: 
     mean, std = measure([posteriors], codec.latent_channels)
     scaled = ", ".join(f"{value:.2f}" for value in scaled_std(codec, mean, std).tolist())
     z = codec.draw(posteriors, torch.zeros_like(posteriors.chunk(2, dim=1)[0]))
-    where = "stored latents" if data.latents is not None else "images encoded with every batch"
+    where = "stored latents" if data.latents is not None else "images encoded now"
     text = f"{where}: {tuple(z.shape)}, {float(z.min()):.2f} to {float(z.max()):.2f}, std {scaled} after scaling"
     add(bool(torch.isfinite(z).all()), "loader", text)
 

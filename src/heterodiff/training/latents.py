@@ -57,7 +57,6 @@ def prepare_latents(
             barrier=accelerator.wait_for_everyone,
             quiet=quiet,
         )
-        accelerator.wait_for_everyone()  # the index is written by one process
         data = load_latents(folder, config.data.memory_limit_gb)
     mean, std = _statistics(codec, data, recipe)
     if config.codec.statistics == "measured":
@@ -85,7 +84,7 @@ def _statistics(codec: KLVAECodec, data: LoadedData, recipe: DiffusionRecipe) ->
                 f"{stored.vae_fingerprint}), but codec.path={recipe.config.codec.path} makes {recipe.latent_shape} "
                 f"and has {found}; use that VAE, or encode the images again with this one"
             )
-        return Tensor(stored.mean).double(), Tensor(stored.std).double()
+        return torch.tensor(stored.mean, dtype=torch.float64), torch.tensor(stored.std, dtype=torch.float64)
     _refuse_another_vae(codec, recipe)
     rows = torch.linspace(0, len(data.train) - 1, min(MEASURED_IMAGES, len(data.train))).long().tolist()
     device = next(codec.vae.parameters()).device

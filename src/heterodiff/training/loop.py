@@ -59,6 +59,20 @@ def precision_of(config: TrainingConfig) -> str:
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
 
 
+def check_batch(training: TrainingConfig, processes: int) -> None:
+    """Check that a batch splits evenly.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    parts = processes * training.accumulation_steps
+    if training.batch_size % parts:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size} does not split into {processes} process(es) x "
+            f"{training.accumulation_steps} accumulation_steps; use a multiple of {parts}"
+        )
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """How a call of :meth:`Trainer.run` ended: steps done in all, and the signal that stopped it, if any."""
@@ -90,13 +104,7 @@ class Trainer:
         cpu = not torch.accelerator.is_available()  # said aloud, else several processes would not find each other
         self.accelerator = Accelerator(mixed_precision=precision_of(training), cpu=cpu)
         self.device = self.accelerator.device
-        processes = self.accelerator.num_processes
-        if training.batch_size % (processes * training.accumulation_steps):
-            raise ConfigError(
-                f"training.batch_size={training.batch_size} does not split into {processes} process(es) x "
-                f"{training.accumulation_steps} accumulation_steps; use a multiple of "
-                f"{processes * training.accumulation_steps}"
-            )
+        check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
         self.main = self._part("model", recipe.model)
         self.network: Any = self.main.network  # as called in training
@@ -142,7 +150,7 @@ class Trainer:
         rank = accelerator.process_index
         size = len(labels) // training.accumulation_steps
         self.network.train()
-        found, judged = [], False
+        found, adversary = [], self.adversary if self.recipe.judges(whole) else None
         for k in range(training.accumulation_steps):
             rows = slice(k * size, (k + 1) * size)
             torch.manual_seed(derive_seed(training.seed, Stream.DROPOUT, self.step, rank, k))
@@ -152,14 +160,13 @@ class Trainer:
                 losses = self.recipe.losses(self.network, inputs, labels[rows], draws.rows(rows))
                 accelerator.backward(losses.each.mean() / training.accumulation_steps)
             values = {"loss": losses.each.detach(), **losses.parts}
-            if self.adversary is not None and losses.outputs is not None:
-                judged = True
-                with nullcontext() if last else accelerator.no_sync(self.adversary.network):
-                    verdicts = self.recipe.adversary_losses(self.adversary.network, inputs, losses.outputs)
+            if adversary is not None and losses.outputs is not None:
+                with nullcontext() if last else accelerator.no_sync(adversary.network):
+                    verdicts = self.recipe.adversary_losses(adversary.network, inputs, losses.outputs)
                     accelerator.backward(verdicts.mean() / training.accumulation_steps)
                 values["adversary"] = verdicts.detach()
             found.append(values)
-        trained = self.parts if judged else [self.main]
+        trained = [self.main] if adversary is None else [self.main, adversary]
         norms = [float(accelerator.clip_grad_norm_(p.network.parameters(), training.max_grad_norm)) for p in trained]
         every = accelerator.gather({name: torch.cat([values[name] for values in found]) for name in found[0]})
         norm = norms[0] if all(map(math.isfinite, norms)) else math.nan

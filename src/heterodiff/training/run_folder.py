@@ -38,7 +38,8 @@ FREE_TO_CHANGE = (
     "training.num_workers",
     "training.preview_every",
     "training.tensorboard",
-    "codec.cache",
+    "codec.path",
+    "codec.training",
 )
 """Keys (and sections) that a resumed run may change: they do not alter what is learned."""
 

@@ -1,5 +1,6 @@
 """From a configuration to a trained run folder: checks first, then the loop."""
 
+import gc
 import os
 import platform
 import sys
@@ -12,13 +13,11 @@ from typing import Any
 import torch
 
 import heterodiff
-from heterodiff.codecs.kl_vae import holds_vae
 from heterodiff.config import RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, load_data
 from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
-from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load_spec, read_json
+from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.latents import prepare_latents, stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
@@ -26,7 +25,8 @@ from heterodiff.training.memory_plan import advice, training_memory_bytes
 from heterodiff.training.recipes.base import Recipe
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
-from heterodiff.training.run_folder import changed_keys, check_run_folder, locked, save_config, weights_step, write_json
+from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
+from heterodiff.training.vae_stage import check_denoiser, vae_run
 
 RUN_FILE = "run.json"
 
@@ -53,10 +53,6 @@ def train(
     """
     if config.output is None:
         raise RunError("output: no run folder given; set output=runs/<name>")
-    if (needed := vae_run(config)) is not None:
-        result = train(needed, quiet=quiet)
-        if result.step < needed.training.steps or result.stopped_by is not None:
-            return result
     folder = config.output
     resuming = check_run_folder(folder, config, resume)
     checkpoint, notes = _find_checkpoint(folder, resume) if resuming else (None, [])
@@ -65,22 +61,28 @@ def train(
     current = checkpoint is not None and weights_step(folder) == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
+    if (needed := vae_run(config)) is not None:
+        check_denoiser(config, load_run_data(needed).spec)
+        result = train(needed, quiet=quiet)
+        if result.step < needed.training.steps or result.stopped_by is not None:
+            return result
+        gc.collect()  # what trained the VAE refers to itself, and waits to be freed
     data = load_run_data(config)
     recipe = build_recipe(config, data)
     trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     with locked(folder) if trainer.accelerator.is_main_process else nullcontext():
-        if isinstance(recipe, DiffusionRecipe):
-            trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
-        if checkpoint is not None:
-            trainer.load_checkpoint(checkpoint)
-            if not current:  # stopped between the checkpoint and the weights made from it
-                trainer.save_weights()
-        if trainer.accelerator.is_main_process:
-            _write_facts(folder, config, data, trainer)
-        if not quiet and trainer.accelerator.is_main_process:
-            _say_start(config, data, trainer, notes)
         try:
+            if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
+                data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
+            if checkpoint is not None:
+                trainer.load_checkpoint(checkpoint)
+                if not current:  # stopped between the checkpoint and the weights made from it
+                    trainer.save_weights()
+            if trainer.accelerator.is_main_process:
+                _write_facts(folder, config, data, trainer)
+            if not quiet and trainer.accelerator.is_main_process:
+                _say_start(config, data, trainer, notes)
             return trainer.run(stop_after, on_step, quiet)
         except RuntimeError as error:
             raise _explained(config, data.spec, error) from error
@@ -121,28 +123,6 @@ def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
         vae = data.latents.vae_path
         raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
     return DiffusionRecipe(config, spec)
-
-
-def vae_run(config: RunConfig) -> RunConfig | None:
-    """The run of recipe ``vae`` that ``config`` needs and describes, if it is not finished yet.
-
-    Raises:
-        RunError: ``codec.path`` holds a VAE that was trained with other settings.
-    """
-    codec = config.codec
-    if config.recipe != "diffusion" or codec.training is None or codec.path is None:
-        return None
-    keys = {"recipe": "vae", "output": codec.path, "data": config.data, "vae": config.vae, "training": codec.training}
-    if not (codec.path / CONFIG_FILE).is_file():
-        return None if holds_vae(codec.path) else RunConfig().model_copy(update=keys)  # None: a VAE from elsewhere
-    before = load_config(codec.path / CONFIG_FILE)
-    wanted = before.model_copy(update=keys)  # other sections do not matter to a VAE
-    if changes := changed_keys(before, wanted):
-        raise RunError(
-            f"codec.path={codec.path}: its VAE was trained with other settings; undo these, set codec.path to a new "
-            "folder, or leave codec.training out to use that VAE as it is:\n  " + "\n  ".join(changes)
-        )
-    return None if weights_step(codec.path) == codec.training.steps else wanted
 
 
 def load_run_data(config: RunConfig) -> LoadedData:
@@ -289,7 +269,9 @@ def dry_run(config: RunConfig) -> DryRun:
     Raises:
         HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
     """
-    return timed_steps(*trial(vae_run(config) or config))
+    if (needed := vae_run(config)) is not None:
+        check_denoiser(config, load_run_data(needed).spec)
+    return timed_steps(*trial(needed or config))
 
 
 def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:

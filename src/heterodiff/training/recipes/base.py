@@ -27,7 +27,7 @@ class Losses:
     Attributes:
         each: the loss of each image (B,), with gradient.
         parts: what it is made of, each (B,) and detached, to log.
-        outputs: what the adversary is to judge (B, ...), detached; None when it has a rest.
+        outputs: what the network made (B, ...), detached, if anybody is to look at it.
     """
 
     each: Tensor
@@ -70,6 +70,10 @@ class Recipe(Protocol):
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         """The adversary's loss of each image (B,)."""
+        ...
+
+    def judges(self, draws: Any) -> bool:
+        """Whether the adversary takes part in the step of ``draws``."""
         ...
 
     def observe(self, draws: Any, losses: Tensor) -> None:

@@ -160,6 +160,9 @@ class DiffusionRecipe:
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def judges(self, draws: Draws) -> bool:
+        return False
+
     def observe(self, draws: Draws, losses: Tensor) -> None:
         """Let the timestep sampler know the losses (B,) at the timesteps drawn."""
         self.timesteps.update(draws.t, losses / draws.weights)

@@ -108,6 +108,15 @@ class VAERecipe:
         if config.vae.adversarial_weight > 0:
             if config.training.precision == "float16":
                 raise ConfigError("vae.adversarial_weight needs training.precision bfloat16 or float32, found float16")
+            if config.training.compile:
+                raise ConfigError(
+                    "vae.adversarial_weight does not go with training.compile=true; leave one of them out"
+                )
+            if config.vae.adversarial_start >= config.training.steps:
+                raise ConfigError(
+                    f"vae.adversarial_start={config.vae.adversarial_start}: the discriminator would never begin in "
+                    f"{config.training.steps} training.steps; lower it, or set vae.adversarial_weight=0"
+                )
             if min(spec.height, spec.width) < 16:
                 raise ConfigError(
                     f"vae.adversarial_weight: images of {spec.height}x{spec.width} are too small for a patch "
@@ -131,20 +140,22 @@ class VAERecipe:
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: VAEDraws) -> Losses:
         reconstruction, mean, logvar = network(inputs, draws.noise)
         reconstruction = reconstruction.float()
-        weights = self.config.vae
         each, parts = self._reconstruction_losses(inputs, reconstruction)
         kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(dim=1)
         parts["kl"] = kl.detach()
-        total = each + weights.kl_weight * kl
-        if not draws.adversarial:
-            return Losses(total, parts)
+        total = each + self.config.vae.kl_weight * kl
+        if draws.adversarial:
+            total = total + self._adversarial_losses(each, reconstruction, parts)
+        return Losses(total, parts, reconstruction.detach())
+
+    def _adversarial_losses(self, each: Tensor, reconstruction: Tensor, parts: dict[str, Tensor]) -> Tensor:
         assert self.adversary is not None
         self.adversary.requires_grad_(False)
         verdict = -self.adversary(reconstruction).mean(dim=1)
         self.adversary.requires_grad_(True)
         parts["adversarial"] = verdict.detach()
         scale = adaptive_weight(each.mean(), verdict.mean(), self.model.vae.decoder.conv_out.weight)
-        return Losses(total + weights.adversarial_weight * scale * verdict, parts, reconstruction.detach())
+        return self.config.vae.adversarial_weight * scale * verdict
 
     def _reconstruction_losses(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         each = (reconstruction - images).abs().flatten(1).mean(dim=1)
@@ -159,6 +170,9 @@ class VAERecipe:
         real, fake = network(torch.cat([inputs, outputs])).chunk(2)
         return hinge_losses(real, fake)
 
+    def judges(self, draws: VAEDraws) -> bool:
+        return draws.adversarial
+
     def observe(self, draws: VAEDraws, losses: Tensor) -> None:
         pass
 
@@ -169,10 +183,11 @@ class VAERecipe:
         for inputs, labels in batches:
             none = torch.zeros((len(inputs), *self.latent_shape), device=inputs.device)
             found = self.losses(self.model, inputs, labels, VAEDraws(none, False))
-            images, drawn = ((x + 1) / 2 for x in (inputs, self.model(inputs, none)[0].float()))
+            assert found.outputs is not None
+            images, drawn = (inputs + 1) / 2, ((found.outputs + 1) / 2).clamp(0, 1)
             sums["val_loss"] += float(found.each.sum())
-            sums["val_psnr"] += float(psnr(images, drawn.clamp(0, 1)).sum())
-            sums["val_ssim"] += float(ssim(images, drawn.clamp(0, 1)).sum())
+            sums["val_psnr"] += float(psnr(images, drawn).sum())
+            sums["val_ssim"] += float(ssim(images, drawn).sum())
             count += len(inputs)
         return {name: total / count for name, total in sums.items()} if count else {}
 
