@@ -322,7 +322,7 @@ def test_latents_of_something_else_are_refused(tmp_path, vae_path, change, messa
         own.vae.encoder.conv_in.bias.data += 1
     else:
         change(tmp_path / "images")
-    with pytest.raises(DataError, match=f"holds latents of something else {message}; choose another folder .--out."):
+    with pytest.raises(DataError, match=f"holds latents of something else {message}; choose another folder, or delete"):
         encode(config, own, vae_path, out, **arguments)
     assert contents(out) == before
 
