@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -252,33 +253,30 @@ def evaluate(
     if augmentation:
         from heterodiff.evaluation import augmentation_run, augmentation_summary
 
-        outcome = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **options)
-        if as_json:
-            typer.echo(json.dumps(outcome.study, indent=1))
-            return
-        for line in augmentation_summary.summary_lines(outcome.study):
-            typer.echo(line)
-        typer.echo(f"numbers    {outcome.numbers}\npicture    {outcome.picture}\nreport     {outcome.report}")
+        study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **options)
+        lines = augmentation_summary.summary_lines(study.study)
+        files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
+        _print_metrics(study.study, lines, files, as_json)
         return
     from heterodiff.evaluation.run import evaluate_run, summary_lines
     from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
 
     if is_vae(run):
-        reconstructed = evaluate_vae(run, seed, data)
-        if as_json:
-            typer.echo(json.dumps(reconstructed.metrics, indent=1))
-            return
-        for line in vae_summary(reconstructed.metrics):
-            typer.echo(line)
-        typer.echo(f"picture  {reconstructed.picture}\nreport   {reconstructed.report}")
-        return
-    result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
+        result, summary = evaluate_vae(run, seed, data), vae_summary
+    else:
+        result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
+        summary = summary_lines
+    files = f"picture  {result.picture}\nreport   {result.report}"
+    _print_metrics(result.metrics, summary(result.metrics), files, as_json)
+
+
+def _print_metrics(metrics: dict[str, Any], lines: Iterable[str], files: str, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(result.metrics, indent=1))
+        typer.echo(json.dumps(metrics, indent=1))
         return
-    for line in summary_lines(result.metrics):
+    for line in lines:
         typer.echo(line)
-    typer.echo(f"samples  {result.picture}\nreport   {result.report}")
+    typer.echo(files)
 
 
 @app.command(name="import")

@@ -158,7 +158,7 @@ class DiffusionRecipe:
         return Losses(losses * draws.weights, parts)
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("a denoiser has no adversary")
 
     def judges(self, draws: Draws) -> bool:
         return False
