@@ -127,7 +127,8 @@ def read_index(folder: Path) -> Index:
         DataError: no such folder, not complete, or an index that is damaged or of another format.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: {'a file; expected' if folder.exists() else 'no such'} folder of latents")
+        what = "a file; expected a folder of latents" if folder.exists() else "no such folder of latents"
+        raise DataError(f"{folder}: {what}; correct data.path, or write one with `heterodiff encode`")
     if not (folder / INDEX_FILE).is_file():
         if (folder / PLAN_FILE).is_file():
             raise DataError(f"{folder}: {INDEX_FILE} is missing: the images were not encoded to the end; {AGAIN}")

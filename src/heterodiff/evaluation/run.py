@@ -56,6 +56,8 @@ def run_data(run: Path) -> LoadedData:
         RunError: the folder holds no run that was trained here.
         DataError: the images are not there any more, or not the same.
     """
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run folder; `heterodiff train` makes one")
     needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
