@@ -488,5 +488,5 @@ def test_unusable_runs_are_refused(other_runs, tmp_path):
         study_run(other_runs["no classes"])
     with pytest.raises(DataError, match=r"--data.*val_fraction"):
         study_run(other_runs["no split"])
-    with pytest.raises(RunError, match="missing"):
+    with pytest.raises(RunError, match="no such run folder"):
         study_run(tmp_path / "nowhere")
