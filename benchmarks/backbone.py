@@ -25,7 +25,7 @@ from benchmarks.promises import Promise, report
 from heterodiff.models.hybrid import REGIONAL_PATCHES, HybridBlock, HybridSpec, MultiScaleTransformer, PatternSpec
 from heterodiff.models.profile import count_flops, count_saved_bytes, profile
 from heterodiff.models.sparse_attention import Grid, make_pattern
-from heterodiff.models.variants import VARIANTS, list_models
+from heterodiff.models.variants import VARIANTS
 from tests.oracles.naive_backbone import make_naive
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "backbone.png"
@@ -90,7 +90,7 @@ def print_networks(rows: dict[str, dict[str, float]]) -> None:
 def dropout_memory() -> dict[str, float]:
     """Saved bytes with dropout 0.1, relative to without."""
     found = {}
-    for name in list_models():
+    for name in VARIANTS:
         without, with_ = (profile(name, SIZE, SIZE, dropout=p, **CONFIG).saved_mb for p in (0.0, 0.1))
         found[name] = with_ / without
     return found
@@ -188,7 +188,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 3)
     rows = found["networks"]
     names = [name for name in rows if name != "hae-v2 naive"]
-    colours = ["tab:blue" if name in list_models() else "tab:grey" for name in names]
+    colours = ["tab:blue" if name in VARIANTS else "tab:grey" for name in names]
     for axis, key, title in (
         (axes[0], "train_to_unet", "forward and backward, relative to unet"),
         (axes[1], "saved_mb", "kept for the backward pass, MB an image"),

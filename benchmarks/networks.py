@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterodiff.models.variants import create_model, list_models
+from heterodiff.models.variants import VARIANTS, create_model
 from tests.oracles.naive_backbone import make_naive
 
 SIZE, CHANNELS, CLASSES = 128, 4, 2
@@ -25,7 +25,7 @@ WIDTHS = (128, 128, 256, 384, 512)
 ATTENTION = (False, False, True, True, True)
 HEAD_WIDTH = 64
 
-NETWORKS = [*list_models(), "hae-v2 naive", "diffusers", "MONAI"]
+NETWORKS = [*VARIANTS, "hae-v2 naive", "diffusers", "MONAI"]
 
 
 def build(name: str) -> nn.Module:

@@ -1,11 +1,13 @@
-"""Condition tokens in closed form against the outer product they stand for."""
+"""Condition tokens against the outer product they stand for; class and vector conditions, and rows without one."""
 
 import pytest
 import torch
 
+from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import AttentionBlock
 from heterodiff.models.conditioning import attend_with_condition, drop_condition
-from heterodiff.models.variants import create_model
+from heterodiff.models.unet import HAEUNet
+from heterodiff.models.variants import VARIANTS, create_model
 from tests.oracles import outer_product
 
 C, E, HEADS = 64, 48, 4
@@ -128,6 +130,125 @@ def test_class_condition_is_exactly_zero_without_a_class(class_embedding):
     assert c.shape == (4, 128)
     assert c[[0, 2]].eq(0).all()
     assert c[[1, 3]].abs().amax(dim=1).gt(0).all()
+
+
+TEXT = {
+    "in_channels": 2,
+    "model_channels": 64,
+    "channel_mult": (1, 2),
+    "layers_per_block": 1,
+    "attention_resolutions": (2,),
+    "condition_dim": 10,
+}
+TIMES = torch.tensor([0, 500, 999])
+
+
+def text_network(variant: str, dtype: torch.dtype = torch.float64, **config) -> HAEUNet:
+    """A small network whose zero-initialised layers have left zero."""
+    torch.manual_seed(0)
+    model = create_model(variant, **TEXT | config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
+def text_inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (3, 2, 12, 8) and conditions (3, 10)."""
+    generator = torch.Generator().manual_seed(1)
+    x, condition = torch.randn(3, 2, 12, 8, generator=generator), torch.randn(3, 10, generator=generator)
+    return x.to(dtype), condition.to(dtype)
+
+
+@pytest.mark.parametrize("config", [{}, {"condition_tokens": False, "use_scale_shift_norm": True}], ids=str)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_condition_of_zeros_is_none(variant, config):
+    model, (x, condition) = text_network(variant, **config), text_inputs()
+    assert any(".encoder_kv." in name for name in model.state_dict()) == model.config.condition_tokens
+    with torch.no_grad():
+        expected = model(x, TIMES).sample
+    zeros = torch.zeros_like(condition)
+    for recording in (False, True):  # without gradients, the conservative variant leaves the condition out
+        with torch.set_grad_enabled(recording):
+            assert torch.allclose(model(x, TIMES, condition=zeros).sample, expected, rtol=0, atol=1e-10)
+            given = model(x, TIMES, condition=condition).sample
+            mixed = model(x, TIMES, condition=torch.stack([condition[0], zeros[1], condition[2]])).sample
+        assert torch.allclose(mixed[1], expected[1], rtol=0, atol=1e-10)
+        assert torch.allclose(mixed[[0, 2]], given[[0, 2]], rtol=0, atol=1e-10)
+        assert (given - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    c = model.vector_condition(torch.stack([condition[0], zeros[1], condition[2]]), 3)
+    assert c[1].eq(0).all()
+    assert c[[0, 2]].abs().amax(dim=1).gt(0).all()
+    assert model.vector_condition(None, 3) is None
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_swapped_conditions_change_the_prediction_and_rows_do_not_mix(variant):
+    model, (x, condition) = text_network(variant), text_inputs()
+    same = x[:1].expand_as(x)
+    condition.requires_grad_()
+    out = model(same, 500, condition=condition).sample
+    swapped = model(same, 500, condition=condition.flip(0)).sample
+    assert (out - swapped)[[0, 2]].abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    assert torch.allclose(swapped.flip(0), out, rtol=0, atol=1e-10)
+    (found,) = torch.autograd.grad(out[0].square().sum(), condition)
+    assert found[0].abs().max() > 1e-6
+    assert found[1:].eq(0).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_batch_of_conditions_equals_single_ones(variant, dtype, tolerance):
+    model, (x, condition) = text_network(variant, dtype), text_inputs(dtype)
+    condition[1] = 0
+    with torch.no_grad():
+        together = model(x, TIMES, condition=condition).sample
+        for i in range(3):
+            alone = model(x[i : i + 1], TIMES[i], condition=condition[i : i + 1]).sample
+            assert (alone - together[i : i + 1]).abs().max() <= tolerance * max(1, together.abs().max())
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_networks_with_a_condition_are_saved_and_loaded(variant, tmp_path):
+    model, (x, condition) = text_network(variant, torch.float32).eval(), text_inputs(torch.float32)
+    expected = model(x, TIMES, condition=condition).sample
+    model.save_pretrained(tmp_path)
+    loaded = HAEUNet.from_pretrained(tmp_path)
+    assert loaded.config.condition_dim == 10
+    assert torch.equal(loaded(x, TIMES, condition=condition).sample, expected)
+    assert torch.equal(loaded(x, TIMES, None, False, condition)[0], expected)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_one_kind_of_condition(variant):
+    with pytest.raises(ConfigError, match=r"num_classes=3 and condition_dim=10.*leave one of them out"):
+        create_model(variant, **TEXT, num_classes=3)
+    with pytest.raises(ConfigError, match="condition_dim: expected at least 1, or None, found 0"):
+        create_model(variant, **TEXT | {"condition_dim": 0})
+    x, condition = text_inputs(torch.float32)
+    model = create_model(variant, **TEXT)
+    with pytest.raises(ConfigError, match=r"without classes.*takes a condition \(B, 10\)"):
+        model(x, TIMES, torch.tensor([0, 1, 2]))
+    for wrong in (condition[:2], condition[:, :5], condition[0]):
+        with pytest.raises(ConfigError, match=r"condition: expected shape \(3, 10\), found"):
+            model(x, TIMES, condition=wrong)
+    for num_classes in (None, 3):
+        model = create_model(variant, **TEXT | {"condition_dim": None, "num_classes": num_classes})
+        assert not any(name.startswith("condition_emb") for name in model.state_dict())
+        with pytest.raises(ConfigError, match=r"built without one \(condition_dim=None\)"):
+            model(x, TIMES, condition=condition)
+
+
+def test_zero_threshold_holds_for_vectors_too():
+    model, (_, condition) = text_network("hae-v2-conservative", zero_threshold=0.5), text_inputs()
+    with torch.no_grad():
+        for parameter in model.condition_emb.parameters():
+            parameter.zero_()
+        model.condition_emb[2].bias[7] = 0.5
+    assert model.vector_condition(condition, 3).eq(0).all()
+    with torch.no_grad():
+        model.condition_emb[2].bias[7] = float("nan")
+    assert model.vector_condition(condition, 3)[:, 7].isnan().all()
 
 
 def test_drop_condition_is_drawn_from_the_generator():

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from heterodiff.models.unet import HAEUNet
-from heterodiff.models.variants import create_model, list_models
+from heterodiff.models.variants import VARIANTS, create_model
 
 TINY = {"in_channels": 1, "model_channels": 32, "channel_mult": (1, 2), "layers_per_block": 1}
 
@@ -28,7 +28,7 @@ def test_diffusers_pipelines_run_unchanged(pipeline, scheduler, num_classes, tmp
 
 
 @pytest.mark.parametrize("pattern", ["multiscale", "sequence"])
-@pytest.mark.parametrize("variant", list_models())
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_saving_and_loading_keeps_every_bit(variant, pattern, tmp_path):
     model = create_model(variant, num_classes=3, attention_pattern=pattern, pattern_seed=5, **TINY).eval()
     torch.nn.init.normal_(model.out[2].weight, std=0.1)

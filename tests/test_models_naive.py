@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from heterodiff.models.profile import count_saved_bytes
-from heterodiff.models.variants import create_model, list_models
+from heterodiff.models.variants import VARIANTS, create_model
 from tests.oracles.naive_backbone import make_naive
 
 
-@pytest.mark.parametrize("variant", list_models())
+@pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)])  # hybrid blocks under a mask, and in blocks of queries
 def test_networks_equal_the_naive_ones(variant, size):
     torch.manual_seed(0)

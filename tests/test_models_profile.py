@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from heterodiff.errors import ConfigError
+from heterodiff.models import table
 from heterodiff.models.profile import ModelProfile, count_flops, count_saved_bytes, profile
-from heterodiff.models.variants import create_model, list_models
+from heterodiff.models.table import model_table, print_table
+from heterodiff.models.variants import VARIANTS, create_model, list_models
 
 COMMON = {"sample_size": 128, "in_channels": 4, "model_channels": 128, "layers_per_block": 2, "num_classes": 2}
 A = COMMON | {"channel_mult": (1, 2, 4, 8), "attention_resolutions": (16, 8)}
@@ -40,7 +42,7 @@ def test_parameters_of_the_published_sizes(variant, size):
 
 
 def test_sizes_of_the_variants():
-    hybrid = {variant: PARAMETERS[variant, "B"][1] for variant in list_models()}
+    hybrid = {variant: PARAMETERS[variant, "B"][1] for variant in VARIANTS}
     assert hybrid["hae-lite"] <= 0.7 * hybrid["hae"]
     assert hybrid["hae-v2"] <= 0.4 * hybrid["hae"]
 
@@ -61,14 +63,14 @@ def test_unet_costs_what_the_earlier_one_did_less_what_is_saved():
 
 
 def test_hybrid_blocks_add_little():
-    found = {variant: published(variant, "B") for variant in list_models()}
+    found = {variant: published(variant, "B") for variant in VARIANTS}
     assert found["hae-v2"].gflop < 1.1 * found["unet"].gflop
     assert found["hae-v2"].saved_mb < 1.25 * found["unet"].saved_mb
     assert found["hae-v2-conservative"].saved_mb < 0.5 * found["unet"].saved_mb
     assert found["hae-v2-conservative"].gflop == found["hae-v2"].gflop
 
 
-@pytest.mark.parametrize(("variant", "batch"), [*((variant, 1) for variant in list_models()), ("hae-v2", 3)])
+@pytest.mark.parametrize(("variant", "batch"), [*((variant, 1) for variant in VARIANTS), ("hae-v2", 3)])
 def test_fake_numbers_are_those_of_a_real_run(variant, batch):
     config = {"model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (2,), "num_classes": 3}
     found = profile(variant, 64, 48, batch, dropout=0.1, **config)
@@ -76,6 +78,44 @@ def test_fake_numbers_are_those_of_a_real_run(variant, batch):
     inputs = (torch.randn(batch, 3, 64, 48), torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
     assert found.gflop == pytest.approx(count_flops(model, *inputs) / batch / 1e9, rel=1e-9)
     assert found.saved_mb == pytest.approx(count_saved_bytes(model, *inputs) / batch / 1e6, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("hae-v2", {"model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (2,), "in_channels": 4}),
+        ("film-unet", {"model_channels": 32, "latent_channels": 4, "dropout": 0.1}),
+        ("film-unet", {"model_channels": 32, "latent_channels": 4, "condition_dim": None}),
+    ],
+)
+def test_fake_numbers_with_a_condition_vector(variant, config):
+    config = {"condition_dim": 12} | config
+    found = profile(variant, 6, 8, 2, **config)
+    model = create_model(variant, **config).train()
+    condition = None if config["condition_dim"] is None else torch.ones(2, 12)
+    inputs = (torch.randn(2, 4, 6, 8), torch.zeros(2), None, True, condition)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.gflop == pytest.approx(count_flops(model, *inputs) / 2e9, rel=1e-9)
+    assert found.saved_mb == pytest.approx(count_saved_bytes(model, *inputs) / 2e6, rel=1e-9)
+
+
+def test_table_of_all_networks_and_of_one(monkeypatch, capsys):
+    small = {"model_channels": 32, "sample_size": 8, "channel_mult": (1, 1), "condition_dim": 12}
+    monkeypatch.setattr(table, "DEFAULTS", table.DEFAULTS | small | {"condition_dim": None})
+    rows = model_table({})
+    assert [row["variant"] for row in rows] == list_models()
+    assert rows[-1]["config"] == {"latent_channels": 256, "latent_size": 7, "condition_dim": 512}
+    assert 45e6 < rows[-1]["parameters"] < 55e6
+    assert [row["variant"] for row in model_table(small)] == list(VARIANTS)
+    (row,) = model_table({"variant": "film-unet", "latent_size": (3, 5), "model_channels": 32})
+    assert row["config"]["latent_channels"] == 256
+    assert row["gflop"] == profile("film-unet", 3, 5, **row["config"]).gflop
+    with pytest.raises(ConfigError, match="did you mean 'film-unet'"):
+        model_table({"variant": "film_unet"})
+    print_table(rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "film-unet: for latent_channels=256, latent_size=7, condition_dim=512" in printed
+    assert "hae-v2-conservative: for sample_size=8" in printed
 
 
 def test_flops_of_attention_count_the_keys_that_are_scored():

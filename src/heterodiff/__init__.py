@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "FiLMUNet": "heterodiff.models.film_unet",
     "HAEUNet": "heterodiff.models.unet",
     "create_model": "heterodiff.models.variants",
     "list_models": "heterodiff.models.variants",
     "GenerationPipeline": "heterodiff.pipelines.generate",
+    "TextImagePipeline": "heterodiff.pipelines.text_image",
     "load": "heterodiff.pipelines.load",
     "load_config": "heterodiff.config_file",
     "RunConfig": "heterodiff.config",
@@ -21,15 +23,19 @@ _HOME = {
 if TYPE_CHECKING:
     from heterodiff.config import RunConfig
     from heterodiff.config_file import load_config
+    from heterodiff.models.film_unet import FiLMUNet
     from heterodiff.models.unet import HAEUNet
     from heterodiff.models.variants import create_model, list_models
     from heterodiff.pipelines.generate import GenerationPipeline
     from heterodiff.pipelines.load import load
+    from heterodiff.pipelines.text_image import TextImagePipeline
 
 __all__ = [
+    "FiLMUNet",
     "GenerationPipeline",
     "HAEUNet",
     "RunConfig",
+    "TextImagePipeline",
     "create_model",
     "list_models",
     "load",

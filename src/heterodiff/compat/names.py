@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from heterodiff.errors import ConfigError, unknown_name
-from heterodiff.models.unet import HAEUNet
+from heterodiff.models.variants import network_class
 
 EARLIER_NAMES = {"image_size": "sample_size", "num_res_blocks": "layers_per_block"}
 """Arguments of the earlier networks that are spelt differently now; all others kept their names."""
@@ -19,9 +19,14 @@ _HEAD_COUNTS = ("num_head_channels", "num_heads_upsample")
 
 
 @cache
-def model_arguments() -> dict[str, Any]:
-    """Name -> type of each argument of :class:`heterodiff.models.unet.HAEUNet`."""
-    return {name: hint for name, hint in get_type_hints(HAEUNet.__init__).items() if name != "return"}
+def model_arguments(variant: str = "unet") -> dict[str, Any]:
+    """Name -> type of each argument of a network: one of :func:`heterodiff.models.variants.list_models`.
+
+    Raises:
+        ConfigError: no such network.
+    """
+    network = network_class(variant)
+    return {name: hint for name, hint in get_type_hints(network.__init__).items() if name != "return"}
 
 
 def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +74,9 @@ def read_arguments(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> di
     Raises:
         ConfigError: an unknown argument (the nearest known one is named) or a value of a wrong type.
     """
-    hints = {**model_arguments(), **extra}
-    hints.pop("variant")
+    hints = dict(model_arguments(arguments.get("variant", "unet") if "variant" in extra else "unet"))
+    hints.pop("variant", None)
+    hints |= extra
     read = {}
     for name, value in current_names(arguments).items():
         if name not in hints:

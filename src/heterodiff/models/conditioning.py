@@ -1,4 +1,4 @@
-"""The class condition: its embedding, and the condition tokens of the attention blocks in closed form."""
+"""The condition: rows that have none, and the condition tokens of the attention blocks in closed form."""
 
 import math
 from typing import Any
@@ -16,6 +16,18 @@ def drop_condition(labels: Tensor, probability: float, generator: torch.Generato
     """Replace labels (B,) by -1 with ``probability`` each (classifier-free guidance, Ho & Salimans 2022)."""
     keep = torch.rand(labels.shape, device=labels.device, generator=generator) >= probability
     return torch.where(keep, labels, NO_CLASS)
+
+
+def zero_rows(c: Tensor, given: Tensor, zero_threshold: float | None) -> Tensor:
+    """The condition's embedding c (B, E) with exact zeros in the rows that have no condition.
+
+    Args:
+        given: (B,) bool, whether a row has one.
+        zero_threshold: a row whose largest absolute value is at most this has none either; None: values do not matter.
+    """
+    if zero_threshold is not None:
+        given = given & ~(c.detach().abs().amax(dim=1) <= zero_threshold)  # NaN stays visible
+    return torch.where(given[:, None], c, 0)
 
 
 def attend_with_condition(

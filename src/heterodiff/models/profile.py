@@ -37,7 +37,7 @@ class ModelProfile:
 
 
 def profile(variant: str, height: int, width: int, batch: int = 1, **config: Any) -> ModelProfile:
-    """Profile a variant in float32 on images of (height, width), with a class label where the network has classes.
+    """Profile a network in float32 on images or latents of (height, width), with the condition that it was built for.
 
     The network is built from fake tensors (shapes without values), so the time and memory this takes hardly depend
     on its size.
@@ -45,7 +45,7 @@ def profile(variant: str, height: int, width: int, batch: int = 1, **config: Any
     Args:
         variant: one of ``heterodiff.list_models()``.
         batch: images at once; what a batch shares (index lists) is divided by it in ``saved_mb``.
-        **config: arguments of :class:`heterodiff.models.unet.HAEUNet`.
+        **config: arguments of :func:`heterodiff.create_model`.
 
     Raises:
         ConfigError: arguments that no network can be built from, or a size it cannot take.
@@ -55,8 +55,10 @@ def profile(variant: str, height: int, width: int, batch: int = 1, **config: Any
         sample = torch.empty(batch, model.config.in_channels, height, width)
         timestep = torch.zeros(batch)
         labels = None if model.config.num_classes is None else torch.zeros(batch, dtype=torch.long)
-        flops = count_flops(model, sample, timestep, labels)
-        saved = count_saved_bytes(model, sample, timestep, labels)
+        width = model.config.condition_dim
+        inputs = (sample, timestep, labels, True, None if width is None else torch.ones(batch, width))
+        flops = count_flops(model, *inputs)
+        saved = count_saved_bytes(model, *inputs)
     hybrid = (p.numel() for m in model.modules() if isinstance(m, HybridBlock) for p in m.parameters())
     return ModelProfile(
         variant=variant,

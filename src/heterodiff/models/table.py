@@ -1,4 +1,4 @@
-"""The variants side by side for one configuration."""
+"""The networks side by side: the HAE family for one configuration, others for theirs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heterodiff.models.profile import profile
-from heterodiff.models.variants import VARIANTS
+from heterodiff.models.variants import NETWORKS, VARIANTS, list_models
 
 DEFAULTS: dict[str, Any] = {
     "sample_size": 64,
@@ -18,32 +18,42 @@ DEFAULTS: dict[str, Any] = {
     "attention_resolutions": (4, 8),
     "num_classes": 10,
 }
-"""The network that ``heterodiff models`` describes where nothing else is asked for."""
+"""The network of the HAE family that ``heterodiff models`` describes where nothing else is asked for."""
+
+OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "film-unet": {"latent_channels": 256, "latent_size": 7, "condition_dim": 512},
+}
+"""The same for the other networks."""
 
 
 def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a variant: name, parameters, hybrid part, GFLOP of a forward pass, MB saved for backward, and what
+    """A row a network: name, parameters, hybrid part, GFLOP of a forward pass, MB saved for backward, and what
     the row describes.
 
     Args:
-        arguments: of :class:`heterodiff.models.unet.HAEUNet`, over ``DEFAULTS``.
+        arguments: of :func:`heterodiff.create_model`, over ``DEFAULTS`` for the HAE family. With ``variant`` the table
+            has that network alone; without, the whole family, and with no arguments at all every network.
 
     Raises:
         ConfigError: arguments that no network can be built from.
     """
-    config = DEFAULTS | arguments
-    size = config["sample_size"]
+    given = dict(arguments)
+    names = [given.pop("variant")] if "variant" in given else list(VARIANTS if given else list_models())
+    return [_row(name, given) for name in names]
+
+
+def _row(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    config = OTHER_DEFAULTS.get(name, DEFAULTS) | given
+    if given.get("condition_dim") is not None and "num_classes" not in given:
+        config.pop("num_classes", None)  # a network takes one kind of condition
+    size = config["latent_size" if name in OTHER_DEFAULTS else "sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    rows = []
-    for name in [config.pop("variant")] if "variant" in config else VARIANTS:
-        row = asdict(profile(name, height, width, **config))
-        rows.append({**row, "summary": VARIANTS[name].summary, "config": config})
-    return rows
+    found = asdict(profile(name, height, width, **config))
+    return {**found, "summary": (VARIANTS | NETWORKS)[name].summary, "config": config}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print :func:`model_table` for people."""
-    config = ", ".join(f"{key}={value}" for key, value in rows[0]["config"].items())
     table = Table(box=box.SIMPLE)
     table.add_column("variant", no_wrap=True)
     for column in ("parameters", "of it hybrid", "GFLOP", "MB saved"):
@@ -56,4 +66,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         console.print(f"{row['variant']}: {row['summary']}")
     console.print("\nGFLOP: forward pass of one image; MB saved: per image, for the backward pass", style="dim")
-    console.print(f"for {config}\nkey=value changes the configuration; --json for programs", style="dim")
+    configs = _by_config(rows)
+    for config, names in configs.items():
+        console.print(f"{', '.join(names) + ': ' if len(configs) > 1 else ''}for {config}", style="dim")
+    console.print("key=value changes the configuration; --json for programs", style="dim")
+
+
+def _by_config(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Configuration, as text -> names of the networks that it is of."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        config = ", ".join(f"{key}={value}" for key, value in row["config"].items())
+        found.setdefault(config, []).append(row["variant"])
+    return found

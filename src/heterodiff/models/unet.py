@@ -1,13 +1,9 @@
 """The conditional U-Net of the HAE family: ADM encoder and, per variant, a hybrid CNN-Transformer decoder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from heterodiff.errors import ConfigError, unknown_name
@@ -20,25 +16,14 @@ from heterodiff.models.blocks import (
     conv3x3,
     make_activation,
     recomputed,
-    timestep_embedding,
     zero_,
 )
+from heterodiff.models.conditioning import zero_rows
+from heterodiff.models.denoiser import Denoiser, Recompute, check_widths, embedding_mlp, readable
 from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
-from heterodiff.models.normalization import NORM_GROUPS, GroupNorm32
+from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.sparse_attention import MIN_KEYS, PATTERNS
 from heterodiff.models.variants import VARIANTS
-
-
-@dataclass
-class UNetOutput(BaseOutput):
-    """Output of :class:`HAEUNet`: ``sample`` (B, out_channels, H, W)."""
-
-    sample: Tensor
-
-
-Recompute = Literal["nothing", "cheap", "all"]
-"""What the backward pass computes again instead of keeping it: nothing; what is cheap beside the memory it takes
-(norms, activations, attention, hybrid blocks); or all, block by block."""
 
 
 class Stage(nn.ModuleList):
@@ -62,8 +47,8 @@ class Stage(nn.ModuleList):
         return x
 
 
-class HAEUNet(ModelMixin, ConfigMixin):
-    """U-Net denoiser with class condition; with a hybrid CNN-Transformer decoder in the HAE variants.
+class HAEUNet(Denoiser):
+    """U-Net denoiser with a class or vector condition; with a hybrid CNN-Transformer decoder in the HAE variants.
 
     Args:
         sample_size: height and width (or one number) it is meant for; other sizes divisible by the network's
@@ -91,14 +76,14 @@ class HAEUNet(ModelMixin, ConfigMixin):
         class_embedding: ``mlp``, or ``direct``: one embedding table of the block embedding's width.
         condition_tokens: whether attention also sees the condition tokens.
         attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
+        condition_dim: width of a condition vector, for example a text embedding, that takes the place of the class;
+            None for a network without one.
 
     Raises:
         ConfigError: an argument that no network can be built from.
 
     Source: Dhariwal & Nichol 2021 (ADM) for the U-Net.
     """
-
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -132,6 +117,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         sparsity: float = 0.9,
         max_keys: int = 512,
         pattern_seed: int = 0,
+        condition_dim: int | None = None,
     ):
         super().__init__()
         self._check_arguments()
@@ -140,39 +126,14 @@ class HAEUNet(ModelMixin, ConfigMixin):
         self.zero_threshold = zero_threshold
         self.gradient_checkpointing = use_checkpoint
         self.factor = 2 ** (len(channel_mult) - 1)
-        embedding_dim = 4 * model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-        )
+        embedding_dim = self._make_embeddings()
         if num_classes is not None:
             direct = class_embedding == "direct"
             self.label_emb = nn.Embedding(num_classes, embedding_dim if direct else model_channels)
-            self.class_emb = (
-                None
-                if direct
-                else nn.Sequential(
-                    nn.Linear(model_channels, embedding_dim),
-                    nn.SiLU(),
-                    nn.Linear(embedding_dim, embedding_dim),
-                )
-            )
+            self.class_emb = None if direct else embedding_mlp(model_channels, embedding_dim)
         pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
         self._build(embedding_dim, spec.hybrid if use_hae else None, pattern)
-        self._lay_out_weights()
-        self.register_state_dict_post_hook(_make_contiguous)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' ``ModelMixin.from_pretrained``."""
-        found = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found)._lay_out_weights()  # files hold them row by row
-        return found
-
-    def _lay_out_weights(self) -> None:
-        """Store weights in the memory format of the maps; else each convolution would convert its own at each call."""
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self._finish()
 
     def _check_arguments(self) -> None:
         c = self.config
@@ -191,12 +152,13 @@ class HAEUNet(ModelMixin, ConfigMixin):
             )
         if c.dims != 2:
             raise ConfigError(f"dims: expected 2 (images), found {c.dims}")
-        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
-        if not widths or any(width < 1 or width % NORM_GROUPS for width in widths):
+        if c.num_classes is not None and c.condition_dim is not None:
             raise ConfigError(
-                f"model_channels * channel_mult: every level needs a multiple of {NORM_GROUPS} channels, "
-                f"found {sorted(set(widths))}; use model_channels={max(32, round(c.model_channels / 32) * 32)}"
+                f"num_classes={c.num_classes} and condition_dim={c.condition_dim}: a network takes one kind of "
+                "condition; leave one of them out"
             )
+        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
+        check_widths(widths, c.model_channels)
         attended = {w for level, w in enumerate(widths) if 2**level in c.attention_resolutions} | {widths[-1]}
         for width in sorted(attended):
             for heads in (c.num_heads, c.num_heads_upsample):
@@ -212,7 +174,8 @@ class HAEUNet(ModelMixin, ConfigMixin):
 
     def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec) -> None:
         c = self.config
-        condition_dim = embedding_dim if c.num_classes is not None and c.condition_tokens else None
+        conditional = c.num_classes is not None or c.condition_dim is not None
+        token_dim = embedding_dim if conditional and c.condition_tokens else None
 
         def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
             return ResBlock(
@@ -228,7 +191,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
         def attention(channels: int, heads: int) -> AttentionBlock:
             if c.num_head_channels is not None:
                 heads = channels // c.num_head_channels
-            return AttentionBlock(channels, heads, condition_dim)
+            return AttentionBlock(channels, heads, token_dim)
 
         widths = [int(c.model_channels * mult) for mult in c.channel_mult]
         channels = widths[0]
@@ -290,10 +253,7 @@ class HAEUNet(ModelMixin, ConfigMixin):
                 attention.set_mask(mask)
 
     def _check_sample(self, sample: Tensor) -> None:
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ConfigError(
-                f"sample: expected {self.config.in_channels} channels, found {tuple(sample.shape)} (B, C, H, W)"
-            )
+        super()._check_sample(sample)
         check_size(sample.shape[2], sample.shape[3], self.factor)
 
     def class_condition(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
@@ -302,81 +262,22 @@ class HAEUNet(ModelMixin, ConfigMixin):
         Raises:
             ConfigError: labels for a network without classes, of a wrong shape, or outside the range.
         """
-        if class_labels is None:
-            return None
         num_classes = self.config.num_classes
-        if num_classes is None:
-            raise ConfigError("class_labels given, but this network was built without classes (num_classes=None)")
+        if class_labels is None or num_classes is None:
+            return super().class_condition(class_labels, batch)
         if class_labels.shape != (batch,):
             raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
         labelled = class_labels >= 0
-        plain = type(class_labels) is Tensor and not torch.compiler.is_compiling()
-        if plain and class_labels.device.type == "cpu":
-            # Elsewhere the check would wait for the device (an index error is raised there) or has no values to see.
-            if class_labels.numel() and not -1 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
-                found = sorted(set(class_labels.tolist()))
+        if readable(class_labels):  # elsewhere an index error is raised
+            found = sorted(set(class_labels.tolist()))
+            if found and not -1 <= found[0] <= found[-1] < num_classes:
                 raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
-            if self.memory_optimization and not labelled.any() and not torch.is_grad_enabled():
-                return None
+        if self._may_leave_out(labelled):
+            return None
         c = self.label_emb(class_labels.clamp(min=0))
         if self.class_emb is not None:
             c = self.class_emb(c)
-        if self.memory_optimization:
-            labelled = labelled & ~(c.detach().abs().amax(dim=1) <= self.zero_threshold)  # NaN stays visible
-        return torch.where(labelled[:, None], c, 0)
-
-    def _recompute(self) -> Recompute:
-        if not torch.is_grad_enabled():
-            return "nothing"
-        if self.gradient_checkpointing:
-            return "all"
-        return "cheap" if self.memory_optimization else "nothing"
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNetOutput | tuple[Tensor]:
-        """Predict from noisy images.
-
-        Args:
-            sample: (B, in_channels, H, W); H and W divisible by the network's factor.
-            timestep: (B,), (1,) or a number; fractions are allowed.
-            class_labels: (B,) integers, -1 for rows without a condition; None if no row has one.
-
-        Returns:
-            ``UNetOutput`` with ``sample`` (B, out_channels, H, W), or a tuple of it.
-
-        Raises:
-            ConfigError: shapes or labels that do not fit the network.
-        """
-        self._check_sample(sample)
-        batch = sample.shape[0]
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
-        embedding = self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.dtype))
-        condition = self.class_condition(class_labels, batch)
-        if condition is not None:
-            embedding = embedding + condition
-        h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        recompute = self._recompute()
-        skips = []
-        for stage in self.input_blocks:
-            h = stage(h, embedding, condition, recompute)
-            skips.append(h)
-        h = self.middle_block(h, embedding, condition, recompute)
-        for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, condition, recompute)
-        out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
-        return UNetOutput(sample=out) if return_dict else (out,)
-
-
-def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Let a state dictionary hold weights row by row, as files and other programs expect them."""
-    for name, value in state.items():
-        if name.startswith(prefix):
-            state[name] = value.contiguous()
+        return zero_rows(c, labelled, self._threshold())
 
 
 def check_size(height: int, width: int, factor: int) -> None:

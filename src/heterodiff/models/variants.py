@@ -1,5 +1,7 @@
-"""The variants of the HAE family: one row each."""
+"""The denoisers by name: a row for each variant of the HAE family and for each other network."""
 
+import importlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +9,7 @@ from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.models.hybrid import HybridSpec
 
 if TYPE_CHECKING:
-    from heterodiff.models.unet import HAEUNet
+    from heterodiff.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,54 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+@dataclass(frozen=True)
+class Network:
+    """A denoiser that is no variant of the HAE family: the module and name of its class, imported when it is built."""
+
+    module: str
+    name: str
+    summary: str = ""
+
+
+NETWORKS: dict[str, Network] = {
+    "film-unet": Network(
+        "heterodiff.models.film_unet", "FiLMUNet", summary="of small latents, steered by a text embedding"
+    ),
+}
+
+
 def list_models() -> list[str]:
-    """Names of all variants that :func:`create_model` builds."""
-    return list(VARIANTS)
+    """Names of all denoisers that :func:`create_model` builds: ``VARIANTS`` of the HAE family, then ``NETWORKS``."""
+    return [*VARIANTS, *NETWORKS]
 
 
-def create_model(variant: str, **config: Any) -> "HAEUNet":
+def network_class(variant: str) -> Any:
+    """The class of the denoiser ``variant``.
+
+    Raises:
+        ConfigError: no such denoiser; the nearest name is named.
+    """
+    if variant not in list_models():
+        raise ConfigError(unknown_name("model variant", variant, list_models()))
+    row = NETWORKS.get(variant, Network("heterodiff.models.unet", "HAEUNet"))
+    return getattr(importlib.import_module(row.module), row.name)
+
+
+def create_model(variant: str, **config: Any) -> "Denoiser":
     """Build a denoiser with fresh weights.
 
     Args:
         variant: one of :func:`list_models`.
-        **config: arguments of :class:`heterodiff.models.unet.HAEUNet`.
+        **config: arguments of :class:`heterodiff.models.unet.HAEUNet`, or for ``film-unet`` of
+            :class:`heterodiff.models.film_unet.FiLMUNet`.
 
     Raises:
         ConfigError: an unknown variant or argument (the nearest known one is named), or a value that no network
             can be built from.
     """
-    import inspect
-
-    from heterodiff.models.unet import HAEUNet
-
-    known = [name for name in inspect.signature(HAEUNet.__init__).parameters if name not in ("self", "variant")]
+    network = network_class(variant)
+    known = [name for name in inspect.signature(network.__init__).parameters if name not in ("self", "variant")]
     for name in config:
         if name not in known:
             raise ConfigError(unknown_name("model argument", name, known))
-    return HAEUNet(variant=variant, **config)
+    return network(**config) if variant in NETWORKS else network(variant=variant, **config)

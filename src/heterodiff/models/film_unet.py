@@ -1,0 +1,114 @@
+"""The text-conditional U-Net of small latents: constant resolution, FiLM in every residual block."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from heterodiff.errors import ConfigError
+from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
+from heterodiff.models.denoiser import Denoiser, check_widths
+from heterodiff.models.normalization import GroupNorm32
+from heterodiff.models.unet import Stage
+
+DERIVED = ("in_channels", "sample_size", "num_classes")
+"""Names under which pipelines look for what the constructor calls otherwise or does not have."""
+
+
+class FiLMUNet(Denoiser):
+    """Denoiser ``film-unet``: a U-Net without resampling, whose residual blocks are all scaled and shifted by FiLM.
+
+    The maps keep their size: a latent of 7x7 has none to give away. Encoder: convolution, then ``layers_per_block``
+    residual blocks a level; middle: block, self-attention, block; decoder: a residual block for each map of the
+    encoder, on its concatenation with that map. In each, with the embedding e = time + text,
+
+        (scale, shift) = Linear(SiLU(e)),   h = GN(h) (1 + scale) + shift   before the second convolution.
+
+    The text's part of e is exactly zero in rows without a condition.
+
+    Args:
+        latent_channels: of the latents; also found as ``config.in_channels``.
+        latent_size: height and width (or one number) it is meant for; all others run too. Also ``config.sample_size``.
+        condition_dim: width of the condition vector, for example a text embedding; None for none.
+        out_channels: twice latent_channels with a learned variance; default: latent_channels.
+        model_channels: of the first convolution; the embedding has four times as many.
+        channel_mult: level i has model_channels * channel_mult[i] channels.
+        layers_per_block: residual blocks a level of the encoder.
+        num_heads: of the self-attention.
+        dropout: probability before the last convolution of each residual block.
+        use_checkpoint: recompute every block in the backward pass (less memory, more time).
+
+    Raises:
+        ConfigError: an argument that no network can be built from.
+
+    Source: Perez et al. 2018 (FiLM); Dhariwal & Nichol 2021 (ADM) for the blocks.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 256,
+        latent_size: int | tuple[int, int] = 7,
+        condition_dim: int | None = 512,
+        out_channels: int | None = None,
+        model_channels: int = 128,
+        channel_mult: Sequence[int | float] = (1, 2, 4),
+        layers_per_block: int = 2,
+        num_heads: int = 8,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.register_to_config(**dict(zip(DERIVED, (latent_channels, latent_size, None), strict=True)))
+        self.gradient_checkpointing = use_checkpoint
+        self._check_arguments()
+        self._build(self._make_embeddings())
+        self._finish()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As diffusers' ``ConfigMixin.extract_init_dict``."""
+        given = {name: value for name, value in config_dict.items() if name not in DERIVED}
+        return super().extract_init_dict(given, **kwargs)
+
+    def _widths(self) -> list[int]:
+        return [int(self.config.model_channels * mult) for mult in self.config.channel_mult]
+
+    def _check_arguments(self) -> None:
+        c = self.config
+        check_widths([c.model_channels, *self._widths()] if c.channel_mult else [], c.model_channels)
+        sizes = [c.latent_size] if isinstance(c.latent_size, int) else c.latent_size
+        if min(c.latent_channels, c.layers_per_block, c.out_channels or 1, *sizes) < 1:
+            raise ConfigError(
+                "latent_channels, latent_size, out_channels and layers_per_block: expected at least 1, found "
+                f"{c.latent_channels}, {c.latent_size}, {c.out_channels} and {c.layers_per_block}"
+            )
+        if c.num_heads < 1 or self._widths()[-1] % c.num_heads:
+            raise ConfigError(
+                f"attention heads: {self._widths()[-1]} channels do not split into {c.num_heads} heads (num_heads)"
+            )
+
+    def _build(self, embedding_dim: int) -> None:
+        c = self.config
+
+        def res(in_channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(in_channels, out_channels, embedding_dim, c.dropout, use_scale_shift_norm=True)
+
+        channels = c.model_channels
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.latent_channels, channels))])
+        skips = [channels]
+        layers = [width for width in self._widths() for _ in range(c.layers_per_block)]
+        for width in layers:
+            self.input_blocks.append(Stage(res(channels, width)))
+            channels = width
+            skips.append(channels)
+        attention = AttentionBlock(channels, c.num_heads, condition_dim=None)
+        self.middle_block = Stage(res(channels, channels), attention, res(channels, channels))
+        self.output_blocks = nn.ModuleList()
+        for width in [*reversed(layers), layers[0]]:
+            self.output_blocks.append(Stage(res(channels + skips.pop(), width)))
+            channels = width
+        self.out = FusedSequential(
+            GroupNorm32(channels), nn.SiLU(), zero_(conv3x3(channels, c.out_channels or c.latent_channels))
+        )
