@@ -1,0 +1,67 @@
+"""Finding what others made: in a folder, or in the local cache of the Hugging Face hub; never on the net."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from heterodiff.errors import CheckpointError, ConfigError
+
+AGAIN = "copy it again, or correct its path"
+
+
+def find_pretrained(name_or_folder: str | Path) -> Path:
+    """The folder that ``name_or_folder`` means: itself, or the snapshot of that hub name in the local cache.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    name, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    if name and folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is None:
+        raise CheckpointError(f"'{name}': no such folder, and no name on the Hugging Face hub; correct the path")
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{name}: neither a folder nor in the local cache of the Hugging Face hub, and nothing is downloaded here; "
+            f"on a machine with internet run `hf download {name}`, then copy its cache (~/.cache/huggingface, or "
+            "where HF_HOME points) here, or give the path of a folder"
+        ) from None
+
+
+def make_config(cls: Any, settings: dict[str, Any]) -> Any:
+    """A configuration of transformers, of class ``cls``, with PyTorch's fused attention.
+
+    Raises:
+        ConfigError: settings that it does not take.
+    """
+    try:
+        config = cls(**settings)
+    except Exception as error:  # its validation has a family of errors of its own
+        raise ConfigError(f"{cls.__name__}: {reason(error)}") from None
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as a JSON object ({reason(error)}); {AGAIN}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}; {AGAIN}")
+    return content
+
+
+def reason(error: Exception) -> str:
+    """What ``error`` says, on one line and not too long."""
+    return f"{' '.join(str(error).split()):.300}"

@@ -1,0 +1,67 @@
+"""The networks that text to image and back are made of, but the denoiser."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heterodiff.codecs.cnn import FOLDER, ImageCodec, load_image_codec
+from heterodiff.errors import CheckpointError
+from heterodiff.models.loading import AGAIN
+from heterodiff.text.captioner import Captioner, load_captioner
+from heterodiff.text.encoder import TextEncoder, check_tokenizer, load_text_encoder
+from heterodiff.text.tokenizer import load_tokenizer
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass
+class TextNetworks:
+    """What a run of recipe ``alignment`` leaves behind."""
+
+    tokenizer: Any
+    image_codec: ImageCodec
+    text_encoder: TextEncoder
+    captioner: Captioner
+
+    def to(self, device: Any) -> None:
+        """Move the networks to ``device``."""
+        for network in (self.image_codec, self.text_encoder, self.captioner):
+            network.to(device)
+
+
+def load_networks(run: Path) -> TextNetworks:
+    """The networks of a run of recipe ``alignment`` or ``text-image``.
+
+    Raises:
+        CheckpointError: parts that are missing, damaged, or do not belong together.
+    """
+    parts = (FOLDER, "text_encoder", TOKENIZER_FOLDER, "captioner")
+    missing = [name for name in parts if not (run / name).is_dir()]
+    if len(missing) == len(parts):
+        raise CheckpointError(
+            f"{run}: no finished run of recipe alignment ({FOLDER}/ is missing); set codec.training to train one "
+            "there, or correct codec.path"
+        )
+    if missing:
+        raise CheckpointError(f"{run}: incomplete, {', '.join(missing)} missing; {AGAIN}")
+    networks = TextNetworks(
+        load_tokenizer(run / TOKENIZER_FOLDER),
+        load_image_codec(run),
+        load_text_encoder(run / "text_encoder"),
+        load_captioner(run / "captioner"),
+    )
+    check_tokenizer(networks.text_encoder, networks.tokenizer)
+    _check_sizes(networks, run)
+    return networks
+
+
+def _check_sizes(networks: TextNetworks, run: Path) -> None:
+    codec, encoder, captioner = networks.image_codec, networks.text_encoder.config, networks.captioner.config
+    for what, first, second in (
+        ("embeddings of the image codec and the text encoder", codec.config.embedding_dim, encoder.embedding_dim),
+        ("map of the image codec and the captioner", codec.config.latent_channels, captioner.latent_channels),
+        ("map of the image codec and the captioner", tuple(codec.latent_size), tuple(captioner.latent_size)),
+        ("vocabulary of the text encoder and the captioner", encoder.vocabulary_size, captioner.vocabulary_size),
+    ):
+        if first != second:
+            raise CheckpointError(f"{run}: parts of different runs ({what}: {first} and {second}); {AGAIN}")
