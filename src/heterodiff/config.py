@@ -84,14 +84,36 @@ class MicrodopplerConfig(Section):
     speeds_m_s: MicrodopplerSpeeds = MicrodopplerSpeeds()
 
 
+class ShapesConfig(Section):
+    """The drawn pictures of the built-in source ``shapes``: one or two coloured shapes, with true captions."""
+
+    images: Annotated[int, Field(gt=1, le=10_000_000)] = 4000
+    seed: Seed = Field(0, description="picture k depends on seed and k alone")
+    pairs: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the pictures with two shapes")
+    unseen: tuple[str, ...] = Field(
+        (), description="combinations such as `purple triangle` that no picture shows, to ask for them later"
+    )
+
+
 class DataConfig(Section):
-    """Where images and labels come from."""
+    """Where images and their labels or captions come from."""
 
     source: str = Field(
         "images",
-        description="`images`, `latents` (written by `heterodiff encode`), or built in: `digits`, `microdoppler`",
+        description="`images`, `captions`, `latents` (written by `heterodiff encode`), or built in: `digits`, "
+        "`microdoppler`, `shapes`",
     )
-    path: Path | None = Field(None, description="folder of images (class subfolders or metadata.csv/jsonl) or latents")
+    path: Path | None = Field(
+        None,
+        description="folder of images (class subfolders or metadata.csv/jsonl), of images with captions, or of latents",
+    )
+    captions_file: Path | None = Field(
+        None,
+        description="captions of source `captions`, relative to data.path; default: annotations/captions_*.json, "
+        "results.csv, captions.txt, or metadata.csv/jsonl, whichever is there",
+    )
+    file_column: str = Field("file_name", description="column or key of the file name in metadata.csv/jsonl")
+    text_column: str = Field("text", description="column or key of the caption in metadata.csv/jsonl")
     image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
     channels: Positive | None = Field(
         None,
@@ -118,6 +140,7 @@ class DataConfig(Section):
         4.0, description="decode all images once into memory when they need at most this"
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
+    shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
 
 
 class ModelConfig(Section):
@@ -217,9 +240,13 @@ class TrainingConfig(Section):
 class CodecConfig(Section):
     """The space in which diffusion happens."""
 
-    kind: Literal["pixels", "kl-vae"] = "pixels"
+    kind: Literal["pixels", "kl-vae", "cnn"] = Field(
+        "pixels", description="cnn: the image codec of recipe `text-image`, whose only kind it is"
+    )
     path: UserPath | None = Field(
-        None, description="the VAE of kind kl-vae: a run of recipe `vae`, or a folder with a diffusers AutoencoderKL"
+        None,
+        description="the VAE of kind kl-vae: a run of recipe `vae`, or a folder with a diffusers AutoencoderKL; the "
+        "networks of kind cnn: a run of recipe `alignment`, by default the folder alignment of the run",
     )
     cache: bool = Field(
         True, description="encode the images once, at the start of a run, into its folder; false: encode every batch"
@@ -233,13 +260,17 @@ class CodecConfig(Section):
         "training images (for a VAE that was trained on other images)",
     )
     training: TrainingConfig | None = Field(
-        None, description="where codec.path holds no finished VAE: first train one there (section `vae`), like this"
+        None,
+        description="where codec.path holds nothing finished: first train a VAE there (section `vae`), or for kind cnn "
+        "the image codec and the text networks (section `alignment`), like this",
     )
 
     @model_validator(mode="after")
     def _has_a_vae(self) -> "CodecConfig":
         if self.kind == "pixels" and self.training is not None:
             raise ValueError("codec.training is for a VAE; set codec.kind=kl-vae and codec.path")
+        if self.kind == "cnn" and self.statistics == "measured":
+            raise ValueError("codec.statistics=measured is for a foreign VAE; leave it out")
         if self.kind == "kl-vae" and self.path is None:
             raise ValueError(
                 "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
@@ -275,31 +306,125 @@ class VAEConfig(Section):
     )
 
 
+class TextConfig(Section):
+    """Of captions: their tokens, the encoder that reads them and the captioner that writes them."""
+
+    encoder: str | None = Field(
+        None,
+        description="a BERT to start from, in place of a small one from scratch: a local folder of transformers, or a "
+        "hub name that is in the local cache",
+    )
+    frozen: bool = Field(False, description="leave the weights of text.encoder as they are; only its projection learns")
+    vocabulary_size: Annotated[int, Field(ge=100, le=200_000)] = Field(
+        8000, description="word pieces learned from the training captions, where text.encoder brings none"
+    )
+    max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
+        64, description="longest text, start and end token included; longer ones are cut, with a warning"
+    )
+    width: Positive = Field(256, description="of the encoder trained from scratch")
+    layers: Positive = 4
+    num_heads: Positive = Field(4, description="of the encoder trained from scratch and of the captioner")
+    dropout: Fraction = 0.0
+    embedding_dim: Positive = Field(512, description="of the vector that stands for a text, and of that for an image")
+    captioner_width: Positive = 256
+    captioner_layers: Positive = 4
+
+
+class AlignmentConfig(Section):
+    """The image codec of recipe `text-image`, and the losses that train it together with the text networks."""
+
+    latent_channels: Positive = 256
+    block_out_channels: Levels | None = Field(
+        None,
+        description="channels of the encoder's stages, each of which halves height and width; default: from 32 up to "
+        "256, as many stages as bring the image to about 8x8",
+    )
+    backbone: UserPath | None = Field(
+        None, description="folder of a pretrained convolutional network of transformers, in place of the stages"
+    )
+    contrastive_weight: Annotated[float, Field(ge=0)] = 1.0
+    reconstruction_weight: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="of the image from its map and from both embeddings, and of the caption from the image"
+    )
+    diffusion_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="of the denoiser, with joint: true")
+    latent_noise: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="std of the noise on the map that the decoder learns to undo, the map's own rms being 1"
+    )
+    captions_per_image: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="captions of each image in a step, where it has several"
+    )
+    joint: bool = Field(
+        False,
+        description="train the denoiser with everything else, not afterwards on stored latents, which is faster",
+    )
+
+
 class RunConfig(Section):
     """Everything that defines a run; saved as ``config.yaml`` in its folder, which is enough to repeat it."""
 
-    recipe: Literal["diffusion", "vae"] = "diffusion"
+    recipe: Literal["diffusion", "vae", "alignment", "text-image"] = Field(
+        "diffusion",
+        description="text-image: text to image and back; alignment: its first half alone, all but the denoiser",
+    )
     output: Path | None = Field(None, description="run folder; default: runs/<name of the config file>")
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
     vae: VAEConfig = Field(VAEConfig(), description="the autoencoder of recipe `vae`")
+    text: TextConfig = Field(TextConfig(), description="text networks of recipe `text-image`")
+    alignment: AlignmentConfig = Field(AlignmentConfig(), description="image codec and losses of recipe `text-image`")
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_text_image(cls, content: Any) -> Any:
+        """The codec and denoiser of recipe `text-image` where the user names none."""
+        if not isinstance(content, dict) or content.get("recipe") != "text-image":
+            return content
+        sections = {name: content.get(name) or {} for name in ("codec", "model", "alignment", "training")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return content  # wrong types are reported as such
+        codec: dict[str, Any] = {"kind": "cnn"}
+        if not sections["alignment"].get("joint") and "path" not in sections["codec"]:
+            output = content.get("output") or "runs/text-image"
+            codec |= {"path": f"{output}/alignment", "training": sections["training"]}
+        model = {"variant": "film-unet", "model_channels": 128, "channel_mult": (1, 2, 4)}
+        if sections["model"].get("variant", "film-unet") != "film-unet":
+            model = {}
+        return content | {"codec": codec | sections["codec"], "model": model | sections["model"]}
+
+    @model_validator(mode="after")
+    def _recipe_and_codec_go_together(self) -> "RunConfig":
+        with_text = self.recipe == "text-image"
+        if with_text != (self.codec.kind == "cnn"):
+            raise ValueError(
+                f"recipe {self.recipe} with codec.kind={self.codec.kind}: kind cnn is for recipe text-image, which has "
+                "no other; leave codec.kind out"
+            )
+        if with_text and self.alignment.joint and (self.codec.path or self.codec.training):
+            raise ValueError("alignment.joint=true trains the codec too; leave codec.path and codec.training out")
+        if self.recipe == "alignment" and self.alignment.joint:
+            raise ValueError(
+                "recipe alignment trains no denoiser, so alignment.joint=true has none to join; set recipe=text-image"
+            )
+        if self.model.variant == "film-unet" and not with_text:
+            raise ValueError("model.variant film-unet is steered by texts; it is for recipe text-image")
+        return self
+
     @model_validator(mode="after")
     def _sections_go_together(self) -> "RunConfig":
         if self.recipe == "vae" and self.codec.kind != "pixels":
             raise ValueError("recipe vae trains a VAE with section `training` and has no codec; leave `codec` out")
-        if self.codec.kind == "kl-vae" and self.sampling.dynamic_threshold is not None:
+        if self.codec.kind != "pixels" and self.sampling.dynamic_threshold is not None:
             raise ValueError("sampling.dynamic_threshold is for pixels, latents have no fixed range; leave it out")
         return self
 
     @model_validator(mode="after")
     def _stored_latents_are_fixed(self) -> "RunConfig":
         data, cached = self.data, self.codec.cache or self.data.source == "latents"
-        if self.recipe == "diffusion" and self.codec.kind == "kl-vae" and cached:
+        if self.codec.kind != "pixels" and not self.alignment.joint and cached:
             for key, value in (("horizontal_flip", data.horizontal_flip), ("random_crop", data.random_crop)):
                 if value:
                     raise ValueError(

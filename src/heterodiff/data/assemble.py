@@ -1,7 +1,8 @@
 """From surveyed images to a training and a validation set: policy, labels, split, value range."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class LatentsInfo:
 class LoadedData:
     """A training and a validation set with what the user should know about them.
 
-    ``latents`` is set where the sets hold stored latents instead of images.
+    Attributes:
+        latents: set where the sets hold stored latents instead of images.
+        captions: of each image where the source has them: label i of ``train`` and ``val`` points at ``captions[i]``.
     """
 
     spec: ImageSpec
@@ -56,10 +59,62 @@ class LoadedData:
     skipped: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     latents: LatentsInfo | None = None
+    captions: tuple[tuple[str, ...], ...] = ()
 
     def split_to_dict(self) -> dict[str, list[str]]:
         """Return the names of the training and validation images; JSON-able, read back by ``load_data(split=)``."""
         return {"train": list(self.train.names), "val": list(self.val.names)}
+
+
+def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> LoadedData:
+    """Return ``data``, of images or of stored latents, with labels that point at captions instead of classes.
+
+    Args:
+        captions: of each image, by its name; more images than those of ``data`` may be there.
+
+    Raises:
+        DataError: an image without a caption.
+    """
+    names = [*data.train.names, *data.val.names]
+    missing = [name for name in names if not captions.get(name)]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {len(names):,} images have no caption, for example {show(missing[0])}; restore the "
+            "captions these images were loaded with, or add the missing ones"
+        )
+    spec, count = replace(data.spec, class_names=()), len(data.train)
+    return replace(
+        data,
+        spec=spec,
+        train=_relabelled(data.train, spec, np.arange(count)),
+        val=_relabelled(data.val, spec, np.arange(count, len(names))),
+        captions=tuple(captions[name] for name in names),
+    )
+
+
+def without_captions(data: LoadedData) -> tuple[LoadedData, dict[str, tuple[str, ...]]]:
+    """``data`` with every label -1, and the captions by name: what :func:`with_captions` puts together again."""
+    parts = (data.train, data.val)
+    by_name = {n: data.captions[label] for part in parts for n, label in zip(part.names, part.labels, strict=True)}
+    train, val = (_relabelled(part, data.spec, np.full(len(part), -1)) for part in parts)
+    return replace(data, train=train, val=val, captions=()), by_name
+
+
+def _relabelled(dataset: ImageDataset, spec: ImageSpec, labels: np.ndarray) -> ImageDataset:
+    """The same images (of a subclass, too), with other labels (N,) int64."""
+    other = copy(dataset)
+    other.spec, other.labels = spec, labels
+    return other
+
+
+def refuse_problems(collection: Collection, config: DataConfig) -> None:
+    """Raise `DataError` for rows that cannot be used; those of captions may be left out (``on_bad=skip``)."""
+    problems, skippable = collection.problems, collection.captions is not None
+    if not problems or (skippable and config.on_bad == "skip"):
+        return
+    what = "captions" if skippable else "metadata rows"
+    way_out = "\nCorrect or remove them, or set data.on_bad=skip to leave them out" if skippable else ""
+    raise DataError(f"{collection.where}: {len(problems):,} {what} cannot be used:\n{listing(problems)}{way_out}")
 
 
 def _apply_bad_policy(collection: Collection, survey: Survey, config: DataConfig) -> None:
@@ -87,6 +142,11 @@ def _refuse_mixed_sizes(collection: Collection, survey: Survey, config: DataConf
 
 
 def _refuse_unlike_spec(collection: Collection, survey: Survey, spec: ImageSpec) -> None:
+    if collection.captions is not None and spec.class_names:
+        raise DataError(
+            f"{collection.where}: the run expects images of {len(spec.class_names)} classes, found images with "
+            "captions; use images with class labels, or a run trained on captions"
+        )
     channels = survey.images[0].shape[0]
     for what, expected, found, way_out in (
         ("channels", spec.channels, channels, f"use images of {spec.channels} channels"),
@@ -113,6 +173,23 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
     if not (np.isfinite(chosen).all() and chosen[0] < chosen[1]):
         raise DataError(f"data.value_range: expected two numbers, the lower first, found {list(chosen)}")
     return chosen
+
+
+def _held_out(
+    collection: Collection, rows: np.ndarray, labels: np.ndarray, config: DataConfig, split: dict[str, Any] | None
+) -> np.ndarray:
+    """Which of the images ``rows`` (N,) are for validation: as saved, as the source says, or drawn."""
+    names = [collection.names[row] for row in rows]
+    way_out = "delete the saved split to split again"
+    if split is not None:
+        mask = apply_split(names, split, collection.where)
+    elif collection.held_out is not None:
+        mask, way_out = np.array(collection.held_out, dtype=bool)[rows], "add usable images to the training part"
+    else:
+        mask = draw_split(names, labels, config.val_fraction, config.split_seed)
+    if mask.all():
+        raise DataError(f"{collection.where}: no image is left for training; {way_out}")
+    return mask
 
 
 def _range_warnings(
@@ -145,11 +222,7 @@ def assemble(
     spec: ImageSpec | None = None,
 ) -> LoadedData:
     """Apply policy and configuration to surveyed images; arguments and errors as `sources.load_data`."""
-    if collection.problems:
-        raise DataError(
-            f"{collection.where}: {len(collection.problems):,} metadata rows cannot be used:\n"
-            f"{listing(collection.problems)}"
-        )
+    refuse_problems(collection, config)
     _apply_bad_policy(collection, survey, config)
     _refuse_mixed_sizes(collection, survey, config)
     if spec is not None:
@@ -159,12 +232,7 @@ def assemble(
     class_names, labels, warnings = index_labels(
         [collection.class_of[row] for row in rows], collection.where, config, spec
     )
-    if split is None:
-        held_out = draw_split(names, labels, config.val_fraction, config.split_seed)
-    else:
-        held_out = apply_split(names, split, collection.where)
-    if held_out.all():
-        raise DataError(f"{collection.where}: no image is left for training; delete the saved split to split again")
+    held_out = _held_out(collection, rows, labels, config, split)
     train = [image for image, out in zip(survey.images, held_out, strict=True) if not out]
     measured_here = False
     if spec is None:
@@ -174,6 +242,9 @@ def assemble(
     warnings = [*collection.warnings, *warnings, *_range_warnings(survey.images, train, spec, measured_here)]
     if survey.bad:
         warnings.append(f"{len(survey.bad):,} images cannot be used and were skipped: {show(survey.bad[0].name)} ...")
+    if collection.problems:
+        first = f"{show(collection.problems[0].name)}: {collection.problems[0].problem}"
+        warnings.append(f"{len(collection.problems):,} captions cannot be used and were left out: {first} ...")
     if not survey.fits_memory:
         warnings.append("images are decoded at every access: they need more memory than data.memory_limit_gb")
 
@@ -182,5 +253,8 @@ def assemble(
         chosen = np.flatnonzero(mask)
         return ImageDataset(spec, survey.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
 
-    skipped = tuple((item.name, item.problem) for item in survey.bad)
-    return LoadedData(spec, part(~held_out), part(held_out), skipped, tuple(warnings))
+    skipped = tuple((item.name, item.problem) for item in (*survey.bad, *collection.problems))
+    data = LoadedData(spec, part(~held_out), part(held_out), skipped, tuple(warnings))
+    if collection.captions is None:
+        return data
+    return with_captions(data, dict(zip(collection.names, collection.captions, strict=True)))

@@ -44,7 +44,9 @@ class Collection:
         read: row -> (C, H, W) array; raises ``BadImage``.
         value_range: stored values that mean 0 and 1, where the source knows them.
         unreadable: folders that could not be listed; handled like bad images.
-        problems: wrong metadata rows; always an error.
+        problems: wrong metadata rows; an error, except with captions and ``data.on_bad=skip``.
+        captions: texts that describe each image, at least one each; ``None`` where the source has none.
+        held_out: which images the source itself keeps for validation; ``None`` where it does not say.
     """
 
     where: str
@@ -55,3 +57,5 @@ class Collection:
     unreadable: tuple[DataFinding, ...] = ()
     problems: tuple[DataFinding, ...] = ()
     warnings: tuple[str, ...] = ()
+    captions: tuple[tuple[str, ...], ...] | None = None
+    held_out: tuple[bool, ...] | None = None

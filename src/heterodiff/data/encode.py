@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
-from heterodiff.codecs.kl_vae import KLVAECodec, LatentMoments
+from heterodiff.codecs.latent import LatentCodec, LatentMoments
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.findings import show
@@ -70,7 +70,7 @@ def check_out(out: Path) -> None:
 def encode_data(
     data: LoadedData,
     data_config: DataConfig,
-    codec: KLVAECodec,
+    codec: LatentCodec,
     out: Path,
     *,
     vae_path: Path,
@@ -161,14 +161,14 @@ def _is_whole(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
 
 
 def _encode(
-    data: LoadedData, plan: Plan, codec: KLVAECodec, images: range, batch_size: int, advance: Callable[[int], None]
+    data: LoadedData, plan: Plan, codec: LatentCodec, images: range, batch_size: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """The tensors of one shard."""
     channels, height, width = plan.shape
     tensors = {name: np.empty((len(images), channels, height, width), np.float16) for name in ("mean", "std")}
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        posterior = codec.posterior(images_at(data, part).to(codec.vae.device)).cpu()
+        posterior = codec.posterior(images_at(data, part).to(codec.device)).cpu()
         _refuse_unusable(posterior, plan.names[part.start : part.stop])
         for name, values in zip(("mean", "std"), posterior.chunk(2, dim=1), strict=True):
             tensors[name][start : start + len(part)] = values.numpy()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from heterodiff.codecs.kl_vae import LEAST_STD, MOST_STD, KLVAECodec, load_vae, scaled_std
+from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
+from heterodiff.codecs.latent import LEAST_STD, MOST_STD, scaled_std
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.encode import check_out, encode_data

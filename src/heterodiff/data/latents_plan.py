@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from heterodiff.codecs.kl_vae import KLVAECodec
+from heterodiff.codecs.latent import LatentCodec
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.latents_format import FORMAT, Part, Plan
@@ -18,7 +18,7 @@ SAMPLED_IMAGES = 256
 
 
 def plan_of(
-    data: LoadedData, data_config: DataConfig, codec: KLVAECodec, vae_path: Path, shard_size: int = SHARD_SIZE
+    data: LoadedData, data_config: DataConfig, codec: LatentCodec, vae_path: Path, shard_size: int = SHARD_SIZE
 ) -> Plan:
     """What a folder of latents of ``data`` would hold.
 

@@ -1,4 +1,4 @@
-"""Labels from ``metadata.csv`` or ``metadata.jsonl`` beside the images."""
+"""Labels from ``metadata.csv`` or ``metadata.jsonl`` beside the images; reading such files."""
 
 import csv
 import io
@@ -11,6 +11,8 @@ from typing import Any
 from heterodiff.data.findings import DataFinding, show
 from heterodiff.data.scan import METADATA_NAMES
 from heterodiff.errors import DataError
+
+LONGEST_FIELD = 131_072
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ def find_metadata(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 file, with or without byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -46,23 +53,44 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path} line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _csv_rows(path: Path, text: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
+def csv_rows(
+    path: Path, text: str, columns: list[str], *, way_out: str = "", longest_field: int = LONGEST_FIELD
+) -> Iterator[tuple[int, Any]]:
+    """Yield the line number and the fields by column name of each row; fields beyond the header are under ``None``.
+
+    Args:
+        path: named in messages.
+        text: content of the file.
+        columns: columns that must be there.
+        way_out: from a missing column, besides adding it.
+        longest_field: characters; a longer one is taken for a missing quotation mark.
+
+    Raises:
+        DataError: missing columns, or not CSV.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(longest_field)  # of the whole process
     try:
         found = reader.fieldnames or []
         missing = [column for column in columns if column not in found]
         if missing:
             raise DataError(
-                f"{path}: no column {' and '.join(missing)}; found {[show(name) for name in found]}. "
-                "Add it" + (", or set data.labels=none" if missing == ["label"] else "")
+                f"{path}: no column {' and '.join(missing)}; found {[show(name) for name in found]}. Add it{way_out}"
             )
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{path} line {reader.reader.line_num}: not readable as CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the line number and the content, of whatever type, of each line that is not blank.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -73,11 +101,19 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             raise DataError(f"{path} line {number}: not readable as JSON: {reason}; one object per line") from None
 
 
-def _file_problem(root: Path, name: Any) -> str | None:
+def name_problem(root: Path, name: Any, column: str = "file_name") -> str | None:
+    """What is wrong with ``name`` as that of a file below ``root``, which may not exist."""
     if not isinstance(name, str) or not name.strip():
-        return "file_name is empty or not text"
+        return f"{column} is empty or not text"
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or ".." in name.split("/"):
-        return f"file_name {show(name)} leaves the folder; expected a path below {root}"
+        return f"{column} {show(name)} leaves the folder; expected a path below {root}"
+    return None
+
+
+def file_problem(root: Path, name: Any, column: str = "file_name") -> str | None:
+    """As `name_problem`; or there is no such file."""
+    if problem := name_problem(root, name, column):
+        return problem
     try:
         exists = (root / name).is_file()
     except (OSError, ValueError):
@@ -101,9 +137,13 @@ def read_metadata(path: Path, with_labels: bool) -> Metadata:
         DataError: unreadable as a whole: not UTF-8, not CSV or JSON lines, missing columns, no rows. Wrong single
             rows are returned as problems.
     """
-    text = _read_text(path)
+    text = read_text(path)
     columns = ["file_name", "label"] if with_labels else ["file_name"]
-    lines = _csv_rows(path, text, columns) if path.suffix == ".csv" else _jsonl_rows(path, text)
+    if path.suffix == ".csv":
+        way_out = "; data.labels=none needs no column label" if with_labels else ""
+        lines = csv_rows(path, text, columns, way_out=way_out)
+    else:
+        lines = jsonl_rows(path, text)
     labels: dict[str, str | None] = {}
     problems: list[DataFinding] = []
     for number, row in lines:
@@ -112,7 +152,7 @@ def read_metadata(path: Path, with_labels: bool) -> Metadata:
         if missing:
             problems.append(DataFinding(where, f"no {' and no '.join(missing)}"))
             continue
-        problem = _file_problem(path.parent, row["file_name"])
+        problem = file_problem(path.parent, row["file_name"])
         try:
             label = _label(row["label"]) if with_labels else None
         except ValueError as error:

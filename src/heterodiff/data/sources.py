@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from heterodiff.config import DataConfig
-from heterodiff.data.assemble import LoadedData, assemble
+from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with_captions
 from heterodiff.data.builtin.digits import open_digits
 from heterodiff.data.builtin.microdoppler import open_microdoppler
+from heterodiff.data.builtin.shapes import open_shapes
+from heterodiff.data.captions import open_captions
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.images import open_images
@@ -14,7 +16,7 @@ from heterodiff.data.latents import load_stored
 from heterodiff.data.survey import survey_images
 from heterodiff.errors import DataError, unknown_name
 
-__all__ = ["LoadedData", "list_sources", "load_data", "open_source"]
+__all__ = ["LoadedData", "image_captions", "list_sources", "load_data", "open_source", "with_captions"]
 
 
 def _refuse_latents(config: DataConfig) -> Collection:
@@ -26,8 +28,10 @@ def _refuse_latents(config: DataConfig) -> Collection:
 
 _SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
     "images": open_images,
+    "captions": open_captions,
     "digits": open_digits,
     "microdoppler": open_microdoppler,
+    "shapes": open_shapes,
     "latents": _refuse_latents,
 }
 
@@ -46,6 +50,21 @@ def open_source(config: DataConfig) -> Collection:
     if config.source not in _SOURCES:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     return _SOURCES[config.source](config)
+
+
+def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
+    """Return the captions of each image by its name, without decoding any; ``None`` for a source without captions.
+
+    For stored latents, give the settings the images were read with (``LatentsInfo.data_config``).
+
+    Raises:
+        DataError: as `open_source`; or captions that cannot be used (with ``on_bad=error``).
+    """
+    collection = open_source(config)
+    if collection.captions is None:
+        return None
+    refuse_problems(collection, config)
+    return dict(zip(collection.names, collection.captions, strict=True))
 
 
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:

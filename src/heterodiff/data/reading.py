@@ -1,0 +1,42 @@
+"""Reading image files as the images of a run were read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from heterodiff.data.dataset import ImageReader, ImageSpec
+from heterodiff.data.decode import decode_file
+from heterodiff.data.findings import BadImage
+from heterodiff.errors import DataError
+
+
+def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
+    """The image file ``path`` as (C, H, W) in [0, 1], resized and scaled as ``spec`` says.
+
+    Raises:
+        DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such image file")
+    reader = ImageReader(lambda _: decode_file(path, spec.channels), (spec.height, spec.width), resize)
+    try:
+        image = reader.read(0)
+        if image.shape[0] != spec.channels or image.dtype != np.dtype(spec.dtype):
+            raise BadImage(
+                f"{image.shape[0]} channels of {image.dtype}; the run was trained on {spec.channels} of {spec.dtype}"
+            )
+        reader.check_shape(image.shape)
+        stored = torch.from_numpy(reader.fit(image)).to(torch.float32, copy=True)
+    except BadImage as reason:
+        raise DataError(f"{path}: {reason}") from None
+    low, high = spec.value_range
+    return stored.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def read_images(paths: Sequence[str | Path], spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
+    """Image files as (B, C, H, W), see :func:`read_image`."""
+    return torch.stack([read_image(path, spec, resize) for path in paths])
