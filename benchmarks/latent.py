@@ -16,7 +16,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from benchmarks.measure import interleaved, peak_memory_mb, ratio, write_results
-from heterodiff.codecs.kl_vae import KLVAECodec, load_vae, measure
+from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
+from heterodiff.codecs.latent import measure
 from heterodiff.config import RunConfig, VAEConfig
 from heterodiff.config_file import parse_config
 from heterodiff.data.encode import encode_data

@@ -13,9 +13,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from heterodiff.codecs import kl_vae
+from heterodiff.codecs import latent
 from heterodiff.codecs.base import PixelCodec
-from heterodiff.codecs.kl_vae import KLVAECodec, check_scale, load_vae, measure, scaled_std
+from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
+from heterodiff.codecs.latent import check_scale, measure, scaled_std
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import CodecConfig
 from heterodiff.errors import CheckpointError, ConfigError, DataError
@@ -82,7 +83,7 @@ def test_decoding_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     whole, calls = codec.decode(z), []
     original = codec.vae.decode
     monkeypatch.setattr(codec.vae, "decode", lambda part: calls.append(len(part)) or original(part))
-    monkeypatch.setattr(kl_vae, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr(latent, "PIXELS_AT_ONCE", 2 * 16 * 16)
     torch.testing.assert_close(codec.decode(z), whole)
     assert calls == [2, 2, 1]
     assert 0 <= float(whole.min()) <= float(whole.max()) <= 1

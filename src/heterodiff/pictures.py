@@ -18,6 +18,7 @@ GAP = 6
 MARGIN = 12
 MAX_ENLARGED_SIDE = 512
 MAX_CAPTION_WIDTH = 140
+MAX_CAPTION_LINES = 3
 MAX_ROW_NAME_WIDTH = 240
 MAX_TITLE_WIDTH = 600
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -138,6 +139,22 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text.rstrip() + "…"
 
 
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Return ``text`` in up to three lines of at most ``width`` pixels, the last one cut where it is longer."""
+    lines, words = [""], text.split()
+    while words:
+        longer = f"{lines[-1]} {words[0]}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+            words.pop(0)
+        elif len(lines) < MAX_CAPTION_LINES:
+            lines.append("")
+        else:
+            lines[-1] = " ".join([lines[-1], *words])
+            words = []
+    return [_shorten(line, font, width) for line in lines]
+
+
 def _enlarge(image: Tensor, min_side: int, mosaic: bool) -> Tensor:
     """Repeat the pixels of (C, H, W) so that the shorter side of its picture comes to ``min_side`` (bounded).
 
@@ -220,7 +237,9 @@ def _draw_grid(
     size = min(20, max(12, tile_height // 9))
     font, title_font = _font(size), _font(size + 3, bold=True)
     cell_width = max(tile_width, min(_widest(captions, font), MAX_CAPTION_WIDTH))
-    cell_height = tile_height + (round(size * 1.5) if captions else 0)
+    wrapped = [_wrap(caption, font, cell_width) for caption in captions]
+    line_height = round(size * 1.25)
+    cell_height = tile_height + (line_height * max(map(len, wrapped)) + size // 4 if captions else 0)
     name_width = min(_widest(row_names, font), MAX_ROW_NAME_WIDTH)
     left = MARGIN + (name_width + 2 * GAP if row_names else 0)
     top = MARGIN + (round((size + 3) * 1.8) if title else 0)
@@ -237,8 +256,8 @@ def _draw_grid(
         x, y = left + column * (cell_width + GAP), top + row * (cell_height + GAP)
         picture.paste(tile, (x + (cell_width - tile_width) // 2, y))
         if captions:
-            text = _shorten(captions[index], font, cell_width)
-            draw.text((x + cell_width / 2, y + tile_height + 2), text, INK, font, anchor="ma")
+            for line, text in enumerate(wrapped[index]):
+                draw.text((x + cell_width / 2, y + tile_height + 2 + line * line_height), text, INK, font, anchor="ma")
     for row, name in enumerate(row_names):
         middle = top + row * (cell_height + GAP) + tile_height / 2
         draw.text((MARGIN + name_width, middle), _shorten(name, font, name_width), INK, font, anchor="rm")

@@ -25,7 +25,8 @@ class VAEInterface:
 
     def __init__(self, vae_path: str | Path, device: str | torch.device | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.codec = KLVAECodec(load_vae(vae_path)).to(self.device)
+        self.codec = KLVAECodec(load_vae(vae_path))
+        self.codec.to(self.device)
 
     def encode_batch(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> latents (B, c, h, w) of unit std, from the mean of the posterior.

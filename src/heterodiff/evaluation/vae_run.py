@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterodiff.codecs.kl_vae import measure, scaled_std
+from heterodiff.codecs.latent import measure, scaled_std
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.classifiers import ConvReader, SvmReader
 from heterodiff.evaluation.reconstruction import psnr, ssim

@@ -13,9 +13,13 @@ from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, RunError, unknown_name
+from heterodiff.models.film_unet import FiLMUNet
+from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
+from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.text.networks import load_networks
 
 DATA_FILE = "data.json"
 SPLIT_FILE = "split.json"
@@ -23,9 +27,10 @@ CONFIG_FILE = "config.yaml"
 INDEX_FILE = "model_index.json"
 
 
-def load(
-    run: str | Path, device: str | torch.device | None = None, compile: bool = False
-) -> GenerationPipeline | ReconstructionPipeline:
+Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
+
+
+def load(run: str | Path, device: str | torch.device | None = None, compile: bool = False) -> Pipeline:
     """Load the pipeline of a run folder, or of a folder written by ``heterodiff import``.
 
     Args:
@@ -36,7 +41,8 @@ def load(
             batch or image size, for faster steps after it. On a CPU this needs a C++ compiler.
 
     Returns:
-        What draws images, or for a run of recipe ``vae`` what reconstructs them.
+        What draws images; for a run of recipe ``vae`` what reconstructs them, of recipe ``text-image`` or
+        ``alignment`` what draws images of texts and writes captions.
 
     Raises:
         RunError: no such folder, or nothing to load in it yet.
@@ -47,10 +53,12 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == ReconstructionPipeline.__name__:
         return ReconstructionPipeline(load_vae(folder)).to(device)
+    if kind == TextImagePipeline.__name__:
+        return _load_text_image(folder, compile).to(device)
     if kind != GenerationPipeline.__name__:
         raise CheckpointError(
-            f"{folder / INDEX_FILE}: expected a GenerationPipeline or ReconstructionPipeline, found {kind}; it needs "
-            "another loader"
+            f"{folder / INDEX_FILE}: expected a GenerationPipeline, ReconstructionPipeline or TextImagePipeline, found "
+            f"{kind}; it needs another loader"
         )
     vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
     pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae)
@@ -75,11 +83,54 @@ def load_generation(run: str | Path, compile: bool = False) -> GenerationPipelin
         RunError: also for a run of recipe ``vae``, which draws none.
     """
     pipeline = load(run, compile=compile)
+    if isinstance(pipeline, TextImagePipeline):
+        raise RunError(f'{run}: draws images of texts, not of classes; use `heterodiff text2image {run} "a prompt"`')
     if not isinstance(pipeline, GenerationPipeline):
         raise RunError(
             f"{run}: a VAE, which reconstructs images but draws none; train a run with codec.kind=kl-vae "
             f"codec.path={run}"
         )
+    return pipeline
+
+
+def load_text_image(run: str | Path, compile: bool = False) -> TextImagePipeline:
+    """Load a run of recipe ``text-image`` or ``alignment``, see :func:`load`.
+
+    Raises:
+        RunError: also for a run of another recipe.
+    """
+    pipeline = load(run, compile=compile)
+    if not isinstance(pipeline, TextImagePipeline):
+        raise RunError(f"{run}: knows no texts; train a run of recipe text-image (`heterodiff train shapes`)")
+    return pipeline
+
+
+def _load_text_image(folder: Path, compile: bool) -> TextImagePipeline:
+    networks = load_networks(folder)
+    unet = scheduler = None
+    if (folder / "unet").is_dir():
+        kind = read_json(folder / "unet" / "config.json").get("_class_name")
+        network = next((cls for cls in (FiLMUNet, HAEUNet) if cls.__name__ == kind), None)
+        if network is None:
+            raise CheckpointError(f"{folder / 'unet'}: expected a FiLMUNet or HAEUNet, found {kind}")
+        unet, scheduler = load_network(network, folder / "unet"), _load_scheduler(folder / "scheduler")
+        codec = networks.image_codec.config
+        takes, given = (
+            (unet.config.in_channels, unet.config.condition_dim),
+            (codec.latent_channels, codec.embedding_dim),
+        )
+        if takes != given:
+            raise CheckpointError(
+                f"{folder / 'unet'}: takes maps of {takes[0]} channels and embeddings of {takes[1]}, but the image "
+                f"codec has {given[0]} and {given[1]}; they are of different runs: copy the folder again"
+            )
+    pipeline = TextImagePipeline(
+        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
+    )
+    if (folder / CONFIG_FILE).is_file():
+        pipeline.set_up(load_config(folder / CONFIG_FILE), load_spec(folder))
+    if compile and unet is not None:
+        unet.compile(dynamic=False)
     return pipeline
 
 

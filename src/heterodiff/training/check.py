@@ -1,27 +1,30 @@
 """``heterodiff check``: would this configuration, folder of images or run work? Each answer with its numbers."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heterodiff.codecs.kl_vae import KLVAECodec
+from heterodiff.codecs.latent import LatentCodec
 from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.findings import show
 from heterodiff.data.sources import load_data
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE, load
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
+from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning
 from heterodiff.training.check_latents import check_latent_setup
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
+from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice, free_memory
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.start import timed_steps, trial
-from heterodiff.training.vae_stage import check_denoiser, vae_run
 
 MAX_LISTED = 50
 
@@ -103,10 +106,8 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
             return
         spec = summary.spec
     try:
-        if (needed := vae_run(config)) is not None:
-            print(
-                f"note  {'':10} codec.path={needed.output} holds no finished VAE; it is trained first, as checked here"
-            )
+        if (needed := codec_run(config)) is not None:
+            print(f"note  {'':10} {needed.output} holds no finished codec; it is trained first, as checked here")
             findings.add(True, "denoiser", check_denoiser(config, spec))
             config = needed
         free, where = free_memory()
@@ -117,11 +118,12 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         trainer, recipe = trial(config)
         result = timed_steps(trainer, recipe)
         findings.add(True, "network", f"{result.network}, {result.parameters:,} parameters")
-        if isinstance(recipe, DiffusionRecipe) and isinstance(recipe.codec, KLVAECodec):
+        if isinstance(recipe, DiffusionRecipe) and isinstance(recipe.codec, LatentCodec):
             check_latent_setup(config, recipe, trainer, findings.add)
         else:
             findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-        encoding = trainer.data.latents is None and config.codec.kind == "kl-vae" and config.codec.cache
+        cached = config.codec.kind != "pixels" and config.codec.cache and not config.alignment.joint
+        encoding = cached and trainer.data.latents is None
         note = "; with its images encoded, which the run does once, before" if encoding else ""
         findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours{note}")
     except HeterodiffError as error:
@@ -159,7 +161,25 @@ def _check_run(run: Path, findings: Findings) -> None:
                 bool(torch.isfinite(images).all()), "vae", f"reconstructs an image; std of its latents {scale}"
             )
             return
+        if isinstance(pipeline, TextImagePipeline):
+            _check_text_image(pipeline, findings)
+            return
         images = pipeline(num_images=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
         findings.add(bool(torch.isfinite(images).all()), "sample", f"one image {tuple(images.shape[1:])}, 2 steps")
     except HeterodiffError as error:
         findings.add(False, "sample", str(error))
+
+
+def _check_text_image(pipeline: TextImagePipeline, findings: Findings) -> None:
+    """One caption of a picture of noise, and one picture of that caption."""
+    config, draws = pipeline.image_codec.config, pipeline.unet is not None
+    noise = torch.rand(1, config.in_channels, *config.sample_size, generator=torch.Generator().manual_seed(0))
+    ((text,),) = pipeline.generate_text_from_image(noise, temperature=0.0)
+    findings.add(True, "caption", f"one caption of a picture of noise: '{show(text)}'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)
+        images = pipeline.generate_from_text(text.strip() or "a picture", 1, draws, 2).images
+    how = "2 steps" if draws else "decoded directly"
+    findings.add(
+        bool(torch.isfinite(images).all()), "sample", f"one picture of a text {tuple(images.shape[1:])}, {how}"
+    )

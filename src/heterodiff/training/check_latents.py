@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from heterodiff.codecs.kl_vae import KLVAECodec, measure, scaled_std
+from heterodiff.codecs.latent import LatentCodec, measure, scaled_std
 from heterodiff.config import RunConfig
 from heterodiff.data.sources import LoadedData
 from heterodiff.evaluation.reconstruction import psnr, ssim
@@ -27,14 +27,14 @@ def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trai
     Trains ``recipe``'s network for 20 steps, so it is of no use afterwards.
     """
     codec, data = recipe.codec, trainer.data
-    assert isinstance(codec, KLVAECodec)
+    assert isinstance(codec, LatentCodec)
     device = trainer.device
-    parameters = sum(p.numel() for p in codec.vae.parameters())
+    parameters = sum(p.numel() for p in codec.network.parameters())
     shape = "x".join(map(str, recipe.latent_shape))
     spec = data.spec
     add(
         True,
-        "vae",
+        "vae" if config.codec.kind == "kl-vae" else "codec",
         f"{config.codec.path}: {parameters:,} parameters, {spec.channels}x{spec.height}x{spec.width} to {shape}, "
         f"fingerprint {codec.fingerprint()}",
     )
@@ -46,20 +46,21 @@ def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trai
     z = codec.draw(posteriors, None)
     network = recipe.model.to(device)
     with torch.no_grad():
-        out = network(z, torch.zeros(len(z), device=device), class_labels=labels if spec.class_names else None).sample
+        draws = recipe.draw(0, len(z), torch.Generator(device).manual_seed(0), device)
+        out = recipe.conditioned(network, labels, draws)(z, torch.zeros(len(z), device=device))
     expected = (len(z), network.config.out_channels, *z.shape[2:])
     add(tuple(out.shape) == expected, "forward", f"{tuple(z.shape)} to {tuple(out.shape)}")
     losses = falling_losses(recipe, posteriors, labels, device)
     finite = bool(torch.isfinite(losses).all())
     text = f"{float(losses[0]):.4f} to {float(losses[-1]):.4f} over {STEPS} steps on one batch"
     add(finite and float(losses[-1]) < float(losses[0]), "loss", text if finite else f"not finite: {text}")
-    images = recipe.pipeline()(num_images=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    images = recipe.two_images()
     low, high = float(images.min()), float(images.max())
     valid = bool(torch.isfinite(images).all()) and tuple(images.shape[1:]) == (spec.channels, spec.height, spec.width)
     add(valid, "sample", f"decodes to {tuple(images.shape[1:])}, values {low:.3f} to {high:.3f}")
 
 
-def _check_round_trip(codec: KLVAECodec, posteriors: Tensor, images: Tensor | None, add: Add) -> None:
+def _check_round_trip(codec: LatentCodec, posteriors: Tensor, images: Tensor | None, add: Add) -> None:
     decoded = codec.decode(codec.draw(posteriors, None))
     if images is not None:
         found = float(psnr(images, decoded).mean())
@@ -71,7 +72,7 @@ def _check_round_trip(codec: KLVAECodec, posteriors: Tensor, images: Tensor | No
     add(error < 1, "round trip", f"stored latents, decoded and encoded again, differ by {error:.3f} of their std")
 
 
-def _check_loader(codec: KLVAECodec, data: LoadedData, posteriors: Tensor, add: Add) -> None:
+def _check_loader(codec: LatentCodec, data: LoadedData, posteriors: Tensor, add: Add) -> None:
     # Of the posteriors of this batch; the set as a whole was checked when it was opened.
     mean, std = measure([posteriors], codec.latent_channels)
     scaled = ", ".join(f"{value:.2f}" for value in scaled_std(codec, mean, std).tolist())

@@ -1,9 +1,10 @@
-"""The VAE that a run on latents trains first, where there is none yet."""
+"""The codec that a run on latents trains first, where there is none yet."""
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
-from heterodiff.codecs.kl_vae import holds_vae, latent_shape, read_vae_config
+from heterodiff.codecs import cnn, kl_vae
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
@@ -11,35 +12,50 @@ from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
 from heterodiff.training.loop import check_batch, precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.recipes.text_networks import codec_arguments
 from heterodiff.training.run_folder import changed_keys, weights_step
 
+SECTIONS = {"vae": ("vae",), "alignment": ("text", "alignment")}
+"""Sections of the configuration that matter to each recipe that trains a codec, beside data and training."""
 
-def vae_run(config: RunConfig) -> RunConfig | None:
-    """The run of recipe ``vae`` that ``config`` needs and describes, if it is not finished yet.
+
+def codec_run(config: RunConfig) -> RunConfig | None:
+    """The run of recipe ``vae`` or ``alignment`` that ``config`` needs and describes, if it is not finished yet.
 
     Raises:
-        RunError: ``codec.path`` holds a VAE that was trained with other settings.
+        RunError: ``codec.path`` holds one that was trained with other settings.
     """
     codec = config.codec
-    if config.recipe != "diffusion" or codec.training is None or codec.path is None or config.data.source == "latents":
+    if codec.kind == "pixels" or codec.training is None or codec.path is None or config.data.source == "latents":
         return None
     if config.output is not None and weights_step(config.output) is not None:
         return None  # it has begun, so it has a copy
-    keys = {"recipe": "vae", "output": codec.path, "data": config.data, "vae": config.vae, "training": codec.training}
+    recipe = "alignment" if codec.kind == "cnn" else "vae"
+    keys = {name: getattr(config, name) for name in ("data", *SECTIONS[recipe])}
+    keys |= {"recipe": recipe, "output": codec.path, "training": codec.training}
     if not (codec.path / CONFIG_FILE).is_file():
-        return None if holds_vae(codec.path) else RunConfig().model_copy(update=keys)  # None: a VAE from elsewhere
+        return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
     before = load_config(codec.path / CONFIG_FILE)
-    wanted = before.model_copy(update=keys)  # other sections do not matter to a VAE
+    wanted = before.model_copy(update=keys)  # other sections do not matter to it
     if changes := changed_keys(before, wanted):
         raise RunError(
-            f"codec.path={codec.path}: its VAE was trained with other settings; undo these, set codec.path to a new "
-            "folder, or leave codec.training out to use that VAE as it is:\n  " + "\n  ".join(changes)
+            f"codec.path={codec.path}: {_name(config)} was trained with other settings; undo these, set codec.path to "
+            "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)
         )
     return None if weights_step(codec.path) == codec.training.steps else wanted
 
 
+def _holds_codec(codec: CodecConfig) -> bool:
+    path: Path = codec.path  # type: ignore[assignment]
+    return (path / cnn.FOLDER).is_dir() if codec.kind == "cnn" else kl_vae.holds_vae(path)
+
+
+def _name(config: RunConfig) -> str:
+    return "its VAE" if config.codec.kind == "kl-vae" else "its image codec with the text networks"
+
+
 def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
-    """Build the denoiser before its VAE is trained, so that a mistake in it does not cost that time; its summary.
+    """Build the denoiser before its codec is trained, so that a mistake in it does not cost that time; its summary.
 
     Args:
         spec: of the images.
@@ -47,10 +63,8 @@ def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
     Raises:
         ConfigError: what would stop the denoiser's training later.
     """
-    vae = {"in_channels": spec.channels, **config.vae.model_dump(include={"block_out_channels", "latent_channels"})}
-    if config.vae.init_from is not None:
-        vae = read_vae_config(config.vae.init_from)
-    channels, height, width = latent_shape(vae, spec.channels, spec.height, spec.width)
+    shape = _latent_shape(config, spec)
+    channels, height, width = shape
     precision_of(config.training)
     check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))
     on_latents = replace(spec, channels=channels, height=height, width=width)
@@ -60,3 +74,13 @@ def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
         raise ConfigError(f"the denoiser of {channels}x{height}x{width} latents: {error}") from None
     parameters = sum(p.numel() for p in recipe.model.parameters())
     return f"{recipe.summary} on {channels}x{height}x{width} latents, {parameters:,} parameters"
+
+
+def _latent_shape(config: RunConfig, spec: ImageSpec) -> tuple[int, int, int]:
+    """Shape of the latents of a codec that is not there yet."""
+    if config.codec.kind == "cnn":
+        return cnn.latent_shape(codec_arguments(config, spec), spec.channels, spec.height, spec.width)
+    vae = {"in_channels": spec.channels, **config.vae.model_dump(include={"block_out_channels", "latent_channels"})}
+    if config.vae.init_from is not None:
+        vae = kl_vae.read_vae_config(config.vae.init_from)
+    return kl_vae.latent_shape(vae, spec.channels, spec.height, spec.width)

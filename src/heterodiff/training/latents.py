@@ -6,8 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from heterodiff.codecs.kl_vae import KLVAECodec, check_scale, holds_vae, load_vae, measure
+from heterodiff.codecs.latent import LatentCodec, check_scale, measure
+from heterodiff.codecs.make import load_saved_codec
 from heterodiff.config import RunConfig
+from heterodiff.data.assemble import with_captions, without_captions
 from heterodiff.data.encode import encode_data
 from heterodiff.data.latents import INDEX_FILE, load_latents
 from heterodiff.data.sources import LoadedData
@@ -43,11 +45,12 @@ def prepare_latents(
         DataError: latents of another VAE, NaN latents, or a std after scaling outside 0.8 to 1.25.
     """
     codec = recipe.codec
-    if not isinstance(codec, KLVAECodec):
+    if not isinstance(codec, LatentCodec):
         return data
     if data.latents is None and _caches(config):
+        plain, captions = without_captions(data) if data.captions else (data, None)
         folder = encode_data(
-            data,
+            plain,
             config.data,
             codec,
             latents_folder(config),
@@ -58,6 +61,8 @@ def prepare_latents(
             quiet=quiet,
         )
         data = load_latents(folder, config.data.memory_limit_gb)
+        if captions is not None:
+            data = with_captions(data, captions)
     mean, std = _statistics(codec, data, recipe)
     if config.codec.statistics == "measured":
         codec.set_statistics(mean, std)
@@ -72,10 +77,10 @@ def latents_folder(config: RunConfig) -> Path:
 
 
 def _caches(config: RunConfig) -> bool:
-    return config.codec.kind == "kl-vae" and config.codec.cache and config.data.source != "latents"
+    return config.codec.kind != "pixels" and config.codec.cache and config.data.source != "latents"
 
 
-def _statistics(codec: KLVAECodec, data: LoadedData, recipe: DiffusionRecipe) -> tuple[Tensor, Tensor]:
+def _statistics(codec: LatentCodec, data: LoadedData, recipe: DiffusionRecipe) -> tuple[Tensor, Tensor]:
     """Mean and std (c,) of the unscaled latents of the training images: stored with them, or of up to 1,024."""
     if (stored := data.latents) is not None:
         if (found := codec.fingerprint()) != stored.vae_fingerprint or stored.shape != recipe.latent_shape:
@@ -87,19 +92,21 @@ def _statistics(codec: KLVAECodec, data: LoadedData, recipe: DiffusionRecipe) ->
         return torch.tensor(stored.mean, dtype=torch.float64), torch.tensor(stored.std, dtype=torch.float64)
     _refuse_another_vae(codec, recipe)
     rows = torch.linspace(0, len(data.train) - 1, min(MEASURED_IMAGES, len(data.train))).long().tolist()
-    device = next(codec.vae.parameters()).device
     parts = (rows[k : k + MEASURED_BATCH] for k in range(0, len(rows), MEASURED_BATCH))
-    return measure((codec.posterior(data.train.batch(part)[0].to(device)) for part in parts), codec.latent_channels)
+    return measure(
+        (codec.posterior(data.train.batch(part)[0].to(codec.device)) for part in parts), codec.latent_channels
+    )
 
 
-def _refuse_another_vae(codec: KLVAECodec, recipe: DiffusionRecipe) -> None:
-    """Compare the codec with the VAE that a resumed run saved beside its weights."""
+def _refuse_another_vae(codec: LatentCodec, recipe: DiffusionRecipe) -> None:
+    """Compare the codec with the one that a resumed run saved beside its weights."""
     run = recipe.config.output
-    if run is None or weights_step(run) is None or not holds_vae(run / "vae"):
+    if run is None or weights_step(run) is None or (saved := load_saved_codec(run)) is None:
         return
-    found, before = codec.fingerprint(), KLVAECodec(load_vae(run / "vae")).fingerprint()
+    found, before = codec.fingerprint(), saved.fingerprint()
     if found != before:
+        what = "VAE" if recipe.config.codec.kind == "kl-vae" else "image codec"
         raise DataError(
-            f"{run}: began with a VAE of fingerprint {before}, but codec.path={recipe.config.codec.path} now has "
-            f"{found}; set codec.path to the first one ({run / 'vae'} is a copy), or start a new run"
+            f"{run}: began with a {what} of fingerprint {before}, but codec.path={recipe.config.codec.path} now has "
+            f"{found}; set codec.path to the first one ({run} holds a copy), or start a new run"
         )

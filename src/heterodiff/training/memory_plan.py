@@ -14,7 +14,11 @@ from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
+from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
+from heterodiff.training.recipes.alignment import AlignmentModel
 from heterodiff.training.recipes.diffusion import model_arguments
+from heterodiff.training.recipes.text_image import denoiser_arguments
+from heterodiff.training.recipes.text_networks import build_networks
 from heterodiff.training.recipes.vae import Autoencoder, build_vae
 
 BYTES_PER_PARAMETER = 5 * 4
@@ -25,6 +29,8 @@ SCRATCH_BYTES = 200e6
 """Room that kernels and the optimiser work in, as measured with small networks on a CPU."""
 USABLE_SHARE = 0.9
 """Of the free memory; the rest is for what no estimate sees (fragments, libraries, other programs)."""
+SMALLER = {"vae": "vae.block_out_channels", "alignment": "alignment.block_out_channels"}
+"""The setting that makes the network of a recipe smaller; of the others it is model.model_channels."""
 RECOMPUTATION = ({"memory_optimization": True, "gradient_checkpointing": False}, {"gradient_checkpointing": True})
 """Keys of ``model`` that let the backward pass compute more again: what is cheap; everything."""
 
@@ -82,6 +88,8 @@ class _Cost:
 def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     if config.recipe == "vae":
         return _vae_cost(config, spec)
+    if config.recipe == "alignment" or config.alignment.joint:
+        return _alignment_cost(config, spec)
     _, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
 
     def profile_with(**keys: bool) -> ModelProfile:
@@ -104,6 +112,27 @@ def _vae_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
         image = torch.empty(1, spec.channels, spec.height, spec.width)
         kept = count_saved_bytes(model, image, torch.empty(1, *shape))
     return _Cost(sum(p.numel() for p in model.parameters()), kept, kept)
+
+
+def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
+    """Of real tensors, since pretrained parts are loaded; with captions of the greatest length.
+
+    The vocabulary, which the captions decide, is left out: of the memory it takes little unless it is pretrained.
+    """
+    size, length = config.text.vocabulary_size, config.text.max_tokens
+    encoder = config.text.encoder
+    tokenizer = train_tokenizer(["?"], size) if encoder is None else load_tokenizer(encoder)
+    networks = build_networks(config, spec, tokenizer)
+    shape = (1, config.alignment.latent_channels, *networks.image_codec.latent_size)
+    image, ids = torch.zeros(1, spec.channels, spec.height, spec.width), torch.zeros(1, length, dtype=torch.long)
+    inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
+    model = AlignmentModel(networks)
+    kept, parameters = count_saved_bytes(model, *inputs), sum(p.numel() for p in model.parameters())
+    if config.alignment.joint:
+        arguments = denoiser_arguments(config, spec, shape[1:])
+        found = profile(config.model.variant, *shape[2:], **arguments)
+        kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
+    return _Cost(parameters, kept, kept)
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
@@ -138,7 +167,7 @@ def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[
     """From what the configuration recomputes to more, with the overrides that ask for it and its cost."""
     least = _cost(config, spec)
     yield (), least
-    if config.recipe == "vae":
+    if config.recipe in SMALLER or config.alignment.joint:
         return
     for keys in RECOMPUTATION:
         model = config.model.model_copy(update=keys)
@@ -160,7 +189,7 @@ def advice(config: RunConfig, spec: ImageSpec, free_bytes: float) -> tuple[bool,
     if needed <= budget:
         return True, f"{text}; up to {largest_batch(config, spec, budget)} would fit"
     plan = suggest_plan(config, spec, budget)
-    smaller = "model.model_channels" if config.recipe == "diffusion" else "vae.block_out_channels"
+    smaller = SMALLER.get(config.recipe, "model.model_channels")
     if plan is None:
         return False, f"{text}; even one image at a time is too much: choose a smaller {smaller}"
     return False, f"{text}; the same training in {plan.peak_bytes / 1e9:.2f} GB: {' '.join(plan.changes)}"

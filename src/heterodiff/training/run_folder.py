@@ -21,7 +21,11 @@ from heterodiff.training.checkpoint import share_files
 LOCK_FILE = ".lock"
 WEIGHTS_FILE = "weights.json"
 LATENTS = "latents"
-"""Folder of the latents that a run encodes for itself, before anything else is in its folder."""
+ALIGNMENT = "alignment"
+"""Folders of the latents that a run encodes for itself and of the codec it trains, before it begins itself."""
+
+NEEDED_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json",)}
+"""Files of the parts of a pipeline that are no networks."""
 
 FREE_TO_CHANGE = (
     "output",
@@ -81,8 +85,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         existing = existing.parent
     if not os.access(existing, os.W_OK):
         raise RunError(f"{folder}: cannot be written (no permission on {existing}); set output=... elsewhere")
-    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name not in (LOCK_FILE, LATENTS)]:
-        return False  # latents alone: stopped before the run began; they are compared with what it needs
+    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name not in (LOCK_FILE, LATENTS, ALIGNMENT)]:
+        return False  # these alone: stopped before the run began; they are compared with what it needs
     if not (folder / CONFIG_FILE).is_file():
         raise RunError(f"{folder}: holds files but no run ({CONFIG_FILE} is missing); set output=... to a new folder")
     if resume == "never":
@@ -150,7 +154,7 @@ def weights_step(folder: Path) -> int | None:
     for name, kind in read_json(folder / INDEX_FILE).items():
         if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
             continue
-        needed = ("scheduler_config.json",) if name == "scheduler" else ("config.json", SAFETENSORS_WEIGHTS_NAME)
+        needed = NEEDED_FILES.get(name, ("config.json", SAFETENSORS_WEIGHTS_NAME))
         if not all((folder / name / part).is_file() for part in needed):
             return None
     return read_json(folder / WEIGHTS_FILE).get("step")

@@ -15,20 +15,25 @@ import torch
 import heterodiff
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.data.sources import LoadedData, load_data
+from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
 from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
+from heterodiff.models.variants import VARIANTS
 from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import prepare_latents, stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
 from heterodiff.training.memory_plan import advice, training_memory_bytes
+from heterodiff.training.recipes.alignment import AlignmentRecipe
 from heterodiff.training.recipes.base import Recipe
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.recipes.vae import VAERecipe
 from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
-from heterodiff.training.vae_stage import check_denoiser, vae_run
 
 RUN_FILE = "run.json"
+TEXT_RECIPES = (AlignmentRecipe, TextImageRecipe)
+MAX_TEXT_NOTES = 3
 
 
 def train(
@@ -61,12 +66,12 @@ def train(
     current = checkpoint is not None and weights_step(folder) == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
-    if (needed := vae_run(config)) is not None:
+    if (needed := codec_run(config)) is not None:
         check_denoiser(config, load_run_data(needed).spec)
         result = train(needed, quiet=quiet)
         if result.step < needed.training.steps or result.stopped_by is not None:
             return result
-        gc.collect()  # what trained the VAE refers to itself, and waits to be freed
+        gc.collect()  # what trained the codec refers to itself, and waits to be freed
     data = load_run_data(config)
     recipe = build_recipe(config, data)
     trainer = Trainer(config, recipe, data)
@@ -119,6 +124,10 @@ def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
         if data.latents is not None:
             raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
         return VAERecipe(config, spec, data.train, data.val)
+    if config.recipe == "alignment":
+        return AlignmentRecipe(config, data)
+    if config.recipe == "text-image":
+        return JointRecipe(config, data) if config.alignment.joint else TextImageRecipe(config, data)
     if data.latents is not None and config.codec.kind != "kl-vae":
         vae = data.latents.vae_path
         raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
@@ -129,7 +138,8 @@ def load_run_data(config: RunConfig) -> LoadedData:
     """The data of a run; with the split and value range saved in its folder, if it has them already."""
     folder = config.output
     if folder is not None and (latents := stored_latents(config)) is not None:
-        return latents
+        captions = image_captions(config.data) if config.codec.kind == "cnn" else None
+        return latents if captions is None else with_captions(latents, captions)
     if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
         return load_data(config.data, split=read_json(folder / SPLIT_FILE), spec=load_spec(folder))
     return load_data(config.data)
@@ -184,17 +194,21 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
     doubts = []
     if len(data.train) < config.training.batch_size:
         doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
-    if config.recipe != "diffusion":
+    if config.recipe == "alignment":
+        return doubts
+    if config.recipe == "vae":
         if config.vae.init_from is not None:
             doubts.append(
                 f"the architecture is that of vae.init_from={config.vae.init_from}; vae's own keys for it rest"
             )
         return doubts
-    if data.spec.class_names and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
+    conditional = data.spec.class_names or data.captions
+    if conditional and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
         doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
-    if data.spec.class_names and config.diffusion.p_uncond == 1:
-        doubts.append("diffusion.p_uncond=1: the classes are never shown to the network")
-    if config.model.variant != "unet" and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
+    if conditional and config.diffusion.p_uncond == 1:
+        doubts.append("diffusion.p_uncond=1: the condition is never shown to the network")
+    hybrid = config.model.variant in VARIANTS and config.model.variant != "unet"
+    if hybrid and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
         doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
     return doubts
 
@@ -202,6 +216,11 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
 def next_steps(config: RunConfig) -> list[str]:
     """Commands to use a finished run with, a line each."""
     run = config.output
+    if config.recipe in ("text-image", "alignment"):
+        caption = f"         heterodiff caption {run} PICTURE.png"
+        if config.recipe == "alignment":
+            return [f"next{caption[4:]}", f"         heterodiff evaluate {run}"]
+        return [f'next     heterodiff text2image {run} "a prompt"', caption, f"         heterodiff evaluate {run}"]
     if config.recipe == "vae":
         use = f"heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"
         return [f"next     heterodiff evaluate {run}", f"         {use}"]
@@ -210,12 +229,17 @@ def next_steps(config: RunConfig) -> list[str]:
 
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
     spec = data.spec
+    texts = sum(map(len, data.captions))
+    condition = f"{texts} captions" if texts else f"{len(spec.class_names) or 'no'} classes"
     print(
         f"data     {len(data.train)} training and {len(data.val)} held-out images, "
-        f"{spec.channels}x{spec.height}x{spec.width}, {len(spec.class_names) or 'no'} classes"
+        f"{spec.channels}x{spec.height}x{spec.width}, {condition}"
     )
-    for warning in data.warnings:
+    of_texts = trainer.recipe.captions.warnings if isinstance(trainer.recipe, TEXT_RECIPES) else []
+    for warning in [*data.warnings, *of_texts[:MAX_TEXT_NOTES]]:
         print(f"note     {warning}")
+    if len(of_texts) > MAX_TEXT_NOTES:
+        print(f"note     {len(of_texts) - MAX_TEXT_NOTES} more captions like these")
     for name, reason in data.skipped[:10]:
         print(f"skipped  {name}: {reason}")
     if len(data.skipped) > 10:
@@ -264,12 +288,12 @@ def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
 def dry_run(config: RunConfig) -> DryRun:
     """Load the data, build the model, do two training steps in memory and time the second; writes nothing.
 
-    Where the run needs a VAE that is still to be trained, this is about the VAE's training.
+    Where the run needs a codec that is still to be trained, this is about the codec's training.
 
     Raises:
         HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
     """
-    if (needed := vae_run(config)) is not None:
+    if (needed := codec_run(config)) is not None:
         check_denoiser(config, load_run_data(needed).spec)
     return timed_steps(*trial(needed or config))
 

@@ -9,7 +9,15 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from heterodiff.codecs.latent import LatentCodec, measure
+from heterodiff.config import RunConfig
+from heterodiff.data.assemble import LoadedData
+from heterodiff.data.dataset import ImageDataset
+from heterodiff.errors import DataError
+
 VALIDATION_IMAGES = 256
+STATISTICS_IMAGES = 4096
+STATISTICS_BATCH = 32
 
 
 class Draws(Protocol):
@@ -97,3 +105,25 @@ class Recipe(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+def store_scale(codec: LatentCodec, train: ImageDataset) -> None:
+    """Measure mean and std of the latents of up to 4,096 training images and store them with the codec's network.
+
+    Raises:
+        DataError: NaN or infinite latents, or a channel that never varies.
+    """
+    rows = torch.linspace(0, len(train) - 1, min(STATISTICS_IMAGES, len(train))).long().tolist()
+    parts = (rows[k : k + STATISTICS_BATCH] for k in range(0, len(rows), STATISTICS_BATCH))
+    posteriors = (codec.posterior(train.batch(part)[0].to(codec.device)) for part in parts)
+    codec.set_statistics(*measure(posteriors, codec.latent_channels))
+
+
+def refuse_without_captions(config: RunConfig, data: LoadedData) -> None:
+    """Raise DataError for data that have no captions."""
+    if not data.captions:
+        raise DataError(
+            f"data.source={config.data.source}: no captions, which recipe {config.recipe} learns from; use source "
+            "captions (a folder of images with metadata.csv|jsonl, captions.txt, results.csv or COCO's annotations), "
+            "or shapes"
+        )

@@ -36,12 +36,13 @@ DEFAULT_CHANNEL_MULT = (
 )
 """Width factors of the levels by the longer side of the image; larger images use the last row plus one level."""
 
+FILM_CHANNEL_MULT = (1, 2, 4)
 ATTENTION_SIDE = 16
 """Maps up to this side get attention by default."""
 
 
 def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
-    """Arguments of :class:`heterodiff.models.unet.HAEUNet` for images as in ``spec``, defaults filled in.
+    """Arguments of the configured denoiser for images as in ``spec``, defaults filled in.
 
     Raises:
         ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named).
@@ -49,6 +50,21 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """
     m = config.model
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
+    condition_dim = config.text.embedding_dim if config.recipe == "text-image" else None
+    out_channels = channels * (2 if config.diffusion.learn_variance else 1)
+    if m.variant == "film-unet":
+        return {
+            "latent_channels": channels,
+            "latent_size": (height, width),
+            "condition_dim": condition_dim,
+            "out_channels": out_channels,
+            "model_channels": m.model_channels,
+            "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
+            "layers_per_block": m.layers_per_block,
+            "num_heads": m.num_heads,
+            "dropout": m.dropout,
+            "use_checkpoint": m.gradient_checkpointing,
+        }
     side = max(height, width)
     default_mult = next((mult for limit, mult in DEFAULT_CHANNEL_MULT if side <= limit), (1, 1, 2, 2, 4, 4))
     channel_mult = m.channel_mult or default_mult
@@ -57,8 +73,9 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     return {
         "sample_size": (height, width),
         "in_channels": channels,
-        "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
+        "out_channels": out_channels,
         "num_classes": len(spec.class_names) or None,
+        "condition_dim": condition_dim,
         "model_channels": m.model_channels,
         "channel_mult": channel_mult,
         "layers_per_block": m.layers_per_block,
@@ -83,11 +100,12 @@ class Draws:
     weights: Tensor
     noise: Tensor
     drop: Tensor
-    latent_noise: Tensor | None  # of the draw from the codec's posterior
+    latent_noise: Tensor | None = None  # of the draw from the codec's posterior
+    choice: Tensor | None = None  # among an image's captions
 
     def rows(self, part: slice) -> "Draws":
-        latent_noise = None if self.latent_noise is None else self.latent_noise[part]
-        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part], latent_noise)
+        latent_noise, choice = (None if x is None else x[part] for x in (self.latent_noise, self.choice))
+        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part], latent_noise, choice)
 
 
 class DiffusionRecipe:
@@ -147,15 +165,17 @@ class DiffusionRecipe:
             network: ``self.model``, possibly wrapped.
             inputs: posteriors of the codec; labels: (B,), -1 for none.
         """
-        labels = torch.where(draws.drop, NO_CLASS, labels)
-        conditional = self.spec.class_names != ()
-
-        def model_call(z: Tensor, time: Tensor) -> Tensor:
-            return network(z, time, class_labels=labels if conditional else None).sample
-
         z = self.codec.draw(inputs, draws.latent_noise)
+        model_call = self.conditioned(network, labels, draws)
         losses, parts = self.objective.losses(model_call, z, draws.t, draws.noise)
         return Losses(losses * draws.weights, parts)
+
+    def conditioned(
+        self, network: Callable[..., Any], labels: Tensor, draws: Draws
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(z, time) -> prediction under the condition that ``labels`` (B,) stand for, dropped where ``draws`` say."""
+        classes = torch.where(draws.drop, NO_CLASS, labels) if self.spec.class_names else None
+        return lambda z, time: network(z, time, class_labels=classes).sample
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         raise AssertionError("a denoiser has no adversary")
@@ -184,7 +204,7 @@ class DiffusionRecipe:
             start = part.stop
         return {"val_loss": total / count}
 
-    def pipeline(self) -> GenerationPipeline:
+    def pipeline(self) -> Any:
         """A pipeline around the network as it is now."""
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
@@ -193,6 +213,10 @@ class DiffusionRecipe:
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def two_images(self) -> Tensor:
+        """Two images (2, C, H, W) drawn in two steps, to see that drawing works."""
+        return self.pipeline()(num_images=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
 
     def preview(self, seed: int) -> Image:
         """A labelled grid of images drawn from the network as it is now, a row a class."""

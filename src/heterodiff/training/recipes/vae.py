@@ -13,19 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heterodiff.codecs.discriminator import PatchDiscriminator, adaptive_weight, hinge_losses
-from heterodiff.codecs.kl_vae import MAX_LOGVAR, MIN_LOGVAR, KLVAECodec, latent_shape, load_vae, measure
+from heterodiff.codecs.kl_vae import MAX_LOGVAR, MIN_LOGVAR, KLVAECodec, latent_shape, load_vae
 from heterodiff.config import RunConfig, VAEConfig
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
-from heterodiff.training.recipes.base import Losses
+from heterodiff.training.recipes.base import Losses, store_scale
 
 MAX_GROUPS = 8
 STRUCTURAL_SCALES = 3
 PREVIEW_IMAGES = 8
-STATISTICS_IMAGES = 4096
-STATISTICS_BATCH = 32
 
 
 def build_vae(config: VAEConfig, spec: ImageSpec) -> AutoencoderKL:
@@ -204,12 +202,7 @@ class VAERecipe:
 
     def save(self, folder: Path) -> None:
         """Write the VAE, with the mean and std of its latents of up to 4,096 training images in its configuration."""
-        device = next(self.model.parameters()).device
-        codec = KLVAECodec(self.model.vae)
-        rows = torch.linspace(0, len(self.train) - 1, min(STATISTICS_IMAGES, len(self.train))).long().tolist()
-        parts = (rows[k : k + STATISTICS_BATCH] for k in range(0, len(rows), STATISTICS_BATCH))
-        posteriors = (codec.posterior(self.train.batch(part)[0].to(device)) for part in parts)
-        codec.set_statistics(*measure(posteriors, codec.latent_channels))
+        store_scale(KLVAECodec(self.model.vae), self.train)
         self.pipeline().save_pretrained(folder, safe_serialization=True)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,59 @@
+"""Pictures of prompts and captions of pictures as files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.errors import DataError, RunError
+from heterodiff.pictures import image_grid, save_image
+from heterodiff.pipelines.files import GRID_FILE, MAX_GRID_IMAGES, UNSAFE
+from heterodiff.pipelines.text_image import TextImagePipeline
+
+PROMPTS_FILE = "prompts.jsonl"
+MAX_NAME_LENGTH = 60
+
+
+def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: ImageSpec | None) -> list[Path]:
+    """Write pictures of ``prompts``, equally many of each in order, with a grid and a list of which is of what.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        spec: of the training images, in whose number type and range files are written.
+
+    Raises:
+        RunError: ``folder`` cannot be written.
+    """
+    each = len(images) // len(prompts)
+    texts = [prompt for prompt in prompts for _ in range(each)]
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / PROMPTS_FILE).open("w", encoding="utf-8") as file:
+            for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+                name = UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition"
+                stem = folder / f"{number:04d}_{name}"
+                path = save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem)
+                written.append(path)
+                file.write(json.dumps({"file_name": path.name, "text": text}, ensure_ascii=False) + "\n")
+        columns = each if len(prompts) > 1 else None
+        grid = image_grid(images[:MAX_GRID_IMAGES], texts[:MAX_GRID_IMAGES], columns=columns)
+        grid.save(folder / GRID_FILE)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
+    return [*written, folder / GRID_FILE]
+
+
+def read_usable(pipeline: TextImagePipeline, paths: Sequence[Path]) -> tuple[list[Path], Tensor, list[str]]:
+    """The files of ``paths`` that can be read, as images (B, C, H, W) in [0, 1], and what is wrong with the others."""
+    usable, images, problems = [], [], []
+    for path in paths:
+        try:
+            images.append(pipeline.read([path]))
+            usable.append(path)
+        except DataError as error:
+            problems.append(str(error))
+    return usable, torch.cat(images) if images else torch.empty(0), problems

@@ -1,0 +1,374 @@
+"""Text to image and image to text with a run of recipe ``text-image``."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from heterodiff.codecs.cnn import CNNCodec, ImageCodec, scaled
+from heterodiff.config import RunConfig, SamplingConfig
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.reading import read_images
+from heterodiff.diffusion.guidance import guided_denoiser
+from heterodiff.diffusion.sampling import draw_noise, sample
+from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
+from heterodiff.errors import ConfigError, RunError
+from heterodiff.pictures import to_pil
+from heterodiff.pipelines.generate import GenerationOutput, seeded_generators
+from heterodiff.text.captioner import Captioner
+from heterodiff.text.encoder import TextEncoder
+from heterodiff.text.tokenizer import encode_texts
+
+
+class TextWarning(UserWarning):
+    """A text that is not used as it stands: cut, with unknown characters, or empty."""
+
+
+@contextmanager
+def no_text_warnings() -> Iterator[None]:
+    """Draw pictures of texts that were warned of before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextWarning)
+        yield
+
+
+def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: Tensor) -> Tensor:
+    """What training and sampling both ask of the denoiser.
+
+    Args:
+        network: the denoiser, possibly wrapped.
+        z_t: (B, c, h, w); time: (B,) network times.
+        embeddings: (B, D) of texts or images, of any length; a row of zeros is "no condition".
+
+    Returns:
+        (B, c or 2c, h, w), of the kind that the denoiser was trained to predict.
+    """
+    return network(z_t, time, condition=scaled(embeddings)).sample
+
+
+class TextImagePipeline(DiffusionPipeline):
+    """The networks of a run of recipe ``text-image`` or ``alignment``; ``heterodiff.load`` builds it from the folder.
+
+    Args:
+        image_codec, text_encoder, tokenizer, captioner: see their classes.
+        unet, scheduler: the denoiser of the codec's maps and its schedule; without them images come from embeddings
+            directly.
+    """
+
+    _optional_components = ["unet", "scheduler"]
+
+    def __init__(
+        self,
+        image_codec: ImageCodec,
+        text_encoder: TextEncoder,
+        tokenizer: PreTrainedTokenizerFast,
+        captioner: Captioner,
+        unet: Any = None,
+        scheduler: Any = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            image_codec=image_codec,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            captioner=captioner,
+            unet=unet,
+            scheduler=scheduler,
+        )
+        self.codec = CNNCodec(image_codec)
+        self.defaults = SamplingConfig()
+        self.spec: ImageSpec | None = None
+        self.resize: Any = "crop"
+
+    def set_up(self, config: RunConfig, spec: ImageSpec | None) -> "TextImagePipeline":
+        """Take the sampling defaults and the way to read images from a run."""
+        self.defaults, self.spec, self.resize = config.sampling, spec, config.data.resize
+        self.set_progress_bar_config(disable=True)
+        return self
+
+    # ---- embeddings -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Embeddings (B, D) of ``texts``, of length 1; zeros ("no condition") for an empty text.
+
+        Warns (:class:`TextWarning`) of texts that are cut, empty, or hold unknown characters.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens, notes = encode_texts(self.tokenizer, texts, self.text_encoder.config.max_tokens)
+        empty = torch.tensor([not text.strip() for text in texts])
+        if bool(empty.any()):
+            notes = [*notes, "an empty text means no condition: pictures are drawn of anything"]
+        for note in notes:
+            warnings.warn(note, TextWarning, stacklevel=2)
+        embeddings = F.normalize(self.text_encoder(tokens.ids.to(self.device), tokens.mask.to(self.device)), dim=-1)
+        return torch.where(empty.to(self.device)[:, None], 0, embeddings.float())
+
+    def _embeddings(self, given: Tensor) -> Tensor:
+        """``given`` (B, D), of texts or images, as the networks take it."""
+        width = self.text_encoder.config.embedding_dim
+        if given.ndim != 2 or given.shape[1] != width or len(given) == 0:
+            raise ConfigError(f"embeddings: expected shape (B, {width}), found {tuple(given.shape)}")
+        return given.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of images (B, C, H, W) in [0, 1], of length 1."""
+        return F.normalize(self.image_codec.embed(self._map(images)), dim=-1)
+
+    @torch.no_grad()
+    def _map(self, images: Tensor) -> Tensor:
+        """The codec's unscaled map of images in [0, 1]."""
+        if images.ndim != 4 or not images.is_floating_point():
+            raise ConfigError(
+                f"images: expected (B, C, H, W) in [0, 1], found {images.dtype} of shape {tuple(images.shape)}"
+            )
+        self.codec.latent_shape(*images.shape[1:])
+        return self.codec.posterior(images.to(self.device)).chunk(2, dim=1)[0]
+
+    # ---- text to image --------------------------------------------------------------------------------------
+
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> Any:
+        """As :meth:`generate_from_text`."""
+        return self.generate_from_text(prompts, **options)
+
+    @torch.no_grad()
+    def generate_from_text(
+        self,
+        prompts: str | Sequence[str],
+        num_samples_per_prompt: int = 1,
+        use_diffusion: bool = True,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        *,
+        negative_prompts: str | Sequence[str] | None = None,
+        sampler: str | None = None,
+        batch_size: int = 64,
+        output_type: str = "pt",
+    ) -> Any:
+        """Draw pictures of ``prompts``, prompt after prompt.
+
+        Sample k of a prompt depends on the prompt, the seed and k alone, not on the other prompts.
+
+        Args:
+            prompts: one or several; an empty one is "no condition".
+            use_diffusion: False decodes the text's embedding directly: one pass, blurrier, always the same.
+            num_inference_steps, guidance_scale, sampler: default to the run's ``sampling`` section.
+            negative_prompts: what to steer away from: guidance against this text instead of "no condition"; one for
+                all prompts, or one for each.
+            batch_size: how many pictures to draw at once.
+            output_type: ``"pt"`` for a tensor (N, C, H, W) in [0, 1], ``"pil"`` for pictures.
+
+        Returns:
+            :class:`heterodiff.pipelines.generate.GenerationOutput`, its pictures in ``images``.
+
+        Raises:
+            ConfigError: no prompts, a number that does not fit, an unknown sampler; a run without a denoiser.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or num_samples_per_prompt < 1 or batch_size < 1:
+            raise ConfigError(
+                f"{len(texts)} prompts, {num_samples_per_prompt} samples each, {batch_size} at once: expected at least "
+                "one of each"
+            )
+        if output_type not in ("pt", "pil"):
+            raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
+        negative = None
+        if negative_prompts is not None:
+            against = [negative_prompts] * len(texts) if isinstance(negative_prompts, str) else list(negative_prompts)
+            if len(against) != len(texts):
+                raise ConfigError(f"{len(against)} negative prompts for {len(texts)} prompts: expected one or as many")
+            negative = self.encode_text(against).repeat_interleave(num_samples_per_prompt, dim=0)
+        images = self.generate_image_from_text(
+            self.encode_text(texts).repeat_interleave(num_samples_per_prompt, dim=0),
+            num_inference_steps,
+            guidance_scale,
+            use_diffusion=use_diffusion,
+            negative_embeddings=negative,
+            generators=[g for _ in texts for g in seeded_generators(seed, num_samples_per_prompt)],
+            sampler=sampler,
+            batch_size=batch_size,
+        )
+        return GenerationOutput(images=images if output_type == "pt" else [to_pil(image) for image in images])
+
+    @torch.no_grad()
+    def generate_image_from_text(
+        self,
+        text_embeddings: Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        use_diffusion: bool = True,
+        negative_embeddings: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        seed: int = 0,
+        sampler: str | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of embeddings (B, D), those of texts or of images.
+
+        Args:
+            text_embeddings: of any length; a row of zeros is "no condition".
+            negative_embeddings: (B, D), see :meth:`generate_from_text`.
+            generators: of the noise, one an image; default: from ``seed`` and the row.
+
+        Raises:
+            ConfigError: embeddings of another width; a run without a denoiser; as :meth:`generate_from_text`.
+        """
+        condition = self._embeddings(text_embeddings)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
+        if not use_diffusion:
+            if not bool(condition.any(dim=1).all()):
+                raise ConfigError("an empty prompt cannot be decoded directly; give a text, or use the diffusion")
+            return torch.cat(
+                [
+                    self.image_codec.decode_from_latent(self.image_codec.get_latent_from_embedding(part)).cpu()
+                    for part in condition.split(batch_size)
+                ]
+            )
+        null = torch.zeros_like(condition) if negative_embeddings is None else self._embeddings(negative_embeddings)
+        if generators is None:
+            generators = seeded_generators(seed, len(condition))
+        if not len(null) == len(generators) == len(condition):
+            raise ConfigError(
+                f"{len(condition)} embeddings with {len(null)} negative ones and {len(generators)} generators: "
+                "expected as many of each"
+            )
+        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        parts = []
+        with self.progress_bar(total=steps * -(-len(condition) // batch_size)) as bar:
+            for start in range(0, len(condition), batch_size):
+                rows = slice(start, start + batch_size)
+                z = self._draw(
+                    condition[rows], null[rows], list(generators[rows]), steps, scale, sampler, lambda *_: bar.update(1)
+                )
+                parts.append(self.codec.decode(z).cpu())
+        return torch.cat(parts)
+
+    def _draw(
+        self,
+        condition: Tensor,
+        null: Tensor,
+        generators: list[torch.Generator],
+        steps: int,
+        scale: float,
+        sampler: str | None,
+        callback: Callable[[int, int, Tensor], None],
+    ) -> Tensor:
+        if self.unet is None:
+            raise RunError(
+                "this run has no denoiser (recipe alignment); train one with recipe text-image, or decode directly "
+                "(use_diffusion=False, --direct)"
+            )
+        schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        denoise = guided_denoiser(
+            lambda z, time, embeddings: predict(self.unet, z, time, embeddings),
+            condition,
+            null,
+            scale,
+            schedule.num_train_timesteps,
+            self.defaults.guidance_interval,
+        )
+        shape = (len(condition), self.codec.latent_channels, *self.image_codec.latent_size)
+        return sample(
+            denoise,
+            schedule,
+            prediction_of(self.scheduler),
+            noise=draw_noise(shape, generators, self.device),
+            sampler=sampler or self.defaults.sampler,
+            num_inference_steps=steps,
+            generator=generators,
+            learned_variance=(self.unet.config.out_channels or shape[1]) == 2 * shape[1],
+            callback=callback,
+        )
+
+    # ---- image to text --------------------------------------------------------------------------------------
+
+    def generate_from_image(
+        self, image_paths: str | Path | Sequence[str | Path], num_captions_per_image: int = 1, **options: Any
+    ) -> list[list[str]]:
+        """Captions of image files, a list for each.
+
+        Args:
+            image_paths: read, resized and scaled as the training images were.
+            **options: see :meth:`generate_text_from_image`.
+
+        Raises:
+            DataError: a file that is missing or cannot be used.
+            ConfigError: values out of their range.
+        """
+        return self.generate_text_from_image(self.read(image_paths), num_captions_per_image, **options)
+
+    def read(self, image_paths: str | Path | Sequence[str | Path]) -> Tensor:
+        """Image files as (B, C, H, W) in [0, 1], resized and scaled as the training images were.
+
+        Raises:
+            DataError: a file that is missing or cannot be used.
+            RunError: the run's folder does not say how to read images.
+        """
+        if self.spec is None:
+            raise RunError("the folder has no data.json, which says how to read images; caption tensors instead")
+        paths = [image_paths] if isinstance(image_paths, str | Path) else list(image_paths)
+        if not paths:
+            raise ConfigError("no image files given")
+        return read_images(paths, self.spec, self.resize)
+
+    @torch.no_grad()
+    def generate_text_from_image(
+        self,
+        image_embeddings_or_images: Tensor,
+        num_captions_per_image: int = 1,
+        *,
+        temperature: float = 0.9,
+        top_k: int = 50,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        use_cache: bool = True,
+        batch_size: int = 64,
+    ) -> list[list[str]]:
+        """Captions of images (B, C, H, W) in [0, 1], or of embeddings (B, D), a list for each.
+
+        Caption k of an image depends on the image, the seed and k alone. An embedding knows less than its image.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+            top_k: sample among so many tokens; 0 for all.
+            top_p: and among the likeliest ones that make up this probability.
+            repetition_penalty: divides the scores of tokens that occurred; 1 for none.
+            use_cache: keep the keys and values of earlier tokens.
+
+        Raises:
+            ConfigError: a wrong shape, or values out of their range.
+        """
+        given = image_embeddings_or_images
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
+        if given.ndim == 2:
+            latents = self.image_codec.get_latent_from_embedding(self._embeddings(given))
+        else:
+            latents = self._map(given)
+        captions = []
+        for part in latents.split(batch_size):
+            found = self.captioner.generate(
+                part,
+                num_captions=num_captions_per_image,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                use_cache=use_cache,
+            )
+            captions += [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in found]
+        return captions

@@ -1,0 +1,268 @@
+"""The recipe ``alignment``: image codec, text encoder and captioner together; with the denoiser if joint."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from heterodiff.codecs.cnn import CNNCodec, ImageCodec
+from heterodiff.config import RunConfig
+from heterodiff.data.assemble import LoadedData
+from heterodiff.data.dataset import ImageDataset
+from heterodiff.errors import DataError
+from heterodiff.evaluation.reconstruction import psnr
+from heterodiff.evaluation.retrieval import recall
+from heterodiff.pictures import image_grid
+from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings
+from heterodiff.text.captioner import Captioner
+from heterodiff.text.contrastive import LogitScale, contrastive_losses
+from heterodiff.text.encoder import TextEncoder
+from heterodiff.text.networks import TextNetworks
+from heterodiff.text.table import CaptionTable
+from heterodiff.training.recipes.base import Losses, refuse_without_captions, store_scale
+from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer
+
+PREVIEW_IMAGES = 8
+SPREAD_IMAGES = 1024
+SPREAD_BATCH = 64
+
+
+class AlignmentModel(nn.Module):
+    """All networks but the denoiser, as one call, which distributed training needs."""
+
+    def __init__(self, networks: TextNetworks):
+        super().__init__()
+        self.image_codec: ImageCodec = networks.image_codec
+        self.text_encoder: TextEncoder = networks.text_encoder
+        self.captioner: Captioner = networks.captioner
+        self.logit_scale = LogitScale()
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, by_text: Tensor) -> dict[str, Tensor]:
+        """All that the losses need.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            ids, mask: (B K, L), K captions of each, those of an image together.
+            noise: (B, c, h, w), what is added to the map that the decoder gets.
+            by_text: (B,) bool, whether the second picture decoded of an image comes from the text's embedding or from
+                its own: one of the two, since decoding is the greater part of a step.
+        """
+        codec = self.image_codec
+        latents = codec.encode(images)
+        count = len(ids) // len(images)
+        of_images = codec.embed(latents)
+        of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
+        by_image = codec.get_latent_from_embedding(of_images)[:, None]
+        by_texts = codec.get_latent_from_embedding(of_texts.flatten(0, 1)).unflatten(0, (-1, count))
+        target = latents.detach().float()[:, None]
+        errors = [(guess.float() - target).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)]
+        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])
+        captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
+        from_map, from_embedding = codec.decode(torch.cat([latents + noise, shown])).float().chunk(2)
+        return {
+            "latents": latents,
+            "image_embeddings": of_images.float(),
+            "text_embeddings": of_texts.float(),
+            "logit_scale": self.logit_scale().expand(len(images)),
+            "from_map": from_map,
+            "from_embedding": from_embedding,
+            "map": sum(errors) / 2,
+            "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
+        }
+
+
+@dataclass
+class AlignmentDraws:
+    """Which captions (B, K) of each image, the noise on its map, and which embedding to decode."""
+
+    choice: Tensor
+    noise: Tensor
+    by_text: Tensor
+
+    def rows(self, part: slice) -> "AlignmentDraws":
+        return AlignmentDraws(self.choice[part], self.noise[part], self.by_text[part])
+
+
+class AlignmentRecipe:
+    """What the loop needs to know to train the image codec and the text networks.
+
+    The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
+    that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
+    squared error of the image from its own or the text's embedding in turn, and of its map from both; cross-entropy
+    per token of the caption from the map. Errors of images are relative to those of the mean training image, so that
+    weights mean the same for all data.
+
+    Args:
+        config: the run.
+        data: images with captions.
+
+    Raises:
+        DataError: images without captions.
+        ConfigError, CheckpointError: no networks for these images.
+    """
+
+    adversary = None
+
+    def __init__(self, config: RunConfig, data: LoadedData):
+        refuse_without_captions(config, data)
+        self.config, self.spec, self.train = config, data.spec, data.train
+        self.shown = data.val if len(data.val) else data.train
+        networks = build_networks(config, data.spec, make_tokenizer(config, data))
+        self.tokenizer = networks.tokenizer
+        self.captions = CaptionTable(networks.tokenizer, data.captions, config.text.max_tokens)
+        self.model = AlignmentModel(networks)
+        self.spread = spread_of(data.train)
+        self.latent_shape = (config.alignment.latent_channels, *networks.image_codec.latent_size)
+        self.summary = "image codec to {}x{}x{}, text encoder, captioner".format(*self.latent_shape)
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> AlignmentDraws:
+        count = self.config.alignment.captions_per_image
+        choice = torch.rand((batch_size, count), generator=generator, device=device)
+        noise = torch.randn((batch_size, *self.latent_shape), generator=generator, device=device)
+        by_text = torch.rand(batch_size, generator=generator, device=device) < 0.5
+        return AlignmentDraws(choice, noise * self.config.alignment.latent_noise, by_text)
+
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: AlignmentDraws) -> Losses:
+        rows = self.captions.rows(labels, draws.choice)
+        tokens = self.captions.tokens(rows.flatten(), inputs.device)
+        found = network(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
+        return self.losses_of(found, inputs, self.captions.wording[rows].to(inputs.device))
+
+    def _arguments(self, draws: AlignmentDraws) -> tuple[Tensor, ...]:
+        """What the model takes beside images and tokens."""
+        return draws.noise, draws.by_text
+
+    def losses_of(self, found: dict[str, Tensor], inputs: Tensor, wording: Tensor) -> Losses:
+        """The losses of what :class:`AlignmentModel` found; captions of one number in ``wording`` (B, K) are alike."""
+        weights = self.config.alignment
+        images, texts = found["image_embeddings"], found["text_embeddings"]
+        if torch.is_grad_enabled():  # in training: the pairs of all processes
+            images, texts, wording = everywhere(images), everywhere(texts), everywhere(wording)
+        first = len(inputs) * dist.get_rank() if len(images) > len(inputs) else 0
+        scale = found["logit_scale"].mean()
+        each_caption = [
+            contrastive_losses(images, some, scale, same[:, None] == same[None])
+            for some, same in zip(texts.unbind(1), wording.unbind(1), strict=True)
+        ]
+        contrastive = torch.stack(each_caption).mean(dim=0)[first : first + len(inputs)]
+        absolute, squared = self.spread
+        parts = {
+            "contrastive": contrastive,
+            "from_map": (found["from_map"] - inputs).abs().flatten(1).mean(dim=1) / absolute,
+            "from_embedding": (found["from_embedding"] - inputs).square().flatten(1).mean(dim=1) / squared,
+            "map": found["map"],
+            "caption": found["caption"],
+        }
+        reconstruction = sum(value for name, value in parts.items() if name != "contrastive")
+        each = weights.contrastive_weight * contrastive + weights.reconstruction_weight * reconstruction
+        return Losses(each, {name: value.detach() for name, value in parts.items()})
+
+    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
+        raise AssertionError("alignment has no adversary")
+
+    def judges(self, draws: Any) -> bool:
+        return False
+
+    def observe(self, draws: Any, losses: Tensor) -> None:
+        pass
+
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
+        """Losses, PSNR in dB of the image from its map, and recall at 5 among the held-out images, both ways."""
+        found: dict[str, list[Tensor]] = {}
+        embeddings: dict[str, list[Tensor]] = {"image_embeddings": [], "text_embeddings": []}
+        every_row: list[Tensor] = []
+        for inputs, labels in batches:
+            rows = self.captions.rows(labels)[:, None]
+            tokens = self.captions.tokens(rows[:, 0], inputs.device)
+            generator = torch.Generator(inputs.device).manual_seed(seed + len(every_row))
+            draws = self.draw(0, len(inputs), generator, inputs.device)
+            draws = replace(draws, noise=torch.zeros_like(draws.noise))
+            output = self.model(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
+            losses = self.losses_of(output, inputs, self.captions.wording[rows].to(inputs.device))
+            quality = psnr((inputs + 1) / 2, ((output["from_map"] + 1) / 2).clamp(0, 1))
+            for name, value in {"loss": losses.each, **losses.parts, "psnr": quality}.items():
+                found.setdefault(f"val_{name}", []).append(value)
+            for name, kept in embeddings.items():
+                kept.append(output[name])
+            every_row.append(rows)
+        if not found:
+            return {}
+        images, texts = torch.cat(embeddings["image_embeddings"]), torch.cat(embeddings["text_embeddings"])[:, 0]
+        captions = [self.captions.texts[row] for row in torch.cat(every_row)[:, 0].tolist()]
+        retrieved = recall(images, texts, torch.arange(len(images)), captions, ks=(5,))
+        measured = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        return measured | {f"val_{name}": value for name, value in retrieved.items()}
+
+    def pipeline(self) -> TextImagePipeline:
+        """A pipeline around the networks as they are now."""
+        model = self.model
+        pipeline = TextImagePipeline(model.image_codec, model.text_encoder, self.tokenizer, model.captioner)
+        return pipeline.set_up(self.config, self.spec)
+
+    def _ways(self) -> tuple[tuple[str, bool], ...]:
+        """From a text to a picture: what it is called, and whether it uses the denoiser."""
+        return (("text, directly", False),)
+
+    def preview(self, seed: int) -> Image:
+        """Held-out images with their caption, from their map with the caption written for them, and from the text."""
+        spread = torch.linspace(0, len(self.shown) - 1, min(PREVIEW_IMAGES, len(self.shown))).long().tolist()
+        images, labels = self.shown.batch(spread)
+        pipeline = self.pipeline()
+        texts = [self.captions.captions[int(label)][0] for label in labels]
+        written = [found[0] for found in pipeline.generate_text_from_image(images, seed=seed)]
+        rows = [images, pipeline.codec.decode(pipeline.codec.encode(images.to(pipeline.device))).cpu()]
+        names = [*texts, *written]
+        for name, use_diffusion in self._ways():
+            with no_text_warnings():
+                rows.append(pipeline.generate_from_text(texts, use_diffusion=use_diffusion, seed=seed).images)
+            names += [name] * len(texts)
+        return image_grid(torch.cat(rows), names, columns=len(texts))
+
+    def save(self, folder: Path) -> None:
+        """Write all networks, with the mean and std of the maps of up to 4,096 training images in the codec's."""
+        store_scale(CNNCodec(self.model.image_codec), self.train)
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def spread_of(train: ImageDataset) -> tuple[float, float]:
+    """Mean absolute and mean squared error, in [-1, 1], of the mean image, on up to 1,024 training images."""
+    rows = torch.linspace(0, len(train) - 1, min(SPREAD_IMAGES, len(train))).long().tolist()
+    parts = [rows[k : k + SPREAD_BATCH] for k in range(0, len(rows), SPREAD_BATCH)]
+    mean = sum(train.batch(part)[0].double().sum(dim=0) for part in parts) / len(rows) * 2 - 1
+    absolute = squared = 0.0
+    for part in parts:
+        difference = train.batch(part)[0].double() * 2 - 1 - mean
+        absolute += float(difference.abs().mean(dim=(1, 2, 3)).sum())
+        squared += float(difference.square().mean(dim=(1, 2, 3)).sum())
+    if absolute == 0:
+        raise DataError("all training images are the same; there is nothing to learn")
+    return absolute / len(rows), squared / len(rows)
+
+
+def everywhere(values: Tensor) -> Tensor:
+    """``values`` (B, ...) of all processes in the order of their ranks, gradients included."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    if values.requires_grad:
+        return torch.cat(differentiable.all_gather(values))
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)

@@ -1,0 +1,232 @@
+"""The recipe ``text-image``: a denoiser of the image codec's maps, steered by texts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from heterodiff.config import CodecConfig, RunConfig
+from heterodiff.data.assemble import LoadedData
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.diffusion.objective import DiffusionObjective
+from heterodiff.diffusion.samplers import make_sampler
+from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
+from heterodiff.errors import ConfigError
+from heterodiff.models.variants import create_model
+from heterodiff.pictures import image_grid
+from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
+from heterodiff.text.networks import TextNetworks, load_networks
+from heterodiff.text.table import CaptionTable
+from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
+from heterodiff.training.recipes.base import Losses, refuse_without_captions
+from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
+
+EMBED_BATCH = 256
+PREVIEW_TEXTS = 8
+STATISTICS_MOMENTUM = 0.05
+
+
+class TextImageRecipe(DiffusionRecipe):
+    """What the loop needs to know to train a denoiser under the texts of a finished run of recipe ``alignment``.
+
+    That run's networks stay as they are: maps are stored latents, and texts are embedded once.
+
+    Args:
+        config: the run.
+        data: images, or their stored latents, with captions.
+
+    Raises:
+        DataError: images without captions.
+        ConfigError: no network can be built for these images.
+        CheckpointError: no finished alignment at ``codec.path``.
+    """
+
+    def __init__(self, config: RunConfig, data: LoadedData):
+        refuse_without_captions(config, data)
+        assert config.codec.path is not None
+        self.networks = load_networks(config.codec.path)
+        width, wanted = self.networks.text_encoder.config.embedding_dim, config.text.embedding_dim
+        if width != wanted:
+            raise ConfigError(f"text.embedding_dim={wanted}: {config.codec.path} has {width}; set it to that")
+        super().__init__(config, data.spec)
+        self.captions = CaptionTable(
+            self.networks.tokenizer, data.captions, self.networks.text_encoder.config.max_tokens
+        )
+        shown = data.val if len(data.val) else data.train
+        spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
+        self.shown_texts = [data.captions[int(shown.labels[row])][0] for row in spread]
+        self.embeddings = torch.empty(0)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is not trained to ``device`` and embed the captions there."""
+        super().to(device)
+        self.networks.to(device)
+        encoder = self.networks.text_encoder
+        parts = []
+        with torch.no_grad():
+            for rows in torch.arange(len(self.captions)).split(EMBED_BATCH):
+                tokens = self.captions.tokens(rows, device)
+                parts.append(encoder(tokens.ids, tokens.mask).half())
+        self.embeddings = torch.cat(parts)
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+        draws = super().draw(step, batch_size, generator, device)
+        return replace(draws, choice=torch.rand(batch_size, generator=generator, device=device))
+
+    def conditioned(
+        self, network: Callable[..., Any], labels: Tensor, draws: Draws
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        rows = self.captions.rows(labels, draws.choice).to(self.embeddings.device)
+        embeddings = torch.where(draws.drop[:, None], 0, self.embeddings[rows].float())
+        return lambda z, time: predict(network, z, time, embeddings)
+
+    def pipeline(self) -> TextImagePipeline:
+        """A pipeline around the networks as they are now."""
+        return make_pipeline(self.config, self.spec, self.networks, self.model)
+
+    def two_images(self) -> Tensor:
+        with no_text_warnings():
+            return self.pipeline().generate_from_text(self.shown_texts[0], 2, num_inference_steps=2).images
+
+    def preview(self, seed: int) -> Image:
+        """Pictures of held-out captions: drawn by the denoiser, and decoded directly."""
+        return text_preview(self.pipeline(), self.shown_texts, seed)
+
+
+def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
+    """A pipeline around ``networks``, ready to use."""
+    scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
+    pipeline = TextImagePipeline(
+        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
+    )
+    return pipeline.set_up(config, spec)
+
+
+def text_preview(pipeline: TextImagePipeline, texts: list[str], seed: int) -> Image:
+    """A column a text: two pictures drawn by the denoiser, one decoded directly from the text's embedding."""
+    with no_text_warnings():
+        drawn = pipeline.generate_from_text(texts, num_samples_per_prompt=2, seed=seed).images
+        direct = pipeline.generate_from_text(texts, use_diffusion=False).images
+    names = [*texts, *["another"] * len(texts), *["directly"] * len(texts)]
+    return image_grid(torch.cat([drawn[::2], drawn[1::2], direct]), names, columns=len(texts))
+
+
+class JointModel(AlignmentModel):
+    """All networks as one call; the denoiser's target is the map as it is now, without gradient.
+
+    Args:
+        networks: all but the denoiser.
+        unet: the denoiser.
+        objective: its loss.
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, networks: TextNetworks, unet: Any, objective: DiffusionObjective):
+        super().__init__(networks)
+        self.unet = unet
+        self.objective = objective
+        channels = networks.image_codec.config.latent_channels
+        self.register_buffer("latents_mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("latents_std", torch.zeros(channels, 1, 1))  # zero: nothing measured yet
+
+    def _target(self, latents: Tensor) -> Tensor:
+        """The map of zero mean and unit std by running statistics, which training moves; no gradient."""
+        latents = latents.detach().float()
+        if self.training:
+            mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp_min(1e-6)
+            share = STATISTICS_MOMENTUM if bool(self.latents_std.any()) else 1.0
+            if bool(torch.isfinite(std).all()):  # else the step is left out, and so are its statistics
+                self.latents_mean.lerp_(mean.view(-1, 1, 1), share)
+                self.latents_std.lerp_(std.view(-1, 1, 1), share)
+        return (latents - self.latents_mean) / self.latents_std.clamp_min(1e-6)
+
+    def forward(  # type: ignore[override]
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        by_text: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        drop: Tensor,
+    ) -> dict[str, Tensor]:
+        """As :class:`AlignmentModel`, and the denoiser's loss (B,) at steps t (B,) with noise eps and texts dropped."""
+        found = super().forward(images, ids, mask, noise, by_text)
+        embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
+        target = self._target(found["latents"])
+        losses, _ = self.objective.losses(lambda z, time: predict(self.unet, z, time, embeddings), target, t, eps)
+        return found | {"diffusion": losses}
+
+
+@dataclass
+class JointDraws(AlignmentDraws):
+    """Beside those of the alignment: timesteps, their noise, and whose text is dropped."""
+
+    t: Tensor
+    eps: Tensor
+    drop: Tensor
+
+    def rows(self, part: slice) -> "JointDraws":
+        of_alignment = super().rows(part)
+        return JointDraws(**vars(of_alignment), t=self.t[part], eps=self.eps[part], drop=self.drop[part])
+
+
+class JointRecipe(AlignmentRecipe):
+    """What the loop needs to know to train everything at once.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: as :class:`AlignmentRecipe`.
+    """
+
+    def __init__(self, config: RunConfig, data: LoadedData):
+        super().__init__(config, data)
+        if config.diffusion.timestep_sampler != "uniform":
+            raise ConfigError(
+                f"diffusion.timestep_sampler={config.diffusion.timestep_sampler} does not go with "
+                "alignment.joint=true; leave it out"
+            )
+        unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
+        networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
+        schedule = NoiseSchedule.from_config(config.diffusion)
+        # A sampler that does not work should not be found out at the first preview.
+        make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)
+        objective = DiffusionObjective(config.diffusion, schedule)
+        self.model: JointModel = JointModel(networks, unet, objective)
+        self.networks = networks
+        self.summary += f", {config.model.variant}, jointly"
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> JointDraws:
+        draws = super().draw(step, batch_size, generator, device)
+        eps = torch.randn(draws.noise.shape, generator=generator, device=device)
+        steps = self.config.diffusion.num_train_timesteps
+        t = (torch.rand(batch_size, generator=generator, device=device) * steps).long().clamp(max=steps - 1)
+        drop = torch.rand(batch_size, generator=generator, device=device) < self.config.diffusion.p_uncond
+        return JointDraws(**vars(draws), t=t, eps=eps, drop=drop)
+
+    def _arguments(self, draws: AlignmentDraws) -> tuple[Tensor, ...]:
+        assert isinstance(draws, JointDraws)
+        return (*super()._arguments(draws), draws.t, draws.eps, draws.drop)
+
+    def losses_of(self, found: dict[str, Tensor], inputs: Tensor, wording: Tensor) -> Losses:
+        losses = super().losses_of(found, inputs, wording)
+        each = losses.each + self.config.alignment.diffusion_weight * found["diffusion"]
+        return Losses(each, losses.parts | {"diffusion": found["diffusion"].detach()})
+
+    def pipeline(self) -> TextImagePipeline:
+        return make_pipeline(self.config, self.spec, self.networks, self.model.unet)
+
+    def _ways(self) -> tuple[tuple[str, bool], ...]:
+        return (*super()._ways(), ("text, by diffusion", True))
+
+
+def denoiser_arguments(config: RunConfig, spec: ImageSpec, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Arguments of the denoiser of latents of a shape that no network has been saved for yet."""
+    channels, height, width = latent_shape
+    on_latents = replace(spec, channels=channels, height=height, width=width)
+    return model_arguments(config.model_copy(update={"codec": CodecConfig()}), on_latents)

@@ -1,0 +1,133 @@
+"""New networks for text to image and back, with initial or pretrained weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from heterodiff.codecs.cnn import ImageCodec, default_stages
+from heterodiff.config import RunConfig
+from heterodiff.data.assemble import LoadedData
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.errors import CheckpointError
+from heterodiff.text.captioner import Captioner
+from heterodiff.text.encoder import TextEncoder
+from heterodiff.text.networks import TOKENIZER_FOLDER, TextNetworks
+from heterodiff.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+
+
+def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNetworks:
+    """New networks for images as in ``spec`` and texts of ``tokenizer``.
+
+    Raises:
+        ConfigError: images or settings that no network can be built for.
+        CheckpointError: pretrained parts that are not there.
+    """
+    text = config.text
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if text.encoder is not None:
+        encoder = TextEncoder.from_bert(text.encoder, text.embedding_dim, text.max_tokens, fingerprint, text.frozen)
+    else:
+        encoder = TextEncoder(
+            vocabulary_size=len(tokenizer),
+            width=text.width,
+            layers=text.layers,
+            num_heads=text.num_heads,
+            max_tokens=text.max_tokens,
+            embedding_dim=text.embedding_dim,
+            dropout=text.dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            tokenizer_fingerprint=fingerprint,
+        )
+    codec = build_image_codec(config, spec)
+    captioner = Captioner(
+        vocabulary_size=len(tokenizer),
+        latent_channels=codec.config.latent_channels,
+        latent_size=codec.latent_size,
+        width=text.captioner_width,
+        layers=text.captioner_layers,
+        num_heads=text.num_heads,
+        max_tokens=text.max_tokens,
+        dropout=text.dropout,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return TextNetworks(tokenizer, codec, encoder, captioner)
+
+
+def make_tokenizer(config: RunConfig, data: LoadedData) -> Any:
+    """The tokenizer in the run's folder, that of the pretrained encoder, or a new one of the training captions.
+
+    Raises:
+        CheckpointError: no pretrained one there.
+    """
+    saved = None if config.output is None else config.output / TOKENIZER_FOLDER
+    if saved is not None and saved.is_dir():
+        return load_tokenizer(saved)
+    if config.text.encoder is not None:
+        return load_tokenizer(config.text.encoder)
+    known = [data.captions[label] for label in data.train.labels]  # held-out captions stay unknown
+    return train_tokenizer((text for texts in known for text in texts), config.text.vocabulary_size)
+
+
+def codec_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
+    """Arguments of :class:`ImageCodec` for images as in ``spec``.
+
+    Raises:
+        CheckpointError: ``alignment.backbone`` is no folder of a network of transformers.
+    """
+    alignment = config.alignment
+    backbone = None
+    if alignment.backbone is not None:
+        backbone = _backbone_config(alignment.backbone)
+    return {
+        "in_channels": spec.channels,
+        "sample_size": (spec.height, spec.width),
+        "block_out_channels": alignment.block_out_channels or default_stages(spec.height, spec.width),
+        "latent_channels": alignment.latent_channels,
+        "embedding_dim": config.text.embedding_dim,
+        "backbone": backbone,
+    }
+
+
+def _backbone_config(path: Path) -> dict[str, Any]:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"alignment.backbone={path}: expected a folder with config.json and model.safetensors of a convolutional "
+            f"network of transformers, such as a ResNet ({' '.join(str(error).split()):.200})"
+        ) from None
+
+
+def build_image_codec(config: RunConfig, spec: ImageSpec) -> ImageCodec:
+    """A new image codec, with the pretrained backbone's weights if there is one.
+
+    Raises:
+        ConfigError: images that it cannot take.
+        CheckpointError: a backbone that cannot be loaded.
+    """
+    codec = ImageCodec(**codec_arguments(config, spec))
+    path = config.alignment.backbone
+    if path is not None:
+        codec.encoder[0].network.load_state_dict(_backbone_weights(path))
+    return codec
+
+
+def _backbone_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        network, info = AutoModel.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"alignment.backbone={path}: {' '.join(str(error).split()):.200}") from None
+    weights = network.state_dict()
+    if missing := sorted(info["missing_keys"]):  # these would be random
+        raise CheckpointError(f"alignment.backbone={path}: weights missing ({', '.join(missing[:4])}); copy it again")
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        raise CheckpointError(f"alignment.backbone={path}: NaN or infinite weights ({', '.join(bad[:4])})")
+    return weights
