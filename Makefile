@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar test test-all lint bench bench-digits bench-latent bench-radar clean
+.PHONY: demo demo-radar demo-text test test-all lint bench bench-digits bench-latent bench-radar bench-text clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
+
+demo-text: $(INSTALLED)
+	$(BIN)/heterodiff demo text
 
 demo-radar: $(INSTALLED)
 	$(BIN)/heterodiff demo radar
@@ -32,6 +35,9 @@ bench-latent: $(INSTALLED)
 
 bench-radar: $(INSTALLED)
 	$(BIN)/python -m benchmarks.radar_gestures
+
+bench-text: $(INSTALLED)
+	$(BIN)/python -m benchmarks.text_image
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

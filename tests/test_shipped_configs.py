@@ -1,5 +1,6 @@
 """Every shipped configuration trains and draws, shortened to a step."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,38 +10,88 @@ from PIL import Image
 
 import heterodiff as hd
 from heterodiff.cli import shipped_configs
+from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import load_config
-from heterodiff.training.start import train
+from heterodiff.training.start import dry_run, train
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))
-FEWER = {"microdoppler": ["data.microdoppler.images_per_class=3"], "images": [], "digits": []}
+FEWER = {"microdoppler": ["data.microdoppler.images_per_class=3"], "shapes": ["data.shapes.images=12"]}
 
 
-def _pictures(folder: Path, side: int) -> Path:
+def _pictures(folder: Path, side: int) -> None:
     """Three grey pictures in each of two class folders."""
     rng = np.random.default_rng(0)
     for k in range(6):
         path = folder / f"class{k % 2}" / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(path)
-    return folder
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_trains_and_draws(path: Path, tmp_path: Path) -> None:
+def _captioned(folder: Path, name: str, data: DataConfig) -> None:
+    """Six colour pictures with captions in the layout that the configuration ``name`` is about."""
+    pictures = {"coco_224": "train2017", "flickr30k_224": "flickr30k_images"}.get(name, "png")
+    rng = np.random.default_rng(0)
+    (folder / pictures).mkdir(parents=True)
+    names = [f"{k}.png" for k in range(6)]
+    for file in names:
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(folder / pictures / file)
+    if name == "coco_224":
+        (folder / "annotations").mkdir()
+        content = {
+            "images": [{"id": k, "file_name": file} for k, file in enumerate(names)],
+            "annotations": [{"image_id": k, "caption": f"noise number {k}"} for k in range(6)],
+        }
+        (folder / "annotations" / "captions_train2017.json").write_text(json.dumps(content))
+    elif name == "flickr30k_224":
+        rows = [f"{file}| 0| noise number {k}" for k, file in enumerate(names)]
+        (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *rows]) + "\n")
+    else:
+        assert data.captions_file is not None
+        lines = [
+            {data.file_column: f"png/{file}", data.text_column: f"noise number {k}"} for k, file in enumerate(names)
+        ]
+        (folder / data.captions_file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _shortened(path: Path, folder: Path) -> RunConfig:
     shipped = load_config(path)
-    overrides = [f"output={tmp_path / 'run'}", "training.steps=1", "training.batch_size=2", "training.warmup_steps=1"]
-    overrides += FEWER[shipped.data.source]
+    overrides = [f"output={folder / 'run'}", "training.steps=1", "training.batch_size=2", "training.warmup_steps=1"]
+    overrides += ["training.num_workers=0", *FEWER.get(shipped.data.source, [])]
     if shipped.codec.training is not None:
-        overrides += [f"codec.path={tmp_path / 'vae'}", "codec.training.steps=1", "codec.training.batch_size=2"]
+        overrides += [f"codec.path={folder / 'codec'}", "codec.training.steps=1", "codec.training.batch_size=2"]
+        overrides += ["codec.training.num_workers=0"]
+    if shipped.data.path is not None:
+        overrides += [f"data.path={folder / 'data'}"]
     if shipped.data.source == "images":
         assert shipped.data.image_size is not None
-        overrides += [f"data.path={_pictures(tmp_path / 'data', shipped.data.image_size[0])}"]
-    config = load_config(path, overrides)
+        _pictures(folder / "data", shipped.data.image_size[0])
+    elif shipped.data.source == "captions":
+        _captioned(folder / "data", path.stem, shipped.data)
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if "224" not in p.stem], ids=lambda path: path.stem)
+def test_trains_and_draws(path: Path, tmp_path: Path) -> None:
+    config = _shortened(path, tmp_path)
     assert train(config, quiet=True).step == 1
     pipeline = hd.load(tmp_path / "run")
-    assert isinstance(pipeline, hd.GenerationPipeline)
-    images = pipeline(0, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
-    size = config.data.image_size or (8, 8)
-    assert tuple(images.shape) == (1, 1, *size)
+    if config.recipe == "text-image":
+        assert isinstance(pipeline, hd.TextImagePipeline)
+        prompt = "noise number" if config.data.source == "captions" else "a circle"
+        images = pipeline.generate_from_text(prompt, num_inference_steps=2).images
+    else:
+        assert isinstance(pipeline, hd.GenerationPipeline)
+        images = pipeline(0, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    channels, size = 3 if config.recipe == "text-image" else 1, config.data.image_size or (8, 8)
+    assert tuple(images.shape) == (1, channels, *size)
     assert bool(((images >= 0) & (images <= 1)).all())
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if "224" in p.stem], ids=lambda path: path.stem)
+def test_large_ones_take_a_step(path: Path, tmp_path: Path) -> None:
+    config = _shortened(path, tmp_path)
+    result = dry_run(config)
+    assert (result.spec.channels, result.spec.height, result.spec.width) == (3, 224, 224)
+    assert "256x7x7" in result.network
+    assert np.isfinite(result.loss)
+    assert not (tmp_path / "run").exists()

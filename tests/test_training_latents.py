@@ -21,11 +21,12 @@ from heterodiff.config_file import dump_config, load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, HeterodiffError, RunError
 from heterodiff.pipelines.generate import GenerationPipeline
+from heterodiff.training.codec_stage import codec_run
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.loop import Trainer
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
-from heterodiff.training.start import build_recipe, dry_run, train, vae_run
+from heterodiff.training.start import build_recipe, dry_run, train
 from tests.test_cli import call
 from tests.training_runs import assert_same_run, losses_of
 from tests.vae_runs import latent_config, plain_vae, vae_config
@@ -170,7 +171,7 @@ def test_one_command_trains_the_vae_first(
     assert call("train", file, "--stop-after", "2") == 0
     assert "stopped  at step 2 of 4" in capsys.readouterr().out
     before = (tmp_path / "vae" / WEIGHTS).stat().st_mtime_ns
-    needed = vae_run(config)
+    needed = codec_run(config)
     assert needed is None
     assert call("train", file) == 0
     out = capsys.readouterr().out
@@ -222,7 +223,7 @@ def test_stopped_while_the_vae_trains(
 def test_a_given_vae_is_not_trained(images: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(vae / "vae", tmp_path / "vae")
     config = two_stages(tmp_path, images)
-    assert vae_run(config) is None
+    assert codec_run(config) is None
     assert train(config, quiet=True).step == 4
 
 
@@ -465,7 +466,7 @@ def test_check_of_a_vae_and_of_one_that_is_to_be_trained(
     assert {found["config"], found["checkpoint"], found["vae"]} == {"pass"}
     code, found, out = check(write(two_stages(tmp_path, images), tmp_path / "config.yaml"), capsys)
     assert code == 0, out
-    assert "holds no finished VAE; it is trained first, as checked here" in out
+    assert "holds no finished codec; it is trained first, as checked here" in out
     assert "AutoencoderKL to 4x4x4" in out
     assert not (tmp_path / "vae").exists()
 
@@ -490,7 +491,7 @@ def test_a_finished_vae_of_other_settings_is_not_taken_silently(digits_vae: Path
     )
     with pytest.raises(RunError, match=r"codec\.path=.*other settings(.|\n)*vae\.kl_weight: .* -> 0\.5"):
         train(config, quiet=True)
-    assert vae_run(config.model_copy(update={"vae": trained.vae})) is None
+    assert codec_run(config.model_copy(update={"vae": trained.vae})) is None
 
 
 @pytest.mark.parametrize(

@@ -430,7 +430,7 @@ def test_constant_images_are_named(tmp_path: Path) -> None:
         for parameter in recipe.model.parameters():
             parameter.zero_()
         recipe.model.vae.quant_conv.bias[4:] = -30
-    with pytest.raises(DataError, match=r"never varies .*images are constant, or the VAE is not trained"):
+    with pytest.raises(DataError, match=r"never varies .*images are constant, or the encoder is not trained"):
         recipe.save(tmp_path / "vae")
 
 

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +59,11 @@ def _options(
 
 @app.command()
 def demo(
-    what: Annotated[str, typer.Argument(metavar="[digits|radar]", help="Real digits, or simulated radar.")] = "digits",
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/digits or runs/radar.")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(metavar="[digits|radar|text]", help="Real digits, simulated radar, or pictures with captions."),
+    ] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/digits, runs/radar or runs/text.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Train on built-in images, draw samples, evaluate, write a report: the main job in minutes."""
@@ -74,7 +79,7 @@ def models(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the variants with parameters, FLOPs and activation memory for a configuration.
+    """List the networks with parameters, FLOPs and activation memory for a configuration.
 
     key=value sets an argument of the network, for example sample_size=128 model_channels=128 channel_mult=1,1,2,3,4
     """
@@ -82,7 +87,7 @@ def models(
     from heterodiff.compat.names import read_arguments
     from heterodiff.models.table import model_table, print_table
 
-    rows = model_table(read_arguments(parse_overrides(overrides or []), {}))
+    rows = model_table(read_arguments(parse_overrides(overrides or []), {"variant": str}))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
@@ -216,6 +221,92 @@ def sample(
 
 
 @app.command()
+def text2image(
+    run: RunArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
+    number: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
+    seed: Seed = 0,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: RUN/generated.")] = None,
+) -> None:
+    """Draw pictures of prompts with a run of recipe text-image."""
+    from heterodiff.errors import compile_error
+    from heterodiff.pipelines.load import load_text_image
+    from heterodiff.pipelines.text_files import write_pictures
+
+    pipeline = load_text_image(run, compile=compile_)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    start = time.perf_counter()
+    each = 1 if direct else number  # decoding directly always gives the same
+    try:
+        with _notes():
+            images = pipeline.generate_from_text(
+                prompts, each, not direct, steps, guidance, seed, negative_prompts=negative, sampler=sampler
+            ).images
+    except RuntimeError as error:
+        raise compile_error(error, "--compile") or error from error
+    seconds = time.perf_counter() - start
+    written = write_pictures(images, prompts, out or run / "generated", pipeline.spec)
+    typer.echo(f"drawn    {len(images)} pictures in {seconds:.1f} s, {len(images) / seconds:.1f} pictures/s")
+    typer.echo(f"pictures {len(written) - 1} in {written[-1].parent}\ngrid     {written[-1]}")
+
+
+@app.command()
+def caption(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    number: Annotated[int, typer.Option("-n", min=1, help="Captions of each image.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of the sampling; 0 takes the likeliest words. Default: 0 for one caption, else 0.9."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 for all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="And among the likeliest that make up this probability.")] = 0.9,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid words that occurred.")] = 1.0,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: file_name, text.")] = False,
+) -> None:
+    """Write captions of image files with a run of recipe text-image."""
+    from heterodiff.pipelines.load import load_text_image
+    from heterodiff.pipelines.text_files import read_usable
+
+    pipeline = load_text_image(run)
+    usable, read, problems = read_usable(pipeline, images)
+    options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
+    if temperature is None:
+        temperature = 0.0 if number == 1 else 0.9
+    if usable:
+        found = pipeline.generate_text_from_image(read, number, temperature=temperature, **options)
+        for path, texts in zip(usable, found, strict=True):
+            for text in texts:
+                line = json.dumps({"file_name": str(path), "text": text}, ensure_ascii=False)
+                typer.echo(line if as_json else f"{path}: {text}")
+    for problem in problems:
+        typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings about texts as notes, each once."""
+    from heterodiff.pipelines.text_image import TextWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TextWarning)
+        yield
+    for text in dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, TextWarning)):
+        typer.echo(f"note     {text}", err=True)
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     number: Annotated[
@@ -224,14 +315,16 @@ def evaluate(
             "-n",
             min=2,
             help="Images of each class to draw; default: 50, or with --augmentation as many as it has training images "
-            "(at most 500).",
+            "(at most 500). For a run on texts, prompts to draw and pictures to caption; default: 200.",
             show_default=False,
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Real images unseen in training (folder or npz); default: the run's validation split."
+            metavar="PATH",
+            help="Real images unseen in training (folder or npz; for a run on texts a folder with captions); default: "
+            "the run's validation split.",
         ),
     ] = None,
     augmentation: Annotated[
@@ -259,10 +352,14 @@ def evaluate(
         _print_metrics(study.study, lines, files, as_json)
         return
     from heterodiff.evaluation.run import evaluate_run, summary_lines
+    from heterodiff.evaluation.text_image_run import evaluate_text_image, is_text_image, text_image_summary
     from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
 
     if is_vae(run):
         result, summary = evaluate_vae(run, seed, data), vae_summary
+    elif is_text_image(run):
+        result = evaluate_text_image(run, seed, 200 if number is None else number, data, steps, guidance, sampler)
+        summary = text_image_summary
     else:
         result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
         summary = summary_lines

@@ -1,46 +1,67 @@
-"""The demo: the whole way from real images to a report, in minutes on a laptop."""
+"""The demo: the whole way from images to a report, in minutes on a laptop."""
 
 import time
 from pathlib import Path
 
+from heterodiff.config import RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.evaluation.run import evaluate_run, summary_lines
+from heterodiff.evaluation.text_image_run import evaluate_text_image, text_image_summary
 from heterodiff.evaluation.vae_run import evaluate_vae, vae_summary
 from heterodiff.pipelines.load import load_generation
-from heterodiff.training.start import train
+from heterodiff.training.start import next_steps, train
 
 IMAGES_PER_CLASS = 20
-DEMOS = {"digits": "digits", "radar": "microdoppler_small"}
+PROMPTS = 200
+DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small"}
 """Names of the shipped configurations."""
 
 
 def run_demo(config_file: Path, out: Path, seed: int) -> None:
-    """Train the run of ``config_file`` in ``out`` (or go on with it), draw 20 images a class, evaluate, report.
+    """Train the run of ``config_file`` in ``out`` (or go on with it), draw from it, evaluate, report.
 
-    A run on latents trains its VAE in the folder ``<out>_vae`` first, and evaluates that too.
+    A run on the latents of a VAE trains that in the folder ``<out>_vae`` first, and evaluates it too.
 
     Raises:
         HeterodiffError: ``out`` holds something else.
     """
     start = time.perf_counter()
-    config = load_config(config_file, [f"output={out}", f"training.seed={seed}"])
-    vae = None
+    seeds = [f"output={out}", f"training.seed={seed}"]
+    config = load_config(config_file, seeds)
     if config.codec.training is not None:
-        vae = out.with_name(f"{out.name}_vae")
-        first = [f"codec.path={vae}", f"codec.training.seed={seed}"]
-        config = load_config(config_file, [f"output={out}", f"training.seed={seed}", *first])
+        seeds.append(f"codec.training.seed={seed}")
+    if config.codec.kind == "kl-vae":
+        seeds.append(f"codec.path={out.with_name(f'{out.name}_vae')}")
+    config = load_config(config_file, seeds)
     result = train(config)
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
-    print(f"trained  {result.step} steps; drawing and evaluating {IMAGES_PER_CLASS} images a class", flush=True)
-    if vae is not None:
-        for line in vae_summary(evaluate_vae(vae, seed).metrics):
+    lines = _text_image(config, out, seed) if config.recipe == "text-image" else _classes(config, out, seed)
+    print(f"time     {time.perf_counter() - start:.0f} s")
+    for line in lines:
+        print(line)
+
+
+def _classes(config: RunConfig, out: Path, seed: int) -> list[str]:
+    """Evaluate a run that draws images of classes; the commands to go on with."""
+    steps = config.training.steps
+    print(f"trained  {steps} steps; drawing and evaluating {IMAGES_PER_CLASS} images a class", flush=True)
+    if config.codec.kind == "kl-vae":
+        assert config.codec.path is not None
+        for line in vae_summary(evaluate_vae(config.codec.path, seed).metrics):
             print(f"vae      {line}")
     evaluation = evaluate_run(out, IMAGES_PER_CLASS, seed)
     for line in summary_lines(evaluation.metrics):
         print(line)
     print(f"samples  {evaluation.picture}\nreport   {evaluation.report}")
-    label = load_generation(out).class_names[-1]
-    print(
-        f"time     {time.perf_counter() - start:.0f} s\nnext     heterodiff sample {out} --class {label} -n 8 --seed 0"
-    )
+    return [f"next     heterodiff sample {out} --class {load_generation(out).class_names[-1]} -n 8 --seed 0"]
+
+
+def _text_image(config: RunConfig, out: Path, seed: int) -> list[str]:
+    """Evaluate a run of recipe ``text-image``; the commands to go on with."""
+    print(f"trained  {config.training.steps} steps; drawing and reading {PROMPTS} pictures of prompts", flush=True)
+    evaluation = evaluate_text_image(out, seed, PROMPTS)
+    for line in text_image_summary(evaluation.metrics):
+        print(line)
+    print(f"pictures {evaluation.picture}\nreport   {evaluation.report}")
+    return next_steps(config)

@@ -1,23 +1,19 @@
 """The augmentation study of a run folder: draw images, train the classifiers, write numbers, picture and report."""
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.augmentation import augmentation_study
 from heterodiff.evaluation.augmentation_picture import augmentation_picture
 from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
+from heterodiff.evaluation.progress import pictures_at_once, progress_tasks
 from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
 from heterodiff.evaluation.run import held_out_images, images_of, run_data
 from heterodiff.pipelines.files import draw_classes
@@ -25,9 +21,6 @@ from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.load import load_generation, load_spec
 
 MAX_PER_CLASS = 500
-LINE_SECONDS = 15.0  # between progress lines where there is no terminal
-BATCH_SIZES = {"cpu": 20}  # small, so that progress is seen; a GPU wants more at once
-BATCH_SIZE = 100
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def study_run(
     (_, labels), _, _ = study_sets(train, real, data.spec.class_names)  # refuses unusable sets before anything is drawn
     pipeline = load_generation(run)
     counts = generated_counts(labels, per_class, MAX_PER_CLASS if per_class is None else None)
-    with _progress() as task:
+    with progress_tasks() as task:
         start = time.perf_counter()
         generated = _draw(pipeline, counts, seed, task("drawing images", sum(counts.values())), options)
         seconds = time.perf_counter() - start
@@ -107,42 +100,5 @@ def _draw(
     progress: Callable[[int], None],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    batch_size = BATCH_SIZES.get(torch.device(pipeline.device).type, BATCH_SIZE)
-    return draw_classes(pipeline, list(counts), list(counts.values()), seed, batch_size, progress, **options)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Yield a function that starts a task of so many items and returns what to call with the number done.
-
-    A bar on a terminal, else a line every quarter of a minute and at the end of each task.
-    """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
-
-    def start(name: str, total: int) -> Callable[[int], None]:
-        task = bar.add_task(name, total=total, speed="")
-        began = shown = time.perf_counter()
-
-        def done(count: int) -> None:
-            nonlocal shown
-            now = time.perf_counter()
-            speed = f"{count / max(now - began, 1e-9):.3g}/s"
-            bar.update(task, completed=count, speed=speed)
-            if bar.disable and (now - shown >= LINE_SECONDS or count == total):
-                shown = now
-                print(f"{name}: {count:,} of {total:,}, {speed}", file=sys.stderr, flush=True)
-
-        return done
-
-    with bar:
-        yield start
+    at_once = pictures_at_once(pipeline.device)
+    return draw_classes(pipeline, list(counts), list(counts.values()), seed, at_once, progress, **options)

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 MAX_POINTS = 1_500
 FEW_POINTS = 5
+PER_LINE = 3  # small panels side by side
 ACCENT, PALE, SECOND = "#2458a6", "#b9cbe6", "#c4622d"
 
 
@@ -61,8 +62,29 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def _held_out_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys measured on held-out images, but the loss, of which there is a curve: of them, or of the training images."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("val_") and key != "val_loss")
+    return [
+        key
+        for key in keys
+        if len(series(rows, key)[0]) >= 2 or (series(rows, key)[0] and len(series(rows, key[4:])[0]) >= 2)
+    ]
+
+
+def _draw_held_out(axes: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Draw a number measured on held-out images over the same of the training images, if that was logged."""
+    steps, values = series(rows, key[4:])
+    if len(steps) >= 2:
+        axes.plot(*_thin(steps, values), color=PALE, linewidth=1.3, label="training images")
+    steps, values = series(rows, key)
+    axes.plot(*_thin(steps, values), color=SECOND, linewidth=1.3, marker="o", markersize=3, clip_on=False, zorder=3)
+    axes.lines[-1].set(label="held-out images")
+    axes.legend(frameon=False, fontsize=7)
+
+
 def curves_svg(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Draw loss, learning rate, gradient norm and images per second over the steps.
+    """Draw loss, learning rate, gradient norm, images per second and all numbers of held-out images over the steps.
 
     Args:
         rows: rows of ``metrics.jsonl``; keys that are missing or not finite are left out.
@@ -76,27 +98,36 @@ def curves_svg(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
 
     names = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images per second"}
     small = [key for key in names if len(series(rows, key)[0]) >= 2]
+    held_out = _held_out_keys(rows)
     has_loss = len(series(rows, "loss")[0]) >= 2
-    if not has_loss and not small:
+    if not has_loss and not small and not held_out:
         return None
-    heights = ([2.0] if has_loss else []) + ([1.0] if small else [])
+    lines = [part for part in (small, *(held_out[k : k + PER_LINE] for k in range(0, len(held_out), PER_LINE))) if part]
+    heights = ([2.0] if has_loss else []) + [1.0] * len(lines)
     figure = Figure(figsize=(10, 2.1 * sum(heights)), layout="constrained")
     FigureCanvasSVG(figure)
-    grid = figure.add_gridspec(len(heights), max(1, len(small)), height_ratios=heights)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     panels = []
     if has_loss:
-        axes = figure.add_subplot(grid[0, :])
+        axes = figure.add_subplot(grid[0])
         axes.set_title("loss", loc="left", fontsize=10)
         _draw_loss(axes, rows)
         panels.append(axes)
-    for column, key in enumerate(small):
-        axes = figure.add_subplot(grid[-1, column])
-        axes.set_title(names[key], loc="left", fontsize=10)
-        axes.plot(*_thin(*series(rows, key)), color=ACCENT, linewidth=1.3)
-        axes.locator_params(axis="x", nbins=5)
-        if key != "grad_norm":
-            axes.set_ylim(bottom=0)
-        panels.append(axes)
+    for line, keys in enumerate(lines, start=int(has_loss)):
+        columns = len(keys) if keys is small else PER_LINE
+        cells = grid[line].subgridspec(1, columns)
+        for column, key in enumerate(keys):
+            axes = figure.add_subplot(cells[column])
+            title = names.get(key, key.removeprefix("val_").replace("_", " "))
+            axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+            if keys is small:
+                axes.plot(*_thin(*series(rows, key)), color=ACCENT, linewidth=1.3)
+            else:
+                _draw_held_out(axes, rows, key)
+            axes.locator_params(axis="x", nbins=5)
+            if keys is small and key != "grad_norm":
+                axes.set_ylim(bottom=0)
+            panels.append(axes)
     for axes in panels:
         axes.grid(color="#e8ebf0", linewidth=0.8)
         axes.set_axisbelow(True)

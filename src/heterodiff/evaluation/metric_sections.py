@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterodiff.evaluation import page
+from heterodiff.evaluation.cells import MISSING, distance, number, part_of, percent, share_of
 from heterodiff.evaluation.curves import is_number
 
 MAX_CLASS_ROWS = 100
-MISSING = "–"
 
 EXPLANATIONS = {
     "svm": "Share of images that a support vector machine on pixels, trained on the real training images, reads "
@@ -23,85 +23,49 @@ EXPLANATIONS = {
 }
 
 
-def _part(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """Follow ``keys`` through nested dictionaries; an empty one where the way ends."""
-    for key in keys:
-        found = content.get(key)
-        if not isinstance(found, dict):
-            return {}
-        content = found
-    return dict(content)
-
-
-def _number(value: Any, pattern: str = "") -> str:
-    """Write a number by ``pattern``, by default in about three digits: 0.0123, 12.3, 12,345, 1.23e+09."""
-    if not is_number(value):
-        return MISSING
-    whole = 999.5 <= abs(value) < 99_999.5
-    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−")
-
-
 def _texts(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
-def _percent(value: Any) -> str:
-    return _number(100 * value if is_number(value) else None, "{:.1f} %")
-
-
-def _share(proportion: Mapping[str, Any]) -> str:
-    """A proportion with its interval and count on a second line."""
-    count, low, high = (proportion.get(key) for key in ("n", "low", "high"))
-    if not (is_number(count) and is_number(low) and is_number(high)) or count < 1:
-        return MISSING
-    return f"{_percent(proportion.get('share'))}\n{100 * low:.0f}–{100 * high:.0f} %, n = {count:,}"
-
-
-def _distance(value: Any) -> str:
-    return _number(value, "{:.3f}")
-
-
 def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
     """Yield (label, value, note) of the numbers to read first."""
-    svm = _part(evaluation, "fidelity", "svm")
-    share = _part(svm, "generated").get("share")
+    svm = part_of(evaluation, "fidelity", "svm")
+    share = part_of(svm, "generated").get("share")
     if share is not None:
-        note = f"real held-out images: {_percent(_part(svm, 'real').get('share'))}"
-        yield "Shows the class asked for", _percent(share), note
-    frechet = _part(evaluation, "frechet_distance")
+        note = f"real held-out images: {percent(part_of(svm, 'real').get('share'))}"
+        yield "Shows the class asked for", percent(share), note
+    frechet = part_of(evaluation, "frechet_distance")
     if frechet:
-        yield "Fréchet distance", _number(frechet.get("generated")), f"real images: {_number(frechet.get('real'))}"
-    nearest = _part(evaluation, "nearest")
+        yield "Fréchet distance", number(frechet.get("generated")), f"real images: {number(frechet.get('real'))}"
+    nearest = part_of(evaluation, "nearest")
     if nearest.get("copy_share") is not None:
         note = "unlike the data: says nothing yet" if nearest.get("verdict") == "unlike" else "chance: about 1 %"
-        yield "Near copies of training images", _percent(nearest["copy_share"]), note
-    diversity = _part(evaluation, "diversity")
+        yield "Near copies of training images", percent(nearest["copy_share"]), note
+    diversity = part_of(evaluation, "diversity")
     if diversity.get("ratio") is not None:
         noisy = diversity.get("verdict") == "noisy"
         note = "far more varied than real: noise?" if noisy else "100 %: as varied as real images"
-        yield "Variety against real", _percent(diversity["ratio"]), note
+        yield "Variety against real", percent(diversity["ratio"]), note
 
 
 def reconstruction_section(evaluation: Mapping[str, Any]) -> str:
     """Return what a VAE loses of real held-out images, and the scale of their latents."""
-    found = _part(evaluation, "reconstruction")
+    found = part_of(evaluation, "reconstruction")
     if not found:
         return ""
-    psnr, ssim = _part(found, "psnr"), _part(found, "ssim")
+    psnr, ssim = part_of(found, "psnr"), part_of(found, "ssim")
     rows: list[Sequence[str]] = [
-        ("PSNR", _number(psnr.get("mean"), "{:.2f} dB"), f"a tenth below {_number(psnr.get('tenth'), '{:.2f} dB')}"),
-        ("SSIM", _number(ssim.get("mean"), "{:.4f}"), f"a tenth below {_number(ssim.get('tenth'), '{:.4f}')}"),
+        ("PSNR", number(psnr.get("mean"), "{:.2f} dB"), f"a tenth below {number(psnr.get('tenth'), '{:.2f} dB')}"),
+        ("SSIM", number(ssim.get("mean"), "{:.4f}"), f"a tenth below {number(ssim.get('tenth'), '{:.4f}')}"),
     ]
     for name, title in (("svm", "Read right by an SVM"), ("cnn", "Read right by a CNN")):
-        if reader := _part(evaluation, "readers", name):
-            rows.append(
-                (title, _percent(reader.get("reconstruction")), f"originals {_percent(reader.get('original'))}")
-            )
+        if reader := part_of(evaluation, "readers", name):
+            rows.append((title, percent(reader.get("reconstruction")), f"originals {percent(reader.get('original'))}"))
     stds = evaluation.get("latent_std")
     if isinstance(stds, list) and stds:
-        rows.append(("Std of the latents", ", ".join(_number(value, "{:.3f}") for value in stds), "expected 1"))
-    held_out = _part(evaluation, "held_out")
-    text = f"{_number(found.get('n'), '{:,}')} real images that were not trained on: {held_out.get('path', MISSING)}."
+        rows.append(("Std of the latents", ", ".join(number(value, "{:.3f}") for value in stds), "expected 1"))
+    held_out = part_of(evaluation, "held_out")
+    text = f"{number(found.get('n'), '{:,}')} real images that were not trained on: {held_out.get('path', MISSING)}."
     return page.section(
         "Reconstruction",
         page.table(("Metric", "Reconstructions", ""), rows, numbers=(1,)),
@@ -110,32 +74,32 @@ def reconstruction_section(evaluation: Mapping[str, Any]) -> str:
 
 
 def _kid(value: Mapping[str, Any]) -> str:
-    return f"{_number(value.get('mean'))}\n± {_number(value.get('std'))}" if value else MISSING
+    return f"{number(value.get('mean'))}\n± {number(value.get('std'))}" if value else MISSING
 
 
 def metrics_section(evaluation: Mapping[str, Any]) -> str:
     """Return the table of metrics: generated, real, and what each means in plain words."""
     rows: list[Sequence[str]] = []
     for name, title in (("svm", "Class fidelity (SVM)"), ("cnn", "Class fidelity (CNN)")):
-        reader = _part(evaluation, "fidelity", name)
+        reader = part_of(evaluation, "fidelity", name)
         if reader:
-            shares = (_share(_part(reader, "generated")), _share(_part(reader, "real")))
+            shares = (share_of(part_of(reader, "generated")), share_of(part_of(reader, "real")))
             rows.append((title, *shares, EXPLANATIONS[name]))
-    frechet, kid = _part(evaluation, "frechet_distance"), _part(evaluation, "kid")
+    frechet, kid = part_of(evaluation, "frechet_distance"), part_of(evaluation, "kid")
     if frechet:
         count = f"\nn = {frechet['n']:,}" if is_number(frechet.get("n")) else ""
-        values = [_number(frechet.get(kind)) for kind in ("generated", "real")]
+        values = [number(frechet.get(kind)) for kind in ("generated", "real")]
         values = [value + count if value != MISSING else value for value in values]
         rows.append(("Fréchet distance", *values, EXPLANATIONS["frechet_distance"]))
     if kid:
-        values = [_kid(_part(kid, kind)) for kind in ("generated", "real")]
+        values = [_kid(part_of(kid, kind)) for kind in ("generated", "real")]
         rows.append(("Kernel distance (KID)", *values, EXPLANATIONS["kid"]))
-    diversity, nearest = _part(evaluation, "diversity"), _part(evaluation, "nearest")
+    diversity, nearest = part_of(evaluation, "diversity"), part_of(evaluation, "nearest")
     if diversity:
-        values = [_distance(diversity.get(kind)) for kind in ("generated", "real")]
+        values = [distance(diversity.get(kind)) for kind in ("generated", "real")]
         rows.append(("Variety within a class", *values, EXPLANATIONS["diversity"]))
     if nearest:
-        values = [_distance(nearest.get(f"{kind}_median")) for kind in ("generated", "real")]
+        values = [distance(nearest.get(f"{kind}_median")) for kind in ("generated", "real")]
         rows.append(("Distance to training images", *values, EXPLANATIONS["nearest"]))
     if not rows:
         return ""
@@ -163,12 +127,12 @@ def _diversity_notice(diversity: Mapping[str, Any]) -> str:
 
 
 def _footnote(evaluation: Mapping[str, Any], frechet: Mapping[str, Any]) -> str:
-    sizes = _part(evaluation, "sizes")
+    sizes = part_of(evaluation, "sizes")
     parts = []
     if sizes:
         counts = [f"{sizes[key]:,} {name}" for key, name in _SIZE_NAMES.items() if is_number(sizes.get(key))]
         parts.append(f"Images: {', '.join(counts)}.")
-    held_out = _part(evaluation, "held_out")
+    held_out = part_of(evaluation, "held_out")
     if held_out.get("path"):
         parts.append(f"Held-out images: {held_out['path']} ({held_out.get('part', MISSING)}).")
         parts += [f"{note}." for note in _texts(held_out.get("notes"))]
@@ -176,7 +140,7 @@ def _footnote(evaluation: Mapping[str, Any], frechet: Mapping[str, Any]) -> str:
         parts.append(f"Features of the distances: {evaluation['features']}.")
     if frechet.get("note"):
         parts.append(f"Fréchet distance: {frechet['note']}.")
-    parts += [f"Left out: {key}: {reason}." for key, reason in _part(evaluation, "skipped").items()]
+    parts += [f"Left out: {key}: {reason}." for key, reason in part_of(evaluation, "skipped").items()]
     return " ".join(parts)
 
 
@@ -184,7 +148,7 @@ _SIZE_NAMES = {"generated": "generated", "train": "training", "val": "held out"}
 
 
 def _worst_first(row: Mapping[str, Any]) -> float:
-    share = _part(row, "cnn_generated").get("share")
+    share = part_of(row, "cnn_generated").get("share")
     return share if is_number(share) else 2.0
 
 
@@ -199,15 +163,19 @@ def class_section(evaluation: Mapping[str, Any]) -> str:
         classes.sort(key=_worst_first)
         text = f"The {MAX_CLASS_ROWS} classes read worst, of {len(classes):,}."
         classes = classes[:MAX_CLASS_ROWS]
-    diversity = _part(evaluation, "diversity").get("per_class")
+    diversity = part_of(evaluation, "diversity").get("per_class")
     varied = [row for row in diversity if isinstance(row, dict)] if isinstance(diversity, list) else []
     ratios = {str(row.get("name")): row.get("ratio") for row in varied}
     rows = [
         (
             str(row.get("name", row.get("label", MISSING))),
-            *(_share(_part(row, f"{reader}_{kind}")) for reader in ("svm", "cnn") for kind in ("generated", "real")),
-            _percent(ratios.get(str(row.get("name")))),
-            _number(row.get("train_images"), "{:,}"),
+            *(
+                share_of(part_of(row, f"{reader}_{kind}"))
+                for reader in ("svm", "cnn")
+                for kind in ("generated", "real")
+            ),
+            percent(ratios.get(str(row.get("name")))),
+            number(row.get("train_images"), "{:,}"),
         )
         for row in classes
     ]
@@ -220,7 +188,7 @@ def _interval(interval: Mapping[str, Any]) -> str:
     value, low, high = (interval.get(key) for key in ("value", "low", "high"))
     if not (is_number(value) and is_number(low) and is_number(high)):
         return MISSING
-    return f"{_percent(value)}\n{100 * low:.1f}–{100 * high:.1f} %"
+    return f"{percent(value)}\n{100 * low:.1f}–{100 * high:.1f} %"
 
 
 _STUDY_TONES = {"better": "good", "not worse": "good", "worse": "bad"}
@@ -232,7 +200,7 @@ _STUDY_METHOD = (
 
 def augmentation_section(study: Mapping[str, Any], picture: str) -> str:
     """Return what generated images are worth as training data; ``picture`` is HTML or empty."""
-    conditions = {key: _part(study, "conditions", key) for key in ("real", "generated", "both")}
+    conditions = {key: part_of(study, "conditions", key) for key in ("real", "generated", "both")}
     if not any(conditions.values()):
         return ""
     titles = [str(part.get("title", key)) for key, part in conditions.items()]
@@ -240,16 +208,16 @@ def augmentation_section(study: Mapping[str, Any], picture: str) -> str:
     rows: list[Sequence[str]] = [
         (
             "all classes",
-            _number(held_out, "{:,}"),
-            *(_interval(_part(part, "accuracy")) for part in conditions.values()),
+            number(held_out, "{:,}"),
+            *(_interval(part_of(part, "accuracy")) for part in conditions.values()),
         ),
-        ("all classes, by an SVM", "", *(_interval(_part(study, "svm", "accuracy", key)) for key in conditions)),
+        ("all classes, by an SVM", "", *(_interval(part_of(study, "svm", "accuracy", key)) for key in conditions)),
     ]
     per_class = {key: _by_name(part.get("per_class")) for key, part in conditions.items()}
     for name, row in list(per_class["real"].items())[:MAX_CLASS_ROWS]:
         shares = (_interval(found.get(name, {})) for found in per_class.values())
-        rows.append((name, _number(row.get("n"), "{:,}"), *shares))
-    path = _part(study, "held_out").get("path")
+        rows.append((name, number(row.get("n"), "{:,}"), *shares))
+    path = part_of(study, "held_out").get("path")
     notes = [*([f"Real images read: {path}"] if path else []), *_texts(study.get("notes"))]
     return page.section(
         "Generated images as training data",
@@ -267,7 +235,7 @@ def _by_name(rows: Any) -> dict[str, dict[str, Any]]:
 
 def memorising_section(evaluation: Mapping[str, Any], picture: str) -> str:
     """Return the check for memorised training images; ``picture`` is HTML or empty."""
-    nearest = _part(evaluation, "nearest")
+    nearest = part_of(evaluation, "nearest")
     if not nearest:
         return ""
     tone = {"none": "good", "copies": "bad"}.get(str(nearest.get("verdict")), "")
@@ -275,7 +243,7 @@ def memorising_section(evaluation: Mapping[str, Any], picture: str) -> str:
     if is_number(nearest.get("threshold")):
         method = (
             "Measured as the root mean square pixel difference to the nearest training image. 1 % of the real "
-            f"held-out images are nearer than {_distance(nearest['threshold'])}; that is the threshold."
+            f"held-out images are nearer than {distance(nearest['threshold'])}; that is the threshold."
         )
     explanation = page.notice(str(nearest.get("explanation", "")), tone)
     return page.section("Does it memorise?", explanation, page.paragraph(method, "soft"), picture)

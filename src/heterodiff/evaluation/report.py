@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from heterodiff.errors import RunError
+from heterodiff.config_file import read_yaml
+from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.evaluation import page
 from heterodiff.evaluation.curves import curves_svg, is_number, series
 from heterodiff.evaluation.metric_sections import (
@@ -22,10 +23,14 @@ from heterodiff.evaluation.metric_sections import (
     metrics_section,
     reconstruction_section,
 )
+from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
 
 REPORT_NAME = "report.html"
 AUGMENTATION_FILE = "augmentation.json"
 AUGMENTATION_PICTURE = "augmentation.png"
+EVALUATION_FOLDER = "evaluation"
+PROMPTS_PICTURE = f"{EVALUATION_FOLDER}/text_to_image.png"
+CAPTIONS_PICTURE = f"{EVALUATION_FOLDER}/image_to_text.png"
 SHOWN_GRIDS = 6
 
 
@@ -42,9 +47,22 @@ class RunFiles:
         self.metrics = self._rows("metrics.jsonl")
 
     @property
-    def is_vae(self) -> bool:
-        """Whether the run trained a VAE, which reconstructs images and draws none."""
-        return "recipe: vae" in self.config.splitlines()
+    def recipe(self) -> str:
+        """What the run trained; empty where its configuration does not say."""
+        found = re.search(r"^recipe: ([\w-]+)$", self.config, re.MULTILINE)
+        return found[1] if found else ""
+
+    def codec_metrics(self) -> list[dict[str, Any]]:
+        """Rows of the run of recipe alignment that went before this one; none where its folder is not there."""
+        if self.recipe != "text-image":
+            return []
+        try:
+            path = Path(read_yaml(self.run_dir / "config.yaml")["codec"]["path"])
+            # The saved path may be relative to where training was started.
+            folders = [folder for folder in (path, self.run_dir / path.name) if (folder / "metrics.jsonl").is_file()]
+        except (HeterodiffError, OSError, ValueError, TypeError, KeyError):
+            return []
+        return RunFiles(folders[0]).metrics if folders else []
 
     def _text(self, name: str) -> str:
         path = self.run_dir / name
@@ -84,8 +102,8 @@ class RunFiles:
         return [row for row in rows if row]
 
     def picture(self, name: str) -> bytes | None:
-        """Return a PNG of the folder, or None; a damaged one is named in ``problems``."""
-        path = self.run_dir / Path(name).name
+        """Return a PNG of the folder by its path in it, or None; a damaged one is named in ``problems``."""
+        path = self.run_dir / name
         data = page.read_png(path)
         if data is None and path.is_file():
             self.problems.append(f"{path.name} is damaged or too large and is not shown")
@@ -158,8 +176,16 @@ def _grids_section(files: RunFiles) -> str:
 def _curves_section(files: RunFiles) -> str:
     svg = curves_svg(files.metrics)
     text = "Noise levels are drawn at random, so single losses scatter: follow the mean."
-    text = text if svg and not files.is_vae else ""
-    return page.section("Training curves", page.paragraph(text, "soft"), page.figure(svg, "svg+xml", "Training curves"))
+    text = text if svg and files.recipe not in ("vae", "alignment") else ""
+    stage = curves_svg(files.codec_metrics())
+    return page.section(
+        "Training curves",
+        page.paragraph("Image codec, text encoder and captioner, which were trained first:" if stage else ""),
+        page.figure(stage, "svg+xml", "Training curves of the image codec and the text networks"),
+        page.paragraph("The denoiser:" if stage and svg else ""),
+        page.paragraph(text, "soft"),
+        page.figure(svg, "svg+xml", "Training curves"),
+    )
 
 
 def _machine_section(files: RunFiles) -> str:
@@ -185,8 +211,15 @@ def _machine_section(files: RunFiles) -> str:
 def _reproduce_section(files: RunFiles) -> str:
     folder = shlex.quote(str(files.run_dir))
     config = shlex.quote(str(files.run_dir / "config.yaml"))
-    sample = [] if files.is_vae else [f"heterodiff sample {folder} -n 16 --seed 0 --out samples"]
-    commands = [f"heterodiff train {config}", *sample, f"heterodiff evaluate {folder}"]
+    draw = {
+        "vae": [],
+        "alignment": [f"heterodiff caption {folder} PICTURE.png"],
+        "text-image": [
+            f'heterodiff text2image {folder} "a prompt" --seed 0',
+            f"heterodiff caption {folder} PICTURE.png",
+        ],
+    }.get(files.recipe, [f"heterodiff sample {folder} -n 16 --seed 0 --out samples"])
+    commands = [f"heterodiff train {config}", *draw, f"heterodiff evaluate {folder}"]
     text = "The saved configuration repeats the run; seeds make it exact on the same device and versions."
     original = files.run.get("command")
     if original:
@@ -199,8 +232,9 @@ def write_report(run_dir: Path) -> Path:
 
     Read are ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``samples/step_*.png``, ``samples.png``,
     ``evaluation.json`` (see :func:`heterodiff.evaluation.generation.evaluate_generation`),
-    ``nearest.png``, ``augmentation.json`` (see :func:`heterodiff.evaluation.augmentation.augmentation_study`)
-    and ``augmentation.png``; a section without data is left out, a damaged file is named at the top.
+    ``nearest.png``, ``augmentation.json`` (see :func:`heterodiff.evaluation.augmentation.augmentation_study`),
+    ``augmentation.png``, the pictures in ``evaluation``, and the ``metrics.jsonl`` of the alignment that a run of
+    recipe text-image builds on; a section without data is left out, a damaged file is named at the top.
 
     Returns:
         The path of the report.
@@ -217,10 +251,14 @@ def write_report(run_dir: Path) -> Path:
     study = ""
     if files.augmentation:
         study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
+    prompts = page.figure(files.picture(PROMPTS_PICTURE), "png", "Held-out pictures above pictures of their captions")
+    captions = page.figure(files.picture(CAPTIONS_PICTURE), "png", "Held-out pictures with captions written for them")
     name = run_dir.resolve().name
     sections = [
-        page.cards([*headline_cards(files.evaluation), *_training_cards(files)]),
+        page.cards([*headline_cards(files.evaluation), *text_cards(files.evaluation), *_training_cards(files)]),
         page.section("Final samples", samples),
+        text_to_image_section(files.evaluation, prompts),
+        image_to_text_section(files.evaluation, captions),
         reconstruction_section(files.evaluation),
         metrics_section(files.evaluation),
         class_section(files.evaluation),

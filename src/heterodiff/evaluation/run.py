@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,14 @@ def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> He
     loaded = load_data(unseen, spec=spec)
     images, labels = images_of(loaded.train)
     notes = list(loaded.warnings)
-    seen = _count_seen(images, data.train)
+    seen = count_seen(images, data.train)
     if seen:
         notes.append(f"{seen:,} of {len(images):,} images at {path} are training images too: they are not held out")
     return HeldOut(images, labels, {"path": str(path), "part": "all", "n": len(images), "notes": notes})
 
 
-def _count_seen(images: Tensor, train: ImageDataset) -> int:
-    """How many of ``images`` (N, C, H, W) are training images, bit by bit."""
+def count_seen(images: Iterable[Tensor], train: ImageDataset) -> int:
+    """How many of ``images``, each (C, H, W), are training images, bit by bit."""
     known: set[bytes] = set()
     for start in range(0, len(train), 256):
         part, _ = train.batch(range(start, min(start + 256, len(train))))
