@@ -19,6 +19,7 @@ from heterodiff.data.builtin.shapes import ALL_THINGS, PLACES, Scene, Thing, par
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError, DataError
 from heterodiff.evaluation.captioned import CaptionedImages
+from heterodiff.evaluation.curves import curves_svg
 from heterodiff.evaluation.report import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
 from heterodiff.evaluation.retrieval import recall
 from heterodiff.evaluation.shapes_reader import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
@@ -34,6 +35,7 @@ from heterodiff.evaluation.text_image import (
     unigram_f1,
 )
 from heterodiff.evaluation.text_image_run import READER_FILE, evaluate_text_image, is_text_image, text_image_summary
+from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.training.start import train
 from tests.text_runs import text_config
@@ -47,7 +49,7 @@ RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 @pytest.fixture(scope="module")
 def reader() -> ShapesReader:
     torch.set_num_threads(1)
-    return ShapesReader(*SIZE).fit(steps=300, renders=6000)
+    return ShapesReader(*SIZE).fit(steps=240, renders=5000)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_recall_of_images_of_one_caption_is_perfect() -> None:
 
 
 def test_reader_reads_fresh_renders_sharp_blurred_and_noisy(reader: ShapesReader) -> None:
-    assert reader.accuracy(300) > 0.75  # 0.99 when trained for as long as an evaluation trains it
+    assert reader.accuracy(300) > 0.9  # 0.998 when trained for as long as an evaluation trains it
     scenes, images = draw_renders((77,), 300, SIZE, pairs=0.5)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for seen in (images / 255, blur(images / 255, 0.6), images / 255 + 0.03 * noise):
@@ -179,9 +181,8 @@ def test_reader_reads_fresh_renders_sharp_blurred_and_noisy(reader: ShapesReader
 
 
 def test_reader_is_trained_and_tested_on_other_scenes_than_each_other() -> None:
-    (train_scenes, train_images), (test_scenes, test_images) = (
-        draw_renders(s, 40, SIZE) for s in (TRAIN_SEED, TEST_SEED)
-    )
+    train_scenes, train_images = draw_renders(TRAIN_SEED, 40, SIZE)
+    test_scenes, test_images = draw_renders(TEST_SEED, 40, SIZE)
     assert train_scenes != test_scenes
     assert not any(torch.equal(a, b) for a in train_images for b in test_images)
     assert torch.equal(draw_renders(TRAIN_SEED, 40, SIZE)[1], train_images)
@@ -355,7 +356,7 @@ def test_evaluate_a_run_on_shapes(run: Path, capsys: pytest.CaptureFixture[str])
             assert_proportion(value, number)
     for picture in (PROMPTS_PICTURE, CAPTIONS_PICTURE):
         with Image.open(run / picture) as opened:
-            assert min(opened.size) > 200
+            assert min(opened.size) > 128
     report = (run / "report.html").read_text()
     for expected in ("Text to image", "Image to text", "Direct decoding", "Diffusion", "purple triangle, green cross"):
         assert expected in report
@@ -366,10 +367,10 @@ def test_evaluate_a_run_on_shapes(run: Path, capsys: pytest.CaptureFixture[str])
     assert all(line in "\n".join(summary) for line in [f"note     {note}" for note in found["held_out"]["notes"]])
 
 
-def test_evaluation_is_the_same_again_and_other_with_another_seed(run: Path) -> None:
-    first, again, other = (evaluate_text_image(run, seed, number=4).metrics for seed in (3, 3, 4))
-    assert first == again
-    assert first["prompts"] != other["prompts"]
+def test_evaluation_is_the_same_again(run: Path) -> None:
+    first, again = (evaluate_text_image(run, seed=3, number=2) for _ in range(2))
+    assert first.metrics == again.metrics
+    assert first.picture == run / PROMPTS_PICTURE
 
 
 def test_evaluate_an_alignment(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,9 +462,8 @@ def test_images_are_chosen_by_seed_with_their_captions(run: Path) -> None:
     assert torch.equal(torch.cat(list(chosen.parts())), chosen.images())
 
 
-def test_report_survives_any_value(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = evaluate_text_image(run, number=2).metrics
-    (tmp_path / "config.yaml").write_text("recipe: text-image\ncodec: {path: [1]}\n")
+def test_report_survives_any_value(run: Path) -> None:
+    evaluation = evaluate_text_image(run, number=2).metrics | {"generated_recall": {"n": 2, "direct": {"x": 0.5}}}
 
     def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         if path:
@@ -473,11 +473,28 @@ def test_report_survives_any_value(run: Path, tmp_path: Path, capsys: pytest.Cap
                 yield from places(value, (*path, key))
 
     for path in places(evaluation):
-        for value in (None, "<script>", [], {}, math.nan):
+        for value in (None, "<script>", -1, [[]], {}, math.nan):
             changed = json.loads(json.dumps(evaluation))
             place = changed
             for key in path[:-1]:
                 place = place[key]
             place[path[-1]] = value
-            (tmp_path / "evaluation.json").write_text(json.dumps(changed))
-            assert "<script>" not in write_report(tmp_path).read_text()
+            sections = [text_to_image_section(changed, ""), image_to_text_section(changed, "")]
+            assert "<script>" not in "".join(sections)
+            assert all(len(card) == 3 for card in text_cards(changed))
+
+
+@pytest.mark.parametrize("codec", ["", "codec: 3", "codec: {path: null}", "codec: {path: [1]}", "codec: {path: none}"])
+def test_report_without_a_first_stage(codec: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"recipe: text-image\n{codec}\n")
+    report = write_report(tmp_path).read_text()
+    assert "trained first" not in report
+    assert "heterodiff text2image" in report
+
+
+def test_report_shows_all_that_was_measured_on_held_out_images() -> None:
+    svg = curves_svg([{"step": k, "loss": 1.0, "val_recall@5_x": 0.5, "l1": 2.0, "val_alone": 1.0} for k in (1, 2)])
+    assert svg is not None
+    assert svg.count(b"<!-- recall@5 x -->") == svg.count(b"<!-- alone -->") == 1
+    assert b"<!-- l1 -->" not in svg
+    assert curves_svg([{"step": 1, "val_psnr": 2.0}]) is None

@@ -81,14 +81,19 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
         copy.generate_from_image([tmp_path / "a.png"])
 
 
-def test_the_networks_are_those_of_the_alignment(shapes_run: Path) -> None:
+def test_what_the_denoiser_learned_on_is_that_of_the_alignment(shapes_run: Path) -> None:
+    """Texts go on learning with it: their encoder, and the way from embeddings to maps."""
+    learned = {}
     for name in ("image_codec", "text_encoder", "captioner"):
         before, after = (
             load_file(folder / name / "diffusion_pytorch_model.safetensors")
             for folder in (shapes_run / "alignment", shapes_run)
         )
         assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before)
+        learned[name] = {key for key in before if not torch.equal(before[key], after[key])}
+    assert learned["captioner"] == set()
+    assert learned["image_codec"] == {"projection.weight", "projection.bias"}
+    assert "projection.weight" in learned["text_encoder"]
 
 
 # ---- text to image --------------------------------------------------------------------------------------------------
@@ -207,6 +212,10 @@ WRONG_DRAWING: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps|steps"),
     "too many steps": ({"num_inference_steps": 2000}, "1000"),
     "negative guidance": ({"guidance_scale": -1.0}, "guidance_scale -1.0: expected 0 or more"),
+    "negative prompts, directly": (
+        {"negative_prompts": "a", "use_diffusion": False},
+        "negative prompts steer the diffusion; leave them out",
+    ),
     "too few negative prompts": ({"negative_prompts": ["a", "b"]}, "2 negative prompts for 3 prompts"),
 }
 
@@ -359,10 +368,11 @@ def test_an_alignment_decodes_directly_and_says_why_it_does_not_draw(
 ) -> None:
     alignment = hd.load(shapes_run / "alignment")
     assert alignment.unet is None
+    assert not (set(PARTS) - {"unet", "scheduler"}) - {path.name for path in (shapes_run / "alignment").iterdir()}
     with pytest.raises(RunError, match=r"no denoiser.*train one with recipe text-image, or decode directly"):
         alignment.generate_from_text(PROMPTS)
     direct = alignment.generate_from_text(PROMPTS, use_diffusion=False).images
-    assert largest(direct - pipe.generate_from_text(PROMPTS, use_diffusion=False).images) < 1e-5
+    assert direct.shape == (3, 3, 16, 16)
     assert alignment.generate_text_from_image(images, seed=3) == pipe.generate_text_from_image(images, seed=3)
 
 

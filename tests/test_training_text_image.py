@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ class Trained:
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.recipe.model.unet if isinstance(self.recipe, JointRecipe) else self.recipe.model
+        return self.recipe.model.unet
 
     @property
     def codec(self) -> ImageCodec:
@@ -73,6 +75,7 @@ class Trained:
         return self.recipe.losses(self.recipe.model, self.recipe.prepare(images), labels, draws).each.mean()
 
 
+@cache
 def trained_of(run: Path) -> Trained:
     config = load_config(run / "config.yaml")
     data = load_data(config.data)
@@ -87,7 +90,7 @@ def trained_of(run: Path) -> Trained:
 def joint_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("joint") / "run"
-    options = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "ema_decay": 0.8}
+    options = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "ema_decay": 0.8}
     options = {f"training__{key}": value for key, value in options.items()}
     train(text_config(run, alignment__joint=True, alignment__contrastive_weight=5.0, **options), quiet=True)
     return run
@@ -101,7 +104,7 @@ def run(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def trained(run: Path) -> Trained:
-    return trained_of(run)
+    return deepcopy(trained_of(run))
 
 
 @contextmanager
@@ -185,7 +188,7 @@ def test_1_the_target_is_no_function_of_the_embedding(trained: Trained) -> None:
 
 
 def test_2_no_gradient_of_the_diffusion_loss_reaches_the_image_encoder(joint_run: Path) -> None:
-    trained = trained_of(joint_run)
+    trained = deepcopy(trained_of(joint_run))
     zero = {"contrastive_weight": 0.0, "reconstruction_weight": 0.0}
     trained.recipe.config = trained.config.model_copy(
         update={"alignment": trained.config.alignment.model_copy(update=zero)}
@@ -241,7 +244,7 @@ def test_3_sampling_tells_the_denoiser_what_training_told_it(trained: Trained) -
     shown, dropped, (sampled, null) = seen[0], seen[1], seen[2].chunk(2)
     assert shown.shape == (3, WIDTH)
     assert float(shown.norm(dim=1).min()) > 1
-    torch.testing.assert_close(sampled, shown, atol=5e-3, rtol=0)  # embeddings wait for training in float16
+    torch.testing.assert_close(sampled, shown, atol=1e-4, rtol=0)
     assert not dropped.any()
     assert not null.any()
 
@@ -264,7 +267,7 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
     )
     data = load_data(config.data)
     recipe = build_recipe(config, data)
-    network = recipe.model.eval()
+    network = recipe.model.unet.eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -331,7 +334,6 @@ def test_5_the_text_encoder_is_always_called_with_its_mask(trained: Trained, mon
     seen: list[tuple[Tensor, Tensor]] = []
     hook = encoder.register_forward_pre_hook(lambda _, given: seen.append(given))
     try:
-        trained.recipe.to(CPU)  # embeds all captions, where they are embedded once
         trained.loss([0, 1, 2, 3])
         trained.recipe.pipeline().generate_from_text(["a circle", "a red circle in the centre"], num_inference_steps=1)
     finally:
@@ -416,7 +418,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[bytes], log: 
 
 
 def test_killed_in_either_stage_the_same_command_ends_as_if_never_stopped(tmp_path: Path) -> None:
-    options = {"training__steps": 16, "training__checkpoint_every": 4}
+    options = {"training__steps": 24, "training__checkpoint_every": 6}
     config = text_config(tmp_path / "killed", **options)
     file, log = tmp_path / "config.yaml", tmp_path / "log.txt"
     file.write_text(dump_config(config))
@@ -431,10 +433,10 @@ def test_killed_in_either_stage_the_same_command_ends_as_if_never_stopped(tmp_pa
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -9, log.read_text()
         step = last_checkpoint(tmp_path / "killed" / stage)[0]
-        assert 4 <= step < 16
+        assert 6 <= step < 24
         if stage:
             assert not (tmp_path / "killed" / "config.yaml").exists()
-    assert train(config, quiet=True).step == 16
+    assert train(config, quiet=True).step == 24
     train(text_config(tmp_path / "straight", **options), quiet=True)
     for stage in ("alignment", ""):
         assert_same_text_run(tmp_path / "straight" / stage, tmp_path / "killed" / stage)
@@ -488,21 +490,21 @@ def small_arguments(variant: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"diffusion__prediction": "v", "diffusion__schedule": "cosine"},
-        {"diffusion__prediction": "flow"},
-        {"diffusion__learn_variance": True},
-        {"training__precision": "bfloat16"},
-        {"training__num_workers": 2},
-        {"data__image_size": [16, 32]},
-        {"data__val_fraction": 0.0},
-        {"data__horizontal_flip": True, "codec__cache": False},
+        {"diffusion__prediction": "v", "diffusion__schedule": "cosine", "codec__path": "ALIGNMENT"},
+        {"diffusion__prediction": "flow", "alignment__joint": True},
+        {"diffusion__learn_variance": True, "codec__path": "ALIGNMENT"},
+        {"diffusion__learn_variance": True, "alignment__joint": True},
+        {"training__precision": "bfloat16", "alignment__joint": True},
+        {"data__image_size": [16, 32], "alignment__joint": True},
+        {"data__val_fraction": 0.0, "training__num_workers": 2},
+        {"data__horizontal_flip": True, "codec__cache": False, "codec__path": "ALIGNMENT"},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", MODES)
-def test_other_settings_train_and_draw(overrides: dict[str, Any], mode: str, tmp_path: Path) -> None:
-    options = {"training__steps": 1, "alignment__joint": mode == "joint", **overrides}
-    train(text_config(tmp_path / "run", **options), quiet=True)
+def test_other_settings_train_and_draw(overrides: dict[str, Any], shapes_run: Path, tmp_path: Path) -> None:
+    if "codec__path" in overrides:
+        overrides = overrides | {"codec__path": str(shapes_run / "alignment")}
+    train(text_config(tmp_path / "run", training__steps=1, **overrides), quiet=True)
     pipe = hd.load(tmp_path / "run")
     width = 32 if "data__image_size" in overrides else 16
     drawn = pipe.generate_from_text("a red circle", num_inference_steps=2).images
@@ -579,10 +581,11 @@ def test_another_denoiser_is_trained_with_the_networks_of_an_existing_run(shapes
         assert config.codec.training is None
         assert train(config, quiet=True).step == 3
         assert not (tmp_path / name / "alignment").exists()
-        for part in ("image_codec", "text_encoder", "captioner"):
+        for part in ("image_codec", "captioner"):
             weights = f"{part}/diffusion_pytorch_model.safetensors"
             found, expected = load_file(tmp_path / name / weights), load_file(path / weights)
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
+            changed = {key for key in expected if not torch.equal(found[key], expected[key])}
+            assert changed == ({"projection.weight", "projection.bias"} if part == "image_codec" else set())
     assert before == {p: p.stat().st_mtime_ns for p in (shapes_run / "alignment").rglob("*")}
 
 
@@ -603,13 +606,11 @@ def test_a_finished_alignment_is_not_trained_again(shapes_run: Path, tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("alignment__latent_noise", 0.7), ("text__max_tokens", 30), ("alignment__joint", True)]
-)
-def test_resuming_with_other_settings_of_the_alignment_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_of_the_alignment_is_refused(tmp_path: Path) -> None:
     train(text_config(tmp_path / "run"), quiet=True, stop_after=1)
-    with pytest.raises(RunError, match=rf"another configuration(.|\n)*{key.replace('__', '.')}: .* -> {value}"):
-        train(text_config(tmp_path / "run", **{key: value}), quiet=True)
+    for key, value in (("alignment__latent_noise", 0.7), ("text__max_tokens", 30), ("alignment__joint", True)):
+        with pytest.raises(RunError, match=rf"another configuration(.|\n)*{key.replace('__', '.')}: .* -> {value}"):
+            train(text_config(tmp_path / "run", **{key: value}), quiet=True)
     assert train(text_config(tmp_path / "run"), quiet=True).step == 3
 
 
@@ -716,7 +717,12 @@ WRONG_RUNS: dict[str, tuple[dict[str, Any], type[HeterodiffError], str]] = {
     "importance sampling, jointly": (
         {"alignment__joint": True, "diffusion__timestep_sampler": "loss-second-moment"},
         ConfigError,
-        "does not go with alignment.joint=true",
+        "timestep_sampler=loss-second-moment does not go with recipe text-image",
+    ),
+    "importance sampling, in two phases": (
+        {"diffusion__timestep_sampler": "loss-second-moment"},
+        ConfigError,
+        "timestep_sampler=loss-second-moment does not go with recipe text-image",
     ),
     "heads that do not fit": ({"text__num_heads": 5}, ConfigError, "does not split into 5 heads"),
     "a text encoder that is not there": (

@@ -241,6 +241,8 @@ def text2image(
     from heterodiff.pipelines.load import load_text_image
     from heterodiff.pipelines.text_files import write_pictures
 
+    if direct and (negative, steps, guidance, sampler) != (None,) * 4:
+        raise ConfigError("--direct is one pass, without --negative, --steps, --guidance and --sampler; leave them out")
     pipeline = load_text_image(run, compile=compile_)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
@@ -274,6 +276,7 @@ def caption(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: file_name, text.")] = False,
 ) -> None:
     """Write captions of image files with a run of recipe text-image."""
+    from heterodiff.data.findings import printable
     from heterodiff.pipelines.load import load_text_image
     from heterodiff.pipelines.text_files import read_usable
 
@@ -286,8 +289,9 @@ def caption(
         found = pipeline.generate_text_from_image(read, number, temperature=temperature, **options)
         for path, texts in zip(usable, found, strict=True):
             for text in texts:
-                line = json.dumps({"file_name": str(path), "text": text}, ensure_ascii=False)
-                typer.echo(line if as_json else f"{path}: {text}")
+                name = str(path)
+                line = json.dumps({"file_name": name, "text": text}, ensure_ascii=not name.isprintable())
+                typer.echo(line if as_json else f"{printable(name)}: {text}")
     for problem in problems:
         typer.echo(f"error: {problem}", err=True)
     if problems:

@@ -19,6 +19,7 @@ MARGIN = 12
 MAX_ENLARGED_SIDE = 512
 MAX_CAPTION_WIDTH = 140
 MAX_CAPTION_LINES = 3
+MAX_LABEL_LENGTH = 500  # characters; more than there is room for
 MAX_ROW_NAME_WIDTH = 240
 MAX_TITLE_WIDTH = 600
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -208,7 +209,7 @@ def image_grid(
     if columns < 1:
         raise ValueError(f"columns must be at least 1, found {columns}")
     rows = math.ceil(len(tiles) / columns)
-    names = [str(label) for label in labels] if labels is not None else []
+    names = [str(label)[:MAX_LABEL_LENGTH] for label in labels] if labels is not None else []
     if labels is not None and len(names) not in (len(tiles), rows):
         raise ValueError(f"expected {len(tiles)} labels (images) or {rows} (rows), found {len(names)}")
     captions, row_names = _place_labels(names, len(tiles), columns)

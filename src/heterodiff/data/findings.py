@@ -19,10 +19,15 @@ class BadImage(Exception):
     """One image that cannot be used; the text is the reason. Never reaches the user: callers add the name."""
 
 
+def printable(name: str) -> str:
+    """Return ``name`` on one line that can be printed: newlines and undecodable bytes escaped."""
+    return name if name.isprintable() else repr(name)
+
+
 def show(name: str) -> str:
     """Return ``name`` for a one-line message: newlines and undecodable bytes escaped, long names shortened."""
     short = name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 3] + "..."
-    return short if short.isprintable() else repr(short)
+    return printable(short)
 
 
 def listing(findings: Sequence[DataFinding]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from heterodiff.data.dataset import ImageReader, ImageSpec
 from heterodiff.data.decode import decode_file
-from heterodiff.data.findings import BadImage
+from heterodiff.data.findings import BadImage, printable
 from heterodiff.errors import DataError
 
 
@@ -20,8 +20,9 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
         DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
     """
     path = Path(path).expanduser()
+    name = printable(str(path))
     if not path.exists():
-        raise DataError(f"{path}: no such image file")
+        raise DataError(f"{name}: no such image file")
     reader = ImageReader(lambda _: decode_file(path, spec.channels), (spec.height, spec.width), resize)
     try:
         image = reader.read(0)
@@ -32,7 +33,7 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
         reader.check_shape(image.shape)
         stored = torch.from_numpy(reader.fit(image)).to(torch.float32, copy=True)
     except BadImage as reason:
-        raise DataError(f"{path}: {reason}") from None
+        raise DataError(f"{name}: {reason}") from None
     low, high = spec.value_range
     return stored.sub_(low).div_(high - low).clamp_(0, 1)
 

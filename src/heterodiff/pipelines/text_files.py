@@ -32,7 +32,8 @@ def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: I
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / PROMPTS_FILE).open("w", encoding="utf-8") as file:
+        # What no encoding can express becomes \udcff, which JSON reads back as it was.
+        with (folder / PROMPTS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
             for number, (image, text) in enumerate(zip(images, texts, strict=True)):
                 name = UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition"
                 stem = folder / f"{number:04d}_{name}"

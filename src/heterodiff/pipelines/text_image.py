@@ -183,6 +183,8 @@ class TextImagePipeline(DiffusionPipeline):
             raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
         negative = None
         if negative_prompts is not None:
+            if not use_diffusion:
+                raise ConfigError("negative prompts steer the diffusion; leave them out to decode directly")
             against = [negative_prompts] * len(texts) if isinstance(negative_prompts, str) else list(negative_prompts)
             if len(against) != len(texts):
                 raise ConfigError(f"{len(against)} negative prompts for {len(texts)} prompts: expected one or as many")

@@ -28,6 +28,7 @@ from heterodiff.text.table import CaptionTable
 from heterodiff.training.recipes.base import Losses, refuse_without_captions, store_scale
 from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer
 
+EMBEDDING_STRIDE = 4
 PREVIEW_IMAGES = 8
 SPREAD_IMAGES = 1024
 SPREAD_BATCH = 64
@@ -50,8 +51,8 @@ class AlignmentModel(nn.Module):
             images: (B, C, H, W) in [-1, 1].
             ids, mask: (B K, L), K captions of each, those of an image together.
             noise: (B, c, h, w), what is added to the map that the decoder gets.
-            by_text: (B,) bool, whether the second picture decoded of an image comes from the text's embedding or from
-                its own: one of the two, since decoding is the greater part of a step.
+            by_text: (B,) bool, whether a picture decoded from an embedding comes from the text's or from the image's.
+                Of every fourth image there is one, since decoding is the greater part of a step.
         """
         codec = self.image_codec
         latents = codec.encode(images)
@@ -62,9 +63,10 @@ class AlignmentModel(nn.Module):
         by_texts = codec.get_latent_from_embedding(of_texts.flatten(0, 1)).unflatten(0, (-1, count))
         target = latents.detach().float()[:, None]
         errors = [(guess.float() - target).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)]
-        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])
+        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
         captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
-        from_map, from_embedding = codec.decode(torch.cat([latents + noise, shown])).float().chunk(2)
+        decoded = codec.decode(torch.cat([latents + noise, shown])).float()
+        from_map, from_embedding = decoded.split([len(images), len(shown)])
         return {
             "latents": latents,
             "image_embeddings": of_images.float(),
@@ -94,7 +96,7 @@ class AlignmentRecipe:
 
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
     that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
-    squared error of the image from its own or the text's embedding in turn, and of its map from both; cross-entropy
+    squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
     per token of the caption from the map. Errors of images are relative to those of the mean training image, so that
     weights mean the same for all data.
 
@@ -147,21 +149,15 @@ class AlignmentRecipe:
     def losses_of(self, found: dict[str, Tensor], inputs: Tensor, wording: Tensor) -> Losses:
         """The losses of what :class:`AlignmentModel` found; captions of one number in ``wording`` (B, K) are alike."""
         weights = self.config.alignment
-        images, texts = found["image_embeddings"], found["text_embeddings"]
-        if torch.is_grad_enabled():  # in training: the pairs of all processes
-            images, texts, wording = everywhere(images), everywhere(texts), everywhere(wording)
-        first = len(inputs) * dist.get_rank() if len(images) > len(inputs) else 0
-        scale = found["logit_scale"].mean()
-        each_caption = [
-            contrastive_losses(images, some, scale, same[:, None] == same[None])
-            for some, same in zip(texts.unbind(1), wording.unbind(1), strict=True)
-        ]
-        contrastive = torch.stack(each_caption).mean(dim=0)[first : first + len(inputs)]
+        contrastive = contrastive_of(found | {"wording": wording})
         absolute, squared = self.spread
+        some = found["from_embedding"] - inputs[::EMBEDDING_STRIDE]
+        from_embedding = torch.zeros_like(contrastive)  # of all, so that the mean over a batch is that of those decoded
+        from_embedding[::EMBEDDING_STRIDE] = some.square().flatten(1).mean(dim=1) / squared * (len(inputs) / len(some))
         parts = {
             "contrastive": contrastive,
             "from_map": (found["from_map"] - inputs).abs().flatten(1).mean(dim=1) / absolute,
-            "from_embedding": (found["from_embedding"] - inputs).square().flatten(1).mean(dim=1) / squared,
+            "from_embedding": from_embedding,
             "map": found["map"],
             "caption": found["caption"],
         }
@@ -255,6 +251,26 @@ def spread_of(train: ImageDataset) -> tuple[float, float]:
     if absolute == 0:
         raise DataError("all training images are the same; there is nothing to learn")
     return absolute / len(rows), squared / len(rows)
+
+
+def contrastive_of(found: dict[str, Tensor]) -> Tensor:
+    """InfoNCE of each pair of this process (B,), in training among the pairs of all processes; mean over K captions.
+
+    Args:
+        found: ``image_embeddings`` (B, D), ``text_embeddings`` (B, K, D), ``logit_scale`` (B,), and ``wording`` (B, K):
+            captions of one number are alike.
+    """
+    images, texts, wording = (found[name] for name in ("image_embeddings", "text_embeddings", "wording"))
+    count = len(images)
+    if torch.is_grad_enabled():
+        images, texts, wording = everywhere(images), everywhere(texts), everywhere(wording)
+    first = count * dist.get_rank() if len(images) > count else 0
+    scale = found["logit_scale"].mean()
+    each_caption = [
+        contrastive_losses(images, some, scale, same[:, None] == same[None])
+        for some, same in zip(texts.unbind(1), wording.unbind(1), strict=True)
+    ]
+    return torch.stack(each_caption).mean(dim=0)[first : first + count]
 
 
 def everywhere(values: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class DiffusionRecipe:
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
         self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
-        self.model = create_model(config.model.variant, **model_arguments(config, spec))
+        self.model: Any = create_model(config.model.variant, **model_arguments(config, spec))
         self.codec = make_codec(config.codec)
         self.summary = config.model.variant
         if self.codec.factor > 1:
@@ -138,6 +138,11 @@ class DiffusionRecipe:
         self.timesteps = make_timestep_sampler(config.diffusion.timestep_sampler, config.diffusion.num_train_timesteps)
         # A sampler that does not work should not be found out at the first preview.
         make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
+
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser, which is the model or a part of it."""
+        return self.model
 
     def to(self, device: torch.device) -> None:
         """Move the codec to ``device``."""
@@ -200,7 +205,8 @@ class DiffusionRecipe:
         total, start = 0.0, 0
         for inputs, labels in every:
             part = slice(start, start + len(labels))
-            total += float(self.losses(self.model, inputs, labels, draws.rows(part)).each.sum())
+            found = self.losses(self.model, inputs, labels, draws.rows(part))
+            total += float(found.parts.get("diffusion", found.each).sum())
             start = part.stop
         return {"val_loss": total / count}
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from heterodiff.codecs.cnn import CNNCodec, scaled
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
@@ -18,21 +19,58 @@ from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
+from heterodiff.text.contrastive import LogitScale
+from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.networks import TextNetworks, load_networks
 from heterodiff.text.table import CaptionTable
-from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
+from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe, contrastive_of
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
 
-EMBED_BATCH = 256
 PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
 
 
-class TextImageRecipe(DiffusionRecipe):
-    """What the loop needs to know to train a denoiser under the texts of a finished run of recipe ``alignment``.
+class SteeredDenoiser(nn.Module):
+    """The denoiser with the text encoder that steers it, as one call.
 
-    That run's networks stay as they are: maps are stored latents, and texts are embedded once.
+    Args:
+        unet: the denoiser.
+        text_encoder: goes on learning with it.
+        projection: of the image codec, from embeddings to maps; it goes on learning, too.
+    """
+
+    def __init__(self, unet: Any, text_encoder: TextEncoder, projection: nn.Linear):
+        super().__init__()
+        self.unet, self.text_encoder, self.projection = unet, text_encoder, projection
+        self.logit_scale = LogitScale()
+
+    def forward(
+        self, z_t: Tensor, time: Tensor, ids: Tensor, mask: Tensor, drop: Tensor, of_images: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The prediction under the first caption of each image, and what the losses of texts need.
+
+        Args:
+            z_t: (B, c, h, w); time: (B,).
+            ids, mask: (B K, L), K captions of each image, those of an image together.
+            drop: (B,) bool, images whose text is left out.
+            of_images: (B, D), embeddings of the images.
+
+        Returns:
+            Prediction, text embeddings (B, K, D), guessed maps (B, 1 + K, c h w) of the image's and the texts'
+            embeddings, and the scale of the contrastive loss (B,).
+        """
+        of_texts = self.text_encoder(ids, mask).float().unflatten(0, (len(z_t), -1))
+        prediction = predict(self.unet, z_t, time, torch.where(drop[:, None], 0, of_texts[:, 0]))
+        guessed = self.projection(scaled(torch.cat([of_images[:, None], of_texts], dim=1)))
+        return prediction, of_texts, guessed, self.logit_scale().expand(len(z_t))
+
+
+class TextImageRecipe(DiffusionRecipe):
+    """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
+
+    Image codec and captioner stay as they are, and maps are stored latents. The text encoder goes on learning: from the
+    denoiser, and as in its alignment from the maps and embeddings of the images, which cost next to nothing here.
 
     Args:
         config: the run.
@@ -46,46 +84,85 @@ class TextImageRecipe(DiffusionRecipe):
 
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
+        refuse_importance_sampling(config)
         assert config.codec.path is not None
         self.networks = load_networks(config.codec.path)
-        width, wanted = self.networks.text_encoder.config.embedding_dim, config.text.embedding_dim
+        encoder = self.networks.text_encoder
+        width, wanted = encoder.config.embedding_dim, config.text.embedding_dim
         if width != wanted:
             raise ConfigError(f"text.embedding_dim={wanted}: {config.codec.path} has {width}; set it to that")
         super().__init__(config, data.spec)
-        self.captions = CaptionTable(
-            self.networks.tokenizer, data.captions, self.networks.text_encoder.config.max_tokens
-        )
+        self.codec = self.maps = CNNCodec(self.networks.image_codec)
+        projection = self.networks.image_codec.projection.requires_grad_(True)
+        encoder.requires_grad_(True)
+        encoder.transformer.requires_grad_(not encoder.config.frozen)
+        self.model: Any = SteeredDenoiser(self.model, encoder, projection)
+        self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
         shown = data.val if len(data.val) else data.train
         spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
         self.shown_texts = [data.captions[int(shown.labels[row])][0] for row in spread]
-        self.embeddings = torch.empty(0)
+
+    @property
+    def denoiser(self) -> Any:
+        return self.model.unet
 
     def to(self, device: torch.device) -> None:
-        """Move what is not trained to ``device`` and embed the captions there."""
-        super().to(device)
+        """Move what is not trained to ``device``."""
         self.networks.to(device)
-        encoder = self.networks.text_encoder
-        parts = []
-        with torch.no_grad():
-            for rows in torch.arange(len(self.captions)).split(EMBED_BATCH):
-                tokens = self.captions.tokens(rows, device)
-                parts.append(encoder(tokens.ids, tokens.mask).half())
-        self.embeddings = torch.cat(parts)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
         draws = super().draw(step, batch_size, generator, device)
-        return replace(draws, choice=torch.rand(batch_size, generator=generator, device=device))
+        shape = (batch_size, self.config.alignment.captions_per_image)
+        return replace(draws, choice=torch.rand(shape, generator=generator, device=device))
+
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
+        """Loss of the denoiser, and with the weights of section ``alignment`` those of the texts.
+
+        Args:
+            network: ``self.model``, possibly wrapped.
+            inputs: posteriors of the codec; labels: (B,), which point at the images' captions.
+        """
+        latents = inputs.float().chunk(2, dim=1)[0]
+        of_texts: dict[str, Tensor] = {}
+        model_call = self.conditioned(network, labels, draws, latents, of_texts)
+        diffusion, parts = self.objective.losses(model_call, self.maps.scale(latents), draws.t, draws.noise)
+        diffusion = diffusion * draws.weights
+        weights = self.config.alignment
+        error = (of_texts["guessed"] - latents.flatten(1)[:, None]).square().mean(dim=2)
+        guessed = (error[:, 0] + error[:, 1:].mean(dim=1)) / 2
+        contrastive = contrastive_of(of_texts)
+        each = diffusion + weights.contrastive_weight * contrastive + weights.reconstruction_weight * guessed
+        parts |= {"diffusion": diffusion.detach(), "contrastive": contrastive.detach(), "map": guessed.detach()}
+        return Losses(each, parts)
 
     def conditioned(
-        self, network: Callable[..., Any], labels: Tensor, draws: Draws
+        self,
+        network: Callable[..., Any],
+        labels: Tensor,
+        draws: Draws,
+        latents: Tensor | None = None,
+        of_texts: dict[str, Tensor] | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        rows = self.captions.rows(labels, draws.choice).to(self.embeddings.device)
-        embeddings = torch.where(draws.drop[:, None], 0, self.embeddings[rows].float())
-        return lambda z, time: predict(network, z, time, embeddings)
+        """(z, time) -> prediction under captions of the images; what else the model finds goes to ``of_texts``."""
+        rows = self.captions.rows(labels, draws.choice)
+        tokens = self.captions.tokens(rows.flatten(), labels.device)
+
+        def call(z: Tensor, time: Tensor) -> Tensor:
+            with torch.no_grad():
+                of_images = self.networks.image_codec.embed(self.maps.unscale(z) if latents is None else latents)
+            found = network(z, time, tokens.ids, tokens.mask, draws.drop, of_images.float())
+            if of_texts is not None:
+                names = ("text_embeddings", "guessed", "logit_scale")
+                of_texts.update(zip(names, found[1:], strict=True))
+                of_texts["image_embeddings"] = of_images
+                of_texts["wording"] = self.captions.wording[rows].to(labels.device)
+            return found[0]
+
+        return call
 
     def pipeline(self) -> TextImagePipeline:
         """A pipeline around the networks as they are now."""
-        return make_pipeline(self.config, self.spec, self.networks, self.model)
+        return make_pipeline(self.config, self.spec, self.networks, self.denoiser)
 
     def two_images(self) -> Tensor:
         with no_text_warnings():
@@ -94,6 +171,15 @@ class TextImageRecipe(DiffusionRecipe):
     def preview(self, seed: int) -> Image:
         """Pictures of held-out captions: drawn by the denoiser, and decoded directly."""
         return text_preview(self.pipeline(), self.shown_texts, seed)
+
+
+def refuse_importance_sampling(config: RunConfig) -> None:
+    """Raise ConfigError for a timestep sampler that follows the loss, in which texts have a share here."""
+    if config.diffusion.timestep_sampler != "uniform":
+        raise ConfigError(
+            f"diffusion.timestep_sampler={config.diffusion.timestep_sampler} does not go with recipe text-image; leave "
+            "it out"
+        )
 
 
 def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
@@ -185,12 +271,8 @@ class JointRecipe(AlignmentRecipe):
     """
 
     def __init__(self, config: RunConfig, data: LoadedData):
+        refuse_importance_sampling(config)
         super().__init__(config, data)
-        if config.diffusion.timestep_sampler != "uniform":
-            raise ConfigError(
-                f"diffusion.timestep_sampler={config.diffusion.timestep_sampler} does not go with "
-                "alignment.joint=true; leave it out"
-            )
         unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
         networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
         schedule = NoiseSchedule.from_config(config.diffusion)
