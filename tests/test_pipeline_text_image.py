@@ -77,6 +77,9 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
     expected = pipe.generate_from_text(PROMPTS, **options).images
     assert largest(copy.generate_from_text(PROMPTS, **options).images - expected) < 1e-5
     assert copy.generate_text_from_image(expected, seed=3) == pipe.generate_text_from_image(expected, seed=3)
+    plain = TextImagePipeline.from_pretrained(tmp_path / "copy")  # diffusers' own way
+    plain.set_progress_bar_config(disable=True)
+    assert largest(plain.generate_from_text(PROMPTS, **options).images - expected) < 1e-5
     with pytest.raises(RunError, match=r"no data\.json, which says how to read images"):
         copy.generate_from_image([tmp_path / "a.png"])
 

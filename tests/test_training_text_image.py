@@ -496,7 +496,7 @@ def small_arguments(variant: str) -> dict[str, Any]:
         {"diffusion__learn_variance": True, "alignment__joint": True},
         {"training__precision": "bfloat16", "alignment__joint": True},
         {"data__image_size": [16, 32], "alignment__joint": True},
-        {"data__val_fraction": 0.0, "training__num_workers": 2},
+        {"data__val_fraction": 0.0, "training__num_workers": 2, "alignment__joint": True},
         {"data__horizontal_flip": True, "codec__cache": False, "codec__path": "ALIGNMENT"},
     ],
     ids=str,

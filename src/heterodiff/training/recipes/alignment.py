@@ -51,8 +51,8 @@ class AlignmentModel(nn.Module):
             images: (B, C, H, W) in [-1, 1].
             ids, mask: (B K, L), K captions of each, those of an image together.
             noise: (B, c, h, w), what is added to the map that the decoder gets.
-            by_text: (B,) bool, whether a picture decoded from an embedding comes from the text's or from the image's.
-                Of every fourth image there is one, since decoding is the greater part of a step.
+            by_text: (B,) bool, whether what is made from an embedding comes from the text's or from the image's: a
+                caption, and of every fourth image a picture (decoding is the greater part of a step).
         """
         codec = self.image_codec
         latents = codec.encode(images)
@@ -63,7 +63,9 @@ class AlignmentModel(nn.Module):
         by_texts = codec.get_latent_from_embedding(of_texts.flatten(0, 1)).unflatten(0, (-1, count))
         target = latents.detach().float()[:, None]
         errors = [(guess.float() - target).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)]
-        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
+        guessed = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])
+        retold = self.captioner.losses(guessed, ids[::count], mask[::count])
+        shown = guessed[::EMBEDDING_STRIDE]
         captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
         decoded = codec.decode(torch.cat([latents + noise, shown])).float()
         from_map, from_embedding = decoded.split([len(images), len(shown)])
@@ -75,6 +77,7 @@ class AlignmentModel(nn.Module):
             "from_map": from_map,
             "from_embedding": from_embedding,
             "map": sum(errors) / 2,
+            "retold": retold,
             "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
         }
 
@@ -97,8 +100,9 @@ class AlignmentRecipe:
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
     that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
     squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
-    per token of the caption from the map. Errors of images are relative to those of the mean training image, so that
-    weights mean the same for all data.
+    per token of the caption from the map, and from one embedding: where pictures of a text are blurs on average, only
+    this asks its embedding for all that the text says. Errors of images are relative to those of the mean training
+    image, so that weights mean the same for all data.
 
     Args:
         config: the run.
@@ -160,6 +164,7 @@ class AlignmentRecipe:
             "from_embedding": from_embedding,
             "map": found["map"],
             "caption": found["caption"],
+            "retold": found["retold"],
         }
         reconstruction = sum(value for name, value in parts.items() if name != "contrastive")
         each = weights.contrastive_weight * contrastive + weights.reconstruction_weight * reconstruction
