@@ -149,7 +149,7 @@ def test_an_empty_prompt_is_said_to_be_no_condition(
 ) -> None:
     assert call("text2image", shapes_run, "", "-n", "2", *STEPS, "--out", tmp_path / "out") == 0
     error = capsys.readouterr().err
-    assert error == "note     an empty text means no condition: pictures are drawn of anything\n"
+    assert error == "note     an empty text means no condition\n"
     assert [row["file_name"] for row in prompts_of(tmp_path / "out")] == [
         "0000_no_condition.png",
         "0001_no_condition.png",

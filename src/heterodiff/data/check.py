@@ -31,6 +31,7 @@ class DataSummary:
         bad: every image, folder and metadata row that cannot be used.
         problems: errors beyond single images that training would stop with.
         warnings: what training would warn of.
+        captions: of all usable images.
     """
 
     spec: ImageSpec | None
@@ -44,6 +45,7 @@ class DataSummary:
     bad: tuple[DataFinding, ...]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    captions: int = 0
 
 
 def _class_counts(collection: Collection, survey: Survey) -> dict[str, int]:
@@ -72,13 +74,13 @@ def check_data(config: DataConfig) -> DataSummary:
     survey = survey_images(collection, config, keep=False, moments=True)
     spec: ImageSpec | None = None
     problems: tuple[str, ...] = ()
-    warnings = collection.warnings
+    warnings, captions = collection.warnings, 0
     if survey.images:
         lenient = config.model_copy(update={"on_bad": "skip"})
         collection_of_good_rows = replace(collection, problems=())
         try:
             loaded = assemble(collection_of_good_rows, survey, lenient)
-            spec, warnings = loaded.spec, loaded.warnings
+            spec, warnings, captions = loaded.spec, loaded.warnings, sum(map(len, loaded.captions))
         except DataError as error:
             problems = (str(error),)
     else:
@@ -92,4 +94,5 @@ def check_data(config: DataConfig) -> DataSummary:
         bad=(*survey.bad, *collection.problems),
         problems=problems,
         warnings=warnings,
+        captions=captions,
     )

@@ -105,7 +105,7 @@ class TextImagePipeline(DiffusionPipeline):
         tokens, notes = encode_texts(self.tokenizer, texts, self.text_encoder.config.max_tokens)
         empty = torch.tensor([not text.strip() for text in texts])
         if bool(empty.any()):
-            notes = [*notes, "an empty text means no condition: pictures are drawn of anything"]
+            notes = [*notes, "an empty text means no condition"]
         for note in notes:
             warnings.warn(note, TextWarning, stacklevel=2)
         embeddings = F.normalize(self.text_encoder(tokens.ids.to(self.device), tokens.mask.to(self.device)), dim=-1)

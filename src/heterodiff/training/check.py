@@ -73,7 +73,10 @@ def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -
     sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in summary.sizes)
     findings.add(True, "sizes", f"height x width: {sizes}")
     classes = ", ".join(f"{name or 'unlabelled'} {n}" for name, n in summary.class_counts.items())
-    findings.add(True, "classes", classes or "none")
+    if summary.captions:
+        findings.add(True, "captions", f"{summary.captions} of {count} images")
+    else:
+        findings.add(True, "classes", classes or "none")
     if math.isfinite(summary.mean):
         text = f"{summary.minimum:g} to {summary.maximum:g}, mean {summary.mean:.4g}, std {summary.std:.4g}"
         findings.add(
