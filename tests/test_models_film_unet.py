@@ -1,5 +1,6 @@
 """film-unet: FiLM in every block, rows without a condition, sizes, saving, and what a user gets wrong."""
 
+import itertools
 import logging
 
 import pytest
@@ -55,7 +56,7 @@ def test_public_names():
 
 def test_default_size():
     found = profile("film-unet", 7, 7, latent_channels=256, latent_size=7, condition_dim=512)
-    assert found.parameters == 49_153_024
+    assert found.parameters == 49_572_864
     assert found == profile("film-unet", 7, 7)
 
 
@@ -93,6 +94,39 @@ def test_every_block_is_scaled_and_shifted_by_time_and_text():
             assert largest(slow_block(block, h, embedding) - out) <= 1e-10 * largest(out)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_convolution_sees_the_condition_at_every_place(size):
+    """Place by place: a row of weights for each channel and cell, between cells in proportion."""
+    model, (x, condition) = make(), inputs(size)
+    condition[1] = 0
+    seen = []
+    model.input_blocks[0].register_forward_pre_hook(lambda stage, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(x, TIMES, condition=condition)
+        model(x, TIMES)
+    (given, without), channels = seen, model.config.condition_channels
+    assert given.shape == (3, 6 + channels, *size)
+    for found in (given, without):
+        assert torch.equal(found[:, :6], x)
+    for empty in (given[1, 6:], without[:, 6:]):
+        assert empty.eq(0).all()
+    weight = model.condition_map.weight.view(channels, 5, 4, 12).detach()
+
+    def between(there: int, sides: int, here: int) -> list[tuple[int, float]]:
+        """Cells of ``here`` and their shares in cell ``there`` of ``sides``, by its centre."""
+        at = min(max((there + 0.5) * here / sides - 0.5, 0), here - 1)
+        low = int(at)
+        return [(low, 1 - (at - low)), (min(low + 1, here - 1), at - low)]
+
+    for row, k, i, j in itertools.product((0, 2), range(channels), range(size[0]), range(size[1])):
+        expected = sum(
+            share * other * float(weight[k, y, x] @ condition[row])
+            for y, share in between(i, size[0], 5)
+            for x, other in between(j, size[1], 4)
+        )
+        assert abs(given[row, 6 + k, i, j].item() - expected) <= 1e-10
+
+
 def test_resolution_is_constant_and_widths_grow():
     model, (x, condition) = make(torch.float32), inputs(dtype=torch.float32)
     shapes = []
@@ -105,11 +139,12 @@ def test_resolution_is_constant_and_widths_grow():
 def test_rows_of_zeros_are_no_condition():
     model, (x, condition) = make(), inputs()
     without = make(condition_dim=None)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("condition_emb.")}
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("condition_")}
+    state["input_blocks.0.0.weight"] = state["input_blocks.0.0.weight"][:, :6]
     without.load_state_dict(state)
     with torch.no_grad():
-        expected = without(x, TIMES).sample
-        assert torch.equal(model(x, TIMES).sample, expected)
+        expected = model(x, TIMES).sample
+        assert largest(without(x, TIMES).sample - expected) <= 1e-12 * largest(expected)
         assert torch.equal(model(x, TIMES, condition=torch.zeros_like(condition)).sample, expected)
         given = model(x, TIMES, condition=condition).sample
         condition[1] = 0
@@ -139,10 +174,11 @@ def test_swapped_conditions_change_the_prediction():
 
 @pytest.mark.parametrize("config", [{}, {"layers_per_block": 2, "channel_mult": (1, 2)}], ids=str)
 def test_gradients_reach_the_condition_through_every_block(config):
-    """With all other blocks cut off from it."""
+    """With all other blocks, and the map of the condition, cut off from it."""
     model, (x, condition) = make(**config), inputs()
     condition[2] = 0
     condition.requires_grad_()
+    model.condition_map.register_forward_hook(lambda layer, given, out: out.detach())
     blocks = res_blocks(model)
     for open_block in blocks:
         hooks = [
@@ -270,6 +306,7 @@ def test_diffusers_pipeline_runs_unchanged():
         ({"num_heads": 7}, "256 channels do not split into 7 heads"),
         ({"num_heads": 0}, "0 heads"),
         ({"condition_dim": 0}, "condition_dim: expected at least 1, or None, found 0"),
+        ({"condition_channels": -1}, "condition_channels: expected at least 0, found -1"),
         ({"latent_channels": 0}, "latent_channels.*found 0"),
         ({"latent_size": (7, 0)}, r"latent_size.*\(7, 0\)"),
         ({"layers_per_block": 0}, "layers_per_block.*and 0"),

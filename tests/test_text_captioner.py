@@ -42,6 +42,7 @@ def small_captioner(**settings: Any) -> Captioner:
         "vocabulary_size": 40,
         "latent_channels": 6,
         "latent_size": (2, 3),
+        "embedding_dim": 10,
         "width": 32,
         "layers": 2,
         "num_heads": 4,
@@ -57,6 +58,10 @@ def small_captioner(**settings: Any) -> Captioner:
 
 def maps(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 6, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def embeddings(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 10, generator=torch.Generator().manual_seed(seed))
 
 
 def some_captions(padded_to: int) -> tuple[Tensor, Tensor]:
@@ -106,9 +111,25 @@ def test_every_cell_of_the_map_matters_and_its_place_too() -> None:
     assert (captioner.losses(latents.flip(3), ids, mask) - expected).abs().min() > 1e-4
 
 
+@torch.no_grad()
+def test_an_embedding_is_read_by_its_direction_in_place_of_a_map() -> None:
+    captioner, (ids, mask) = small_captioner(), some_captions(9)
+    expected = captioner.losses(embeddings(3), ids, mask)
+    torch.testing.assert_close(captioner.losses(7 * embeddings(3), ids, mask), expected)
+    changed = embeddings(3)
+    changed[1] += torch.eye(10)[4]
+    difference = (captioner.losses(changed, ids, mask) - expected).abs()
+    assert difference[1] > 1e-4
+    assert max(difference[0], difference[2]) < 1e-6
+    written = captioner.generate(embeddings(3), num_captions=2, seed=3, **SAMPLING)
+    assert captioner.generate(embeddings(3)[1:2], num_captions=2, seed=3, **SAMPLING) == written[1:2]
+    assert written[0] != written[1]
+
+
 def test_every_weight_learns() -> None:
     captioner = small_captioner(dropout=0.1).train()
     captioner.losses(maps(3), *some_captions(20)).sum().backward()
+    captioner.losses(embeddings(3), *some_captions(20)).sum().backward()
     for name, parameter in captioner.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.abs().sum() > 0), name
@@ -116,8 +137,10 @@ def test_every_weight_learns() -> None:
 
 def test_shapes_that_do_not_fit_are_errors() -> None:
     captioner = small_captioner()
-    with pytest.raises(ConfigError, match=r"expected latents \(B, 6, 2, 3\), found \(1, 6, 3, 2\)"):
+    with pytest.raises(ConfigError, match=r"latents \(B, 6, 2, 3\) or embeddings \(B, 10\), found \(1, 6, 3, 2\)"):
         captioner.generate(maps(1).transpose(2, 3))
+    with pytest.raises(ConfigError, match=r"embeddings \(B, 10\), found \(3, 9\)"):
+        captioner.losses(embeddings(3)[:, :9], *some_captions(9))
     with pytest.raises(ConfigError, match="at most 20 tokens"):
         captioner.losses(maps(3), *some_captions(22))
     with pytest.raises(ConfigError, match="does not split into 5 heads"):
@@ -125,12 +148,13 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
     assert captioner.generate(maps(0)) == []
 
 
-def test_it_learns_four_captions_by_heart() -> None:
+@pytest.mark.parametrize("of", [maps, embeddings])
+def test_it_learns_four_captions_by_heart(of: Callable[[int], Tensor]) -> None:
     tokenizer = train_tokenizer(CAPTIONS, 150)
     tokens, _ = encode_texts(tokenizer, CAPTIONS, 20)
     torch.manual_seed(0)
-    captioner = Captioner(len(tokenizer), 6, (2, 3), width=32, layers=2, num_heads=4, max_tokens=20)
-    latents = maps(4)
+    captioner = Captioner(len(tokenizer), 6, (2, 3), 10, width=32, layers=2, num_heads=4, max_tokens=20)
+    latents = of(4)
     optimizer = torch.optim.Adam(captioner.parameters(), lr=1e-2)
     for _ in range(100):
         optimizer.zero_grad()

@@ -156,7 +156,7 @@ def test_1_the_target_is_the_map_of_zero_mean_and_unit_std_in_every_channel(trai
     expected = expected / expected.std(dim=(0, 2, 3), keepdim=True)
     assert float((centred / centred.std(dim=(0, 2, 3), keepdim=True) - expected).abs().max()) < 0.01
     mean, std = target.mean(dim=(0, 2, 3)), target.std(dim=(0, 2, 3))
-    slack = 0.15 if isinstance(trained.recipe, JointRecipe) else 0.01  # jointly, statistics run along with the maps
+    slack = 0.3 if isinstance(trained.recipe, JointRecipe) else 0.01  # jointly, statistics run along with the maps
     assert float(mean.abs().max()) < slack
     assert float((std - 1).abs().max()) < slack
 
@@ -200,6 +200,34 @@ def test_2_no_gradient_of_the_diffusion_loss_reaches_the_image_encoder(joint_run
         assert all(p.grad is None or not p.grad.any() for p in part.parameters())
     for part in (model.unet, model.text_encoder):
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+
+
+def test_image_encoder_and_decoder_learn_from_the_images_own_map_alone(tmp_path: Path) -> None:
+    """Of all that the alignment asks for; and what it asks of embeddings reaches all that makes them."""
+    config = text_config(tmp_path / "run", recipe="alignment")
+    data = load_data(config.data)
+    recipe = build_recipe(config, data)
+    model, (images, labels) = recipe.model, data.train.batch(range(8))
+    draws = recipe.draw(0, 8, torch.Generator().manual_seed(0), CPU)
+    tokens = recipe.captions.tokens(recipe.captions.rows(labels, draws.choice).flatten(), CPU)
+    learners = {
+        "from_map": {"encoder", "decoder"},
+        "image_embeddings": {"embedder"},
+        "text_embeddings": {"text_encoder"},
+        "from_embedding": {"embedder", "projection", "text_encoder"},
+        "map": {"embedder", "projection", "text_encoder"},
+        "caption": {"captioner"},
+        "caption_from_embedding": {"embedder", "captioner"},
+        "retold": {"text_encoder", "captioner"},
+    }
+    draws.by_text[:] = torch.arange(8) < 4  # of the two that are decoded, one of each
+    found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.by_text)
+    assert found.keys() == learners.keys() | {"latents", "logit_scale"}
+    for name, expected in learners.items():
+        model.zero_grad(set_to_none=True)
+        found[name].square().sum().backward(retain_graph=True)
+        learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert {key.removeprefix("image_codec.").partition(".")[0] for key in learned} == expected, name
 
 
 def test_2_training_on_the_diffusion_loss_alone_leaves_the_image_codec_as_it_was(tmp_path: Path) -> None:

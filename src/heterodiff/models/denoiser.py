@@ -135,6 +135,10 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _threshold(self) -> float | None:
         return self.zero_threshold if self.memory_optimization else None
 
+    def _seen(self, sample: Tensor, condition: Tensor | None) -> Tensor:
+        """What the first convolution sees of ``sample`` and a condition of the right shape."""
+        return sample
+
     def _recompute(self) -> Recompute:
         if not torch.is_grad_enabled():
             return "nothing"
@@ -172,7 +176,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
         if c is not None:
             embedding = embedding + c
-        h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        h = self._seen(sample, condition).to(self.dtype).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:

@@ -356,10 +356,7 @@ class TextImagePipeline(DiffusionPipeline):
         given = image_embeddings_or_images
         if batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
-        if given.ndim == 2:
-            latents = self.image_codec.get_latent_from_embedding(self._embeddings(given))
-        else:
-            latents = self._map(given)
+        latents = self._embeddings(given) if given.ndim == 2 else self._map(given)
         captions = []
         for part in latents.split(batch_size):
             found = self.captioner.generate(

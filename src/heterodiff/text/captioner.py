@@ -1,4 +1,4 @@
-"""The captioner: GPT-2 that writes a caption, token by token, looking at the cells of an image's latent map."""
+"""The captioner: GPT-2 that writes a caption, token by token, looking at a latent map, or at what an embedding says."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,10 +21,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from heterodiff.codecs.cnn import scaled
 from heterodiff.errors import ConfigError
 from heterodiff.models.loading import load_network
 from heterodiff.text.loading import make_config
 
+EMBEDDING_TOKENS = 8
+"""What an embedding becomes; the map's cells are as many tokens as there are cells."""
 LEAST_TEMPERATURE = 1e-6
 """Lower ones take the most likely token, too: logits divided by them would leave the range of float32."""
 
@@ -43,9 +46,12 @@ class TiedHead(nn.Module):
 class Captioner(ModelMixin, ConfigMixin):
     """Latent map to caption: GPT-2 with cross-attention over the h * w cells of the map.
 
+    In place of maps it takes embeddings, of images or texts, (B, D) and of any length: 8 tokens each.
+
     Args:
         vocabulary_size: of the tokenizer.
         latent_channels, latent_size: C and (h, w) of the map.
+        embedding_dim: D.
         width, layers, num_heads: of the GPT-2; the MLPs have 4 * width.
         max_tokens: longest caption, start and end token included.
         dropout: probability in residual branches, embeddings and attention.
@@ -63,6 +69,7 @@ class Captioner(ModelMixin, ConfigMixin):
         vocabulary_size: int,
         latent_channels: int = 256,
         latent_size: Sequence[int] = (7, 7),
+        embedding_dim: int = 512,
         width: int = 256,
         layers: int = 4,
         num_heads: int = 4,
@@ -97,18 +104,23 @@ class Captioner(ModelMixin, ConfigMixin):
         self.gpt2.lm_head = TiedHead(self.gpt2.transformer.wte)
         self.image_projection = nn.Linear(latent_channels, width)
         self.image_positions = nn.Parameter(0.02 * torch.randn(math.prod(latent_size), width))
+        self.embedding_projection = nn.Linear(embedding_dim, EMBEDDING_TOKENS * width)
         self.image_norm = nn.LayerNorm(width)
 
     def image_tokens(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> tokens (B, h * w, width), row by row.
+        """Latents (B, C, h, w) -> tokens (B, h * w, width), row by row; embeddings (B, D) -> (B, 8, width).
 
         Raises:
-            ConfigError: a map of another shape than the captioner was made for.
+            ConfigError: a map or an embedding of another shape than the captioner was made for.
         """
         expected = (self.config.latent_channels, *self.config.latent_size)
+        if latents.ndim == 2 and latents.shape[1] == self.config.embedding_dim:
+            found = self.embedding_projection(scaled(latents).to(self.dtype))
+            return self.image_norm(found.unflatten(1, (EMBEDDING_TOKENS, -1)))
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise ConfigError(
-                f"captioner: expected latents (B, {', '.join(map(str, expected))}), found {tuple(latents.shape)}"
+                f"captioner: expected latents (B, {', '.join(map(str, expected))}) or embeddings (B, "
+                f"{self.config.embedding_dim}), found {tuple(latents.shape)}"
             )
         cells = latents.to(self.dtype).flatten(2).transpose(1, 2)
         return self.image_norm(self.image_projection(cells) + self.image_positions)
@@ -127,7 +139,7 @@ class Captioner(ModelMixin, ConfigMixin):
         """Cross-entropy of each caption, the mean over its tokens after the first, in nats (B,).
 
         Args:
-            latents: (B, C, h, w).
+            latents: (B, C, h, w), or embeddings (B, D).
             ids: (B, L) int64, start and end token included.
             mask: (B, L), nonzero for real tokens.
 
@@ -158,7 +170,7 @@ class Captioner(ModelMixin, ConfigMixin):
         It does not depend on what else is in the batch (in float32; in bfloat16, rounding depends on the batch).
 
         Args:
-            latents: (B, C, h, w).
+            latents: (B, C, h, w), or embeddings (B, D).
             num_captions: of each image.
             max_new_tokens: longest caption, its end token included; default and most: max_tokens - 1.
             temperature: divides the logits; 0 takes the most likely token each time.

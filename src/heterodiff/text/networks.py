@@ -59,6 +59,7 @@ def _check_sizes(networks: TextNetworks, run: Path) -> None:
     codec, encoder, captioner = networks.image_codec, networks.text_encoder.config, networks.captioner.config
     for what, first, second in (
         ("embeddings of the image codec and the text encoder", codec.config.embedding_dim, encoder.embedding_dim),
+        ("embeddings of the text encoder and the captioner", encoder.embedding_dim, captioner.embedding_dim),
         ("map of the image codec and the captioner", codec.config.latent_channels, captioner.latent_channels),
         ("map of the image codec and the captioner", tuple(codec.latent_size), tuple(captioner.latent_size)),
         ("vocabulary of the text encoder and the captioner", encoder.vocabulary_size, captioner.vocabulary_size),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
 from heterodiff.config import RunConfig
@@ -51,34 +52,37 @@ class AlignmentModel(nn.Module):
             images: (B, C, H, W) in [-1, 1].
             ids, mask: (B K, L), K captions of each, those of an image together.
             noise: (B, c, h, w), what is added to the map that the decoder gets.
-            by_text: (B,) bool, whether what is made from an embedding comes from the text's or from the image's: a
-                caption, and of every fourth image a picture (decoding is the greater part of a step).
+            by_text: (B,) bool, whether the picture of an embedding is made from the text's or from the image's; that is
+                of every fourth image (decoding is the greater part of a step).
         """
         codec = self.image_codec
         latents = codec.encode(images)
         count = len(ids) // len(images)
-        of_images = codec.embed(latents)
+        # Image encoder and decoder learn from images alone: other losses would have them spend what images need, and
+        # guessed maps are blurred, which a decoder that learned from them would take real ones for.
+        seen = latents.detach()
+        decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
+        of_images = codec.embed(seen)
         of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
         by_image = codec.get_latent_from_embedding(of_images)[:, None]
         by_texts = codec.get_latent_from_embedding(of_texts.flatten(0, 1)).unflatten(0, (-1, count))
-        target = latents.detach().float()[:, None]
-        errors = [(guess.float() - target).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)]
-        guessed = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])
-        retold = self.captioner.losses(guessed, ids[::count], mask[::count])
-        shown = guessed[::EMBEDDING_STRIDE]
-        captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
-        decoded = codec.decode(torch.cat([latents + noise, shown])).float()
-        from_map, from_embedding = decoded.split([len(images), len(shown)])
+        errors = [
+            (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
+        ]
+        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
+        captions = self.captioner.losses(seen.repeat_interleave(count, dim=0), ids, mask)
+        first = ids[::count], mask[::count]
         return {
             "latents": latents,
             "image_embeddings": of_images.float(),
             "text_embeddings": of_texts.float(),
             "logit_scale": self.logit_scale().expand(len(images)),
-            "from_map": from_map,
-            "from_embedding": from_embedding,
+            "from_map": codec.decode(latents + noise).float(),
+            "from_embedding": functional_call(codec.decoder, decoder, (shown,)).float(),
             "map": sum(errors) / 2,
-            "retold": retold,
             "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
+            "caption_from_embedding": self.captioner.losses(of_images, *first),
+            "retold": self.captioner.losses(of_texts[:, 0], *first),
         }
 
 
@@ -100,9 +104,9 @@ class AlignmentRecipe:
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
     that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
     squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
-    per token of the caption from the map, and from one embedding: where pictures of a text are blurs on average, only
-    this asks its embedding for all that the text says. Errors of images are relative to those of the mean training
-    image, so that weights mean the same for all data.
+    per token of the caption from the map, and from both embeddings: where pictures of a text are blurs on average, only
+    retelling it asks its embedding for all that it says. Errors of images are relative to those of the mean training
+    image, so that weights mean the same for all data. Encoder and decoder learn from the image's own map alone.
 
     Args:
         config: the run.
@@ -162,10 +166,7 @@ class AlignmentRecipe:
             "contrastive": contrastive,
             "from_map": (found["from_map"] - inputs).abs().flatten(1).mean(dim=1) / absolute,
             "from_embedding": from_embedding,
-            "map": found["map"],
-            "caption": found["caption"],
-            "retold": found["retold"],
-        }
+        } | {name: found[name] for name in ("map", "caption", "caption_from_embedding", "retold")}
         reconstruction = sum(value for name, value in parts.items() if name != "contrastive")
         each = weights.contrastive_weight * contrastive + weights.reconstruction_weight * reconstruction
         return Losses(each, {name: value.detach() for name, value in parts.items()})

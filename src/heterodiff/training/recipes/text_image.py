@@ -19,6 +19,7 @@ from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
+from heterodiff.text.captioner import Captioner
 from heterodiff.text.contrastive import LogitScale
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.networks import TextNetworks, load_networks
@@ -32,45 +33,57 @@ STATISTICS_MOMENTUM = 0.05
 
 
 class SteeredDenoiser(nn.Module):
-    """The denoiser with the text encoder that steers it, as one call.
+    """The denoiser with the text networks, which go on learning with it, as one call.
 
     Args:
         unet: the denoiser.
-        text_encoder: goes on learning with it.
-        projection: of the image codec, from embeddings to maps; it goes on learning, too.
+        text_encoder: steers it.
+        projection: of the image codec, from embeddings to maps.
+        captioner: writes captions of maps and embeddings.
     """
 
-    def __init__(self, unet: Any, text_encoder: TextEncoder, projection: nn.Linear):
+    def __init__(self, unet: Any, text_encoder: TextEncoder, projection: nn.Linear, captioner: Captioner):
         super().__init__()
-        self.unet, self.text_encoder, self.projection = unet, text_encoder, projection
+        self.unet, self.text_encoder, self.projection, self.captioner = unet, text_encoder, projection, captioner
         self.logit_scale = LogitScale()
 
     def forward(
-        self, z_t: Tensor, time: Tensor, ids: Tensor, mask: Tensor, drop: Tensor, of_images: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, z_t: Tensor, time: Tensor, ids: Tensor, mask: Tensor, drop: Tensor, latents: Tensor, of_images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The prediction under the first caption of each image, and what the losses of texts need.
 
         Args:
             z_t: (B, c, h, w); time: (B,).
             ids, mask: (B K, L), K captions of each image, those of an image together.
             drop: (B,) bool, images whose text is left out.
-            of_images: (B, D), embeddings of the images.
+            latents: (B, c, h, w), the images' own maps, unscaled.
+            of_images: (B, D), their embeddings.
 
         Returns:
-            Prediction, text embeddings (B, K, D), guessed maps (B, 1 + K, c h w) of the image's and the texts'
-            embeddings, and the scale of the contrastive loss (B,).
+            Prediction, and by name: text embeddings (B, K, D), guessed maps (B, 1 + K, c h w) of the image's and the
+            texts' embeddings, the scale of the contrastive loss (B,), and the losses (B,) of the first caption from the
+            map, the image's embedding and its own.
         """
         of_texts = self.text_encoder(ids, mask).float().unflatten(0, (len(z_t), -1))
         prediction = predict(self.unet, z_t, time, torch.where(drop[:, None], 0, of_texts[:, 0]))
         guessed = self.projection(scaled(torch.cat([of_images[:, None], of_texts], dim=1)))
-        return prediction, of_texts, guessed, self.logit_scale().expand(len(z_t))
+        count = of_texts.shape[1]
+        first = ids[::count], mask[::count]
+        return prediction, {
+            "text_embeddings": of_texts,
+            "guessed": guessed,
+            "logit_scale": self.logit_scale().expand(len(z_t)),
+            "caption": self.captioner.losses(latents, *first),
+            "caption_from_embedding": self.captioner.losses(of_images, *first),
+            "retold": self.captioner.losses(of_texts[:, 0], *first),
+        }
 
 
 class TextImageRecipe(DiffusionRecipe):
     """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    Image codec and captioner stay as they are, and maps are stored latents. The text encoder goes on learning: from the
-    denoiser, and as in its alignment from the maps and embeddings of the images, which cost next to nothing here.
+    The image codec stays as it is, and maps are stored latents. Text encoder and captioner go on learning as in their
+    alignment, which costs little where no image is decoded; the text encoder from the denoiser, too.
 
     Args:
         config: the run.
@@ -96,7 +109,8 @@ class TextImageRecipe(DiffusionRecipe):
         projection = self.networks.image_codec.projection.requires_grad_(True)
         encoder.requires_grad_(True)
         encoder.transformer.requires_grad_(not encoder.config.frozen)
-        self.model: Any = SteeredDenoiser(self.model, encoder, projection)
+        captioner = self.networks.captioner.requires_grad_(True)
+        self.model: Any = SteeredDenoiser(self.model, encoder, projection, captioner)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
         shown = data.val if len(data.val) else data.train
         spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
@@ -131,9 +145,11 @@ class TextImageRecipe(DiffusionRecipe):
         error = (of_texts["guessed"] - latents.flatten(1)[:, None]).square().mean(dim=2)
         guessed = (error[:, 0] + error[:, 1:].mean(dim=1)) / 2
         contrastive = contrastive_of(of_texts)
-        each = diffusion + weights.contrastive_weight * contrastive + weights.reconstruction_weight * guessed
-        parts |= {"diffusion": diffusion.detach(), "contrastive": contrastive.detach(), "map": guessed.detach()}
-        return Losses(each, parts)
+        asked = {"map": guessed} | {name: of_texts[name] for name in ("caption", "caption_from_embedding", "retold")}
+        texts = weights.contrastive_weight * contrastive + weights.reconstruction_weight * sum(asked.values())
+        parts |= {name: value.detach() for name, value in asked.items()}
+        parts |= {"diffusion": diffusion.detach(), "contrastive": contrastive.detach()}
+        return Losses(diffusion + texts, parts)
 
     def conditioned(
         self,
@@ -148,15 +164,14 @@ class TextImageRecipe(DiffusionRecipe):
         tokens = self.captions.tokens(rows.flatten(), labels.device)
 
         def call(z: Tensor, time: Tensor) -> Tensor:
+            maps = self.maps.unscale(z) if latents is None else latents
             with torch.no_grad():
-                of_images = self.networks.image_codec.embed(self.maps.unscale(z) if latents is None else latents)
-            found = network(z, time, tokens.ids, tokens.mask, draws.drop, of_images.float())
+                of_images = self.networks.image_codec.embed(maps).float()
+            prediction, found = network(z, time, tokens.ids, tokens.mask, draws.drop, maps, of_images)
             if of_texts is not None:
-                names = ("text_embeddings", "guessed", "logit_scale")
-                of_texts.update(zip(names, found[1:], strict=True))
-                of_texts["image_embeddings"] = of_images
-                of_texts["wording"] = self.captions.wording[rows].to(labels.device)
-            return found[0]
+                wording = self.captions.wording[rows].to(labels.device)
+                of_texts.update(found, image_embeddings=of_images, wording=wording)
+            return prediction
 
         return call
 

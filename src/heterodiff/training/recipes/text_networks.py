@@ -47,6 +47,7 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
         vocabulary_size=len(tokenizer),
         latent_channels=codec.config.latent_channels,
         latent_size=codec.latent_size,
+        embedding_dim=text.embedding_dim,
         width=text.captioner_width,
         layers=text.captioner_layers,
         num_heads=text.num_heads,
