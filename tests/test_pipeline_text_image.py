@@ -84,19 +84,14 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
         copy.generate_from_image([tmp_path / "a.png"])
 
 
-def test_what_the_denoiser_learned_on_is_that_of_the_alignment(shapes_run: Path) -> None:
-    """Texts go on learning with it: their encoder, and the way from embeddings to maps."""
-    learned = {}
+def test_the_networks_are_those_of_the_alignment(shapes_run: Path) -> None:
     for name in ("image_codec", "text_encoder", "captioner"):
         before, after = (
             load_file(folder / name / "diffusion_pytorch_model.safetensors")
             for folder in (shapes_run / "alignment", shapes_run)
         )
         assert before.keys() == after.keys()
-        learned[name] = {key for key in before if not torch.equal(before[key], after[key])}
-    assert learned["captioner"] == set()
-    assert learned["image_codec"] == {"projection.weight", "projection.bias"}
-    assert "projection.weight" in learned["text_encoder"]
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 # ---- text to image --------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trai
     with torch.no_grad():
         draws = recipe.draw(0, len(z), torch.Generator(device).manual_seed(0), device)
         out = recipe.conditioned(network, labels, draws)(z, torch.zeros(len(z), device=device))
-    expected = (len(z), recipe.denoiser.config.out_channels, *z.shape[2:])
+    expected = (len(z), network.config.out_channels, *z.shape[2:])
     add(tuple(out.shape) == expected, "forward", f"{tuple(z.shape)} to {tuple(out.shape)}")
     losses = falling_losses(recipe, posteriors, labels, device)
     finite = bool(torch.isfinite(losses).all())

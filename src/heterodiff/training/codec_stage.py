@@ -12,7 +12,6 @@ from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
 from heterodiff.training.loop import check_batch, precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.recipes.text_image import refuse_importance_sampling
 from heterodiff.training.recipes.text_networks import codec_arguments
 from heterodiff.training.run_folder import changed_keys, weights_step
 
@@ -64,8 +63,6 @@ def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
     Raises:
         ConfigError: what would stop the denoiser's training later.
     """
-    if config.codec.kind == "cnn":
-        refuse_importance_sampling(config)
     channels, height, width = _latent_shape(config, spec)
     precision_of(config.training)
     check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))

@@ -58,8 +58,9 @@ class AlignmentModel(nn.Module):
         codec = self.image_codec
         latents = codec.encode(images)
         count = len(ids) // len(images)
-        # Image encoder and decoder learn from images alone: other losses would have them spend what images need, and
-        # guessed maps are blurred, which a decoder that learned from them would take real ones for.
+        # The encoder learns from the image and from captions of its map, which make for maps that a denoiser learns
+        # faster. What embeddings need would cost images more than it helps; and the decoder would lose what it can do
+        # with real maps if it learned from guessed ones, which are blurred.
         seen = latents.detach()
         decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
         of_images = codec.embed(seen)
@@ -70,8 +71,9 @@ class AlignmentModel(nn.Module):
             (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
         ]
         shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
-        captions = self.captioner.losses(seen.repeat_interleave(count, dim=0), ids, mask)
+        captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
         first = ids[::count], mask[::count]
+        another = slice(min(1, count - 1), None, count)  # in other words: what they tell counts, not how they put it
         return {
             "latents": latents,
             "image_embeddings": of_images.float(),
@@ -82,7 +84,7 @@ class AlignmentModel(nn.Module):
             "map": sum(errors) / 2,
             "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
             "caption_from_embedding": self.captioner.losses(of_images, *first),
-            "retold": self.captioner.losses(of_texts[:, 0], *first),
+            "retold": self.captioner.losses(of_texts[:, 0], ids[another], mask[another]),
         }
 
 
@@ -105,8 +107,10 @@ class AlignmentRecipe:
     that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
     squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
     per token of the caption from the map, and from both embeddings: where pictures of a text are blurs on average, only
-    retelling it asks its embedding for all that it says. Errors of images are relative to those of the mean training
-    image, so that weights mean the same for all data. Encoder and decoder learn from the image's own map alone.
+    retelling it, in the words of another caption of the image where there are several in a step, asks its embedding for
+    all that it says. Errors of images are relative to those of the mean training
+    image, so that weights mean the same for all data. The decoder learns from the image's own map alone, the encoder
+    from that and from captions of it.
 
     Args:
         config: the run.

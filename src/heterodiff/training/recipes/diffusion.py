@@ -139,11 +139,6 @@ class DiffusionRecipe:
         # A sampler that does not work should not be found out at the first preview.
         make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
 
-    @property
-    def denoiser(self) -> Any:
-        """The denoiser, which is the model or a part of it."""
-        return self.model
-
     def to(self, device: torch.device) -> None:
         """Move the codec to ``device``."""
         self.codec.to(device)
@@ -205,8 +200,7 @@ class DiffusionRecipe:
         total, start = 0.0, 0
         for inputs, labels in every:
             part = slice(start, start + len(labels))
-            found = self.losses(self.model, inputs, labels, draws.rows(part))
-            total += float(found.parts.get("diffusion", found.each).sum())
+            total += float(self.losses(self.model, inputs, labels, draws.rows(part)).each.sum())
             start = part.stop
         return {"val_loss": total / count}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec, scaled
+from heterodiff.codecs.cnn import CNNCodec
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
@@ -19,12 +19,9 @@ from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
-from heterodiff.text.captioner import Captioner
-from heterodiff.text.contrastive import LogitScale
-from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.networks import TextNetworks, load_networks
 from heterodiff.text.table import CaptionTable
-from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe, contrastive_of
+from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
 
@@ -32,58 +29,10 @@ PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
 
 
-class SteeredDenoiser(nn.Module):
-    """The denoiser with the text networks, which go on learning with it, as one call.
-
-    Args:
-        unet: the denoiser.
-        text_encoder: steers it.
-        projection: of the image codec, from embeddings to maps.
-        captioner: writes captions of maps and embeddings.
-    """
-
-    def __init__(self, unet: Any, text_encoder: TextEncoder, projection: nn.Linear, captioner: Captioner):
-        super().__init__()
-        self.unet, self.text_encoder, self.projection, self.captioner = unet, text_encoder, projection, captioner
-        self.logit_scale = LogitScale()
-
-    def forward(
-        self, z_t: Tensor, time: Tensor, ids: Tensor, mask: Tensor, drop: Tensor, latents: Tensor, of_images: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prediction under the first caption of each image, and what the losses of texts need.
-
-        Args:
-            z_t: (B, c, h, w); time: (B,).
-            ids, mask: (B K, L), K captions of each image, those of an image together.
-            drop: (B,) bool, images whose text is left out.
-            latents: (B, c, h, w), the images' own maps, unscaled.
-            of_images: (B, D), their embeddings.
-
-        Returns:
-            Prediction, and by name: text embeddings (B, K, D), guessed maps (B, 1 + K, c h w) of the image's and the
-            texts' embeddings, the scale of the contrastive loss (B,), and the losses (B,) of the first caption from the
-            map, the image's embedding and its own.
-        """
-        of_texts = self.text_encoder(ids, mask).float().unflatten(0, (len(z_t), -1))
-        prediction = predict(self.unet, z_t, time, torch.where(drop[:, None], 0, of_texts[:, 0]))
-        guessed = self.projection(scaled(torch.cat([of_images[:, None], of_texts], dim=1)))
-        count = of_texts.shape[1]
-        first = ids[::count], mask[::count]
-        return prediction, {
-            "text_embeddings": of_texts,
-            "guessed": guessed,
-            "logit_scale": self.logit_scale().expand(len(z_t)),
-            "caption": self.captioner.losses(latents, *first),
-            "caption_from_embedding": self.captioner.losses(of_images, *first),
-            "retold": self.captioner.losses(of_texts[:, 0], *first),
-        }
-
-
 class TextImageRecipe(DiffusionRecipe):
     """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    The image codec stays as it is, and maps are stored latents. Text encoder and captioner go on learning as in their
-    alignment, which costs little where no image is decoded; the text encoder from the denoiser, too.
+    That run's networks stay as they are; maps are stored latents, under embeddings of one caption of each image.
 
     Args:
         config: the run.
@@ -97,7 +46,6 @@ class TextImageRecipe(DiffusionRecipe):
 
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
-        refuse_importance_sampling(config)
         assert config.codec.path is not None
         self.networks = load_networks(config.codec.path)
         encoder = self.networks.text_encoder
@@ -105,20 +53,11 @@ class TextImageRecipe(DiffusionRecipe):
         if width != wanted:
             raise ConfigError(f"text.embedding_dim={wanted}: {config.codec.path} has {width}; set it to that")
         super().__init__(config, data.spec)
-        self.codec = self.maps = CNNCodec(self.networks.image_codec)
-        projection = self.networks.image_codec.projection.requires_grad_(True)
-        encoder.requires_grad_(True)
-        encoder.transformer.requires_grad_(not encoder.config.frozen)
-        captioner = self.networks.captioner.requires_grad_(True)
-        self.model: Any = SteeredDenoiser(self.model, encoder, projection, captioner)
+        self.codec = CNNCodec(self.networks.image_codec)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
         shown = data.val if len(data.val) else data.train
         spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
         self.shown_texts = [data.captions[int(shown.labels[row])][0] for row in spread]
-
-    @property
-    def denoiser(self) -> Any:
-        return self.model.unet
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
@@ -126,58 +65,21 @@ class TextImageRecipe(DiffusionRecipe):
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
         draws = super().draw(step, batch_size, generator, device)
-        shape = (batch_size, self.config.alignment.captions_per_image)
-        return replace(draws, choice=torch.rand(shape, generator=generator, device=device))
-
-    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
-        """Loss of the denoiser, and with the weights of section ``alignment`` those of the texts.
-
-        Args:
-            network: ``self.model``, possibly wrapped.
-            inputs: posteriors of the codec; labels: (B,), which point at the images' captions.
-        """
-        latents = inputs.float().chunk(2, dim=1)[0]
-        of_texts: dict[str, Tensor] = {}
-        model_call = self.conditioned(network, labels, draws, latents, of_texts)
-        diffusion, parts = self.objective.losses(model_call, self.maps.scale(latents), draws.t, draws.noise)
-        diffusion = diffusion * draws.weights
-        weights = self.config.alignment
-        error = (of_texts["guessed"] - latents.flatten(1)[:, None]).square().mean(dim=2)
-        guessed = (error[:, 0] + error[:, 1:].mean(dim=1)) / 2
-        contrastive = contrastive_of(of_texts)
-        asked = {"map": guessed} | {name: of_texts[name] for name in ("caption", "caption_from_embedding", "retold")}
-        texts = weights.contrastive_weight * contrastive + weights.reconstruction_weight * sum(asked.values())
-        parts |= {name: value.detach() for name, value in asked.items()}
-        parts |= {"diffusion": diffusion.detach(), "contrastive": contrastive.detach()}
-        return Losses(diffusion + texts, parts)
+        return replace(draws, choice=torch.rand(batch_size, generator=generator, device=device))
 
     def conditioned(
-        self,
-        network: Callable[..., Any],
-        labels: Tensor,
-        draws: Draws,
-        latents: Tensor | None = None,
-        of_texts: dict[str, Tensor] | None = None,
+        self, network: Callable[..., Any], labels: Tensor, draws: Draws
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """(z, time) -> prediction under captions of the images; what else the model finds goes to ``of_texts``."""
-        rows = self.captions.rows(labels, draws.choice)
-        tokens = self.captions.tokens(rows.flatten(), labels.device)
-
-        def call(z: Tensor, time: Tensor) -> Tensor:
-            maps = self.maps.unscale(z) if latents is None else latents
-            with torch.no_grad():
-                of_images = self.networks.image_codec.embed(maps).float()
-            prediction, found = network(z, time, tokens.ids, tokens.mask, draws.drop, maps, of_images)
-            if of_texts is not None:
-                wording = self.captions.wording[rows].to(labels.device)
-                of_texts.update(found, image_embeddings=of_images, wording=wording)
-            return prediction
-
-        return call
+        """(z, time) -> prediction under a caption of each image, dropped where ``draws`` say."""
+        tokens = self.captions.tokens(self.captions.rows(labels, draws.choice), labels.device)
+        with torch.no_grad():
+            of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
+        embeddings = torch.where(draws.drop[:, None], 0, of_texts)
+        return lambda z, time: predict(network, z, time, embeddings)
 
     def pipeline(self) -> TextImagePipeline:
         """A pipeline around the networks as they are now."""
-        return make_pipeline(self.config, self.spec, self.networks, self.denoiser)
+        return make_pipeline(self.config, self.spec, self.networks, self.model)
 
     def two_images(self) -> Tensor:
         with no_text_warnings():
@@ -186,15 +88,6 @@ class TextImageRecipe(DiffusionRecipe):
     def preview(self, seed: int) -> Image:
         """Pictures of held-out captions: drawn by the denoiser, and decoded directly."""
         return text_preview(self.pipeline(), self.shown_texts, seed)
-
-
-def refuse_importance_sampling(config: RunConfig) -> None:
-    """Raise ConfigError for a timestep sampler that follows the loss, in which texts have a share here."""
-    if config.diffusion.timestep_sampler != "uniform":
-        raise ConfigError(
-            f"diffusion.timestep_sampler={config.diffusion.timestep_sampler} does not go with recipe text-image; leave "
-            "it out"
-        )
 
 
 def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
@@ -286,7 +179,11 @@ class JointRecipe(AlignmentRecipe):
     """
 
     def __init__(self, config: RunConfig, data: LoadedData):
-        refuse_importance_sampling(config)
+        if config.diffusion.timestep_sampler != "uniform":
+            raise ConfigError(
+                f"diffusion.timestep_sampler={config.diffusion.timestep_sampler} does not go with "
+                "alignment.joint=true; leave it out"
+            )
         super().__init__(config, data)
         unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
         networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
