@@ -36,6 +36,7 @@ from heterodiff.pipelines.text_image import predict
 from heterodiff.text.tokenizer import encode_texts
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS, Trainer
+from heterodiff.training.recipes import alignment
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.start import build_recipe, dry_run, train
@@ -202,7 +203,7 @@ def test_2_no_gradient_of_the_diffusion_loss_reaches_the_image_encoder(joint_run
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
-def test_losses_teach_what_they_are_for(tmp_path: Path) -> None:
+def test_losses_teach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoder and decoder learn from the image's own map, from no embedding; embeddings from all they are to know."""
     config = text_config(tmp_path / "run", recipe="alignment")
     data = load_data(config.data)
@@ -228,6 +229,13 @@ def test_losses_teach_what_they_are_for(tmp_path: Path) -> None:
         found[name].square().sum().backward(retain_graph=True)
         learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert {key.removeprefix("image_codec.").partition(".")[0] for key in learned} == expected, name
+    of_captions = []
+    for share in (alignment.CAPTION_SHARE, 1.0):
+        monkeypatch.setattr(alignment, "CAPTION_SHARE", share)
+        found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.by_text)
+        weights = [*model.image_codec.encoder.parameters()]
+        of_captions.append(torch.cat([g.flatten() for g in torch.autograd.grad(found["caption"].sum(), weights)]))
+    torch.testing.assert_close(10 * of_captions[0], of_captions[1], atol=1e-5, rtol=1e-3)
 
 
 def test_2_training_on_the_diffusion_loss_alone_leaves_the_image_codec_as_it_was(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from heterodiff.training.recipes.base import Losses, refuse_without_captions, st
 from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer
 
 EMBEDDING_STRIDE = 4
+CAPTION_SHARE = 0.1
+"""Of the captions' gradient, what reaches the image encoder: all costs images too much, none costs captions."""
 PREVIEW_IMAGES = 8
 SPREAD_IMAGES = 1024
 SPREAD_BATCH = 64
@@ -58,9 +60,9 @@ class AlignmentModel(nn.Module):
         codec = self.image_codec
         latents = codec.encode(images)
         count = len(ids) // len(images)
-        # The encoder learns from the image and from captions of its map, which make for maps that a denoiser learns
-        # faster. What embeddings need would cost images more than it helps; and the decoder would lose what it can do
-        # with real maps if it learned from guessed ones, which are blurred.
+        # The encoder learns from the image and, a little, from captions of its map. What embeddings need would cost
+        # images more than it helps; and the decoder would lose what it can do with real maps if it learned from guessed
+        # ones, which are blurred.
         seen = latents.detach()
         decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
         of_images = codec.embed(seen)
@@ -71,7 +73,8 @@ class AlignmentModel(nn.Module):
             (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
         ]
         shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
-        captions = self.captioner.losses(latents.repeat_interleave(count, dim=0), ids, mask)
+        read = seen.lerp(latents, CAPTION_SHARE)
+        captions = self.captioner.losses(read.repeat_interleave(count, dim=0), ids, mask)
         first = ids[::count], mask[::count]
         another = slice(min(1, count - 1), None, count)  # in other words: what they tell counts, not how they put it
         return {
@@ -110,7 +113,7 @@ class AlignmentRecipe:
     retelling it, in the words of another caption of the image where there are several in a step, asks its embedding for
     all that it says. Errors of images are relative to those of the mean training
     image, so that weights mean the same for all data. The decoder learns from the image's own map alone, the encoder
-    from that and from captions of it.
+    from that and, by a tenth, from captions of it.
 
     Args:
         config: the run.
