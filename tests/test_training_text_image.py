@@ -453,6 +453,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[bytes], log: 
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_in_either_stage_the_same_command_ends_as_if_never_stopped(tmp_path: Path) -> None:
     options = {"training__steps": 24, "training__checkpoint_every": 6}
     config = text_config(tmp_path / "killed", **options)
@@ -574,6 +575,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """Negatives come from the images of both. Jointly, each has statistics of its own, so that losses differ."""
     common = {"training__log_every": 1, "training__steps": 5}
