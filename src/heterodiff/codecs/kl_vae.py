@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from torch import Tensor
 
 from heterodiff.codecs.latent import LatentCodec
 from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.models.loading import load_weights
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 """As diffusers clamps the log variance of the posterior."""
@@ -121,22 +120,4 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     """
     folder = vae_folder(Path(path).expanduser())
     read_vae_config(folder)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {AGAIN}")
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: damaged VAE ({reason:.300}); {AGAIN}") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise CheckpointError(
-            f"{weights}: weights of another network ({', '.join(map(str, wrong[:4]))}, ...) than its config.json says; "
-            f"{AGAIN}"
-        )
-    if bad := [name for name, value in vae.state_dict().items() if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(f"{weights}: NaN or infinite weights ({', '.join(bad[:4])}); {AGAIN}")
-    return vae.eval().requires_grad_(False)
+    return load_weights(AutoencoderKL, folder).requires_grad_(False)

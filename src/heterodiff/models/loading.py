@@ -39,6 +39,15 @@ def load_network(cls: Any, folder: Path) -> Any:
         CheckpointError: no such folder, a network of another class, or damaged, incomplete or NaN weights.
     """
     read_network_config(cls, folder)
+    return load_weights(cls, folder)
+
+
+def load_weights(cls: Any, folder: Path) -> Any:
+    """As :func:`load_network`, of a folder whose configuration has been looked at.
+
+    Raises:
+        CheckpointError: damaged, incomplete or NaN weights.
+    """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {AGAIN}")
