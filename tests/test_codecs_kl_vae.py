@@ -288,7 +288,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "infinite": (edit_weights(lambda w: w["decoder.conv_out.bias"].fill_(math.inf)), r"decoder\.conv_out\.bias"),
     "a weight less": (edit_weights(lambda w: w.pop("quant_conv.bias")), r"another network.*quant_conv\.bias"),
     "a weight more": (edit_weights(lambda w: w.update(extra=torch.ones(1))), "another network.*extra"),
-    "another width": (edit_config(block_out_channels=[8, 8, 16]), "damaged VAE|another network"),
+    "another width": (edit_config(block_out_channels=[8, 8, 16]), "damaged network|another network"),
     "another depth": (
         edit_config(block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
                     up_block_types=["UpDecoderBlock2D"] * 2), "another network"),
