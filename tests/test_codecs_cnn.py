@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
+from transformers import BertConfig, BertModel, ConvNextConfig, ConvNextModel, ResNetConfig, ResNetModel
 
 from heterodiff.codecs.cnn import (
     CNNCodec,
@@ -263,6 +263,24 @@ def resnet(tmp_path: Path) -> Path:
                 buffer.normal_()
     network.save_pretrained(tmp_path / "resnet")
     return tmp_path / "resnet"
+
+
+def test_backbone_weights_that_maps_do_not_need_wait_for_no_gradient(tmp_path: Path) -> None:
+    """As the last norm of a ConvNeXt, of its pooled output: several processes would wait for its gradient in vain."""
+    ConvNextModel(ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)).save_pretrained(
+        tmp_path / "convnext"
+    )
+    settings = {"alignment__backbone": str(tmp_path / "convnext"), "alignment__block_out_channels": [8, 16]}
+    config = text_config(tmp_path / "run", recipe="alignment", **settings)
+    codec = build_image_codec(config, load_data(config.data).spec)
+    assert codec.training
+    assert all(parameter.grad is None for parameter in codec.parameters())
+    frozen = {name for name, parameter in codec.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[-2] for name in frozen} == {"layernorm"}
+    codec.encode(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    learning = [p for p in codec.encoder.parameters() if p.requires_grad]
+    assert len(learning) > 10
+    assert all(parameter.grad is not None for parameter in learning)
 
 
 BACKBONE = {"alignment__block_out_channels": [8, 8, 16], "data__image_size": 32}

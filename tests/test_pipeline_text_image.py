@@ -156,7 +156,7 @@ def test_guidance_and_negative_prompts(pipe: TextImagePipeline) -> None:
     assert largest(draw(guidance_scale=1.0) - plain) > 1e-4
 
 
-@pytest.mark.parametrize("empty", ["", "   ", "\n\t"])
+@pytest.mark.parametrize("empty", ["", "   ", "\n\t", "\u200b", "\x00"])
 def test_an_empty_prompt_is_no_condition_and_says_so(empty: str, pipe: TextImagePipeline) -> None:
     with pytest.warns(TextWarning, match="an empty text means no condition"):
         drawn = pipe.generate_from_text([empty, PROMPTS[0]], num_inference_steps=3).images

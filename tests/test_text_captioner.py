@@ -1,6 +1,5 @@
 """The captioner: it learns, looks at the map, and samples what its probabilities say, whatever the batch."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.text.captioner import Captioner, CaptionSampler, load_captioner
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
+from tests.test_text_encoder import change_config, change_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CAPTIONS = ["a red circle", "a red circle above a small blue square", "two green triangles", "nothing at all, or so"]
@@ -371,23 +371,6 @@ def test_a_saved_captioner_writes_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=0)  # rounding depends on memory addresses
         assert all(torch.equal(value, captioner.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert not any(parameter.requires_grad for parameter in load_captioner(str(tmp_path)).parameters())
-
-
-def change_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-
-    return damage
-
-
-def change_config(**settings: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-    return damage
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {

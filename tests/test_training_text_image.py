@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import heterodiff as hd
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec, load_image_codec
@@ -33,15 +34,16 @@ from heterodiff.models.blocks import ResBlock
 from heterodiff.models.variants import VARIANTS, create_model, list_models
 from heterodiff.pipelines import text_image as sampling
 from heterodiff.pipelines.text_image import predict
-from heterodiff.text.tokenizer import encode_texts
+from heterodiff.text.tokenizer import encode_texts, train_tokenizer
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS, Trainer
+from heterodiff.training.memory_plan import advice, training_memory_bytes
 from heterodiff.training.recipes import alignment
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
-from heterodiff.training.start import build_recipe, dry_run, train
+from heterodiff.training.start import _doubts, build_recipe, dry_run, train
 from tests.test_cli import call
-from tests.text_runs import FILM, text_config
+from tests.text_runs import text_config
 from tests.training_runs import last_checkpoint, losses_of
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -210,19 +212,19 @@ def test_losses_teach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = build_recipe(config, data)
     model, (images, labels) = recipe.model, data.train.batch(range(8))
     draws = recipe.draw(0, 8, torch.Generator().manual_seed(0), CPU)
-    tokens = recipe.captions.tokens(recipe.captions.rows(labels, draws.choice).flatten(), CPU)
+    tokens = recipe.captions.tokens(recipe.captions.rows(labels, draws.choice, 1).flatten(), CPU)
     learners = {
         "from_map": {"encoder", "decoder"},
         "image_embeddings": {"embedder"},
         "text_embeddings": {"text_encoder"},
-        "from_embedding": {"embedder", "projection", "text_encoder"},
-        "map": {"embedder", "projection", "text_encoder"},
+        "from_embedding": {"embedder", "projection"},
+        "map": {"embedder", "projection"},
         "caption": {"captioner", "encoder"},
         "caption_from_embedding": {"embedder", "captioner"},
         "retold": {"text_encoder", "captioner"},
     }
-    draws.by_text[:] = torch.arange(8) < 4  # of the two that are decoded, one of each
-    found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.by_text)
+    draws.coin[:] = torch.arange(8) < 4  # of the two that are decoded, one of each
+    found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.coin)
     assert found.keys() == learners.keys() | {"latents", "logit_scale"}
     for name, expected in learners.items():
         model.zero_grad(set_to_none=True)
@@ -232,7 +234,7 @@ def test_losses_teach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.Monk
     of_captions = []
     for share in (alignment.CAPTION_SHARE, 1.0):
         monkeypatch.setattr(alignment, "CAPTION_SHARE", share)
-        found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.by_text)
+        found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.coin)
         weights = [*model.image_codec.encoder.parameters()]
         of_captions.append(torch.cat([g.flatten() for g in torch.autograd.grad(found["caption"].sum(), weights)]))
     torch.testing.assert_close(10 * of_captions[0], of_captions[1], atol=1e-5, rtol=1e-3)
@@ -652,6 +654,90 @@ def test_resuming_with_other_settings_of_the_alignment_is_refused(tmp_path: Path
     assert train(text_config(tmp_path / "run"), quiet=True).step == 3
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_texts_are_told_apart_in_the_same_parts_after_a_resume(joint: bool, tmp_path: Path) -> None:
+    """Within a part of a batch: fewer are easier to tell apart, so that parts alter what is learned."""
+    recipe = "text-image" if joint else "alignment"
+    common = {"recipe": recipe} | ({"alignment__joint": True} if joint else {})
+    train(text_config(tmp_path / "run", **common), quiet=True, stop_after=1)
+    with pytest.raises(RunError, match=r"training\.accumulation_steps: 1 -> 2"):
+        train(text_config(tmp_path / "run", training__accumulation_steps=2, **common), quiet=True)
+    parts = text_config(tmp_path / "parts", training__accumulation_steps=8, **common)
+    train(parts, quiet=True, stop_after=1)
+    first, alone = (rows_of(tmp_path / name)[0]["contrastive"] for name in ("run", "parts"))
+    assert first > 0.5
+    assert alone == 0
+    assert any("nothing to tell it from" in note for note in _doubts(parts, load_data(parts.data)))
+    assert advice(text_config(tmp_path / "run", **common), load_data(parts.data).spec, 1e6)[1].count("accumul") == 0
+
+
+def test_memory_is_planned_for_all_captions_of_a_step(tmp_path: Path) -> None:
+    spec = load_data(text_config(tmp_path).data).spec
+    kept = [
+        training_memory_bytes(text_config(tmp_path, recipe="alignment", alignment__captions_per_image=k), spec)
+        for k in (1, 2, 8)
+    ]
+    assert kept[2] - kept[0] == pytest.approx(7 * (kept[1] - kept[0]), rel=0.2)
+    assert kept[1] > kept[0]
+
+
+def test_without_a_path_the_codec_is_trained_in_the_run(tmp_path: Path) -> None:
+    assert text_config(tmp_path / "run", codec__path=None) == text_config(tmp_path / "run")
+
+
+def test_maps_of_other_images_need_measured_statistics(shapes_run: Path, tmp_path: Path) -> None:
+    network = load_image_codec(shapes_run / "alignment")
+    CNNCodec(network).set_statistics(torch.zeros(6), torch.full((6,), 3.0))  # as if it had learned from other images
+    shutil.copytree(shapes_run / "alignment", tmp_path / "foreign")
+    network.save_pretrained(tmp_path / "foreign" / "image_codec")
+    config = text_config(tmp_path / "run", codec__path=str(tmp_path / "foreign"))
+    with pytest.raises(DataError, match=r"after scaling, expected 1.*set codec\.statistics=measured"):
+        train(config, quiet=True)
+    measured = text_config(tmp_path / "measured", codec__path=str(tmp_path / "foreign"), codec__statistics="measured")
+    train(measured, quiet=True)
+    codec = CNNCodec(load_image_codec(tmp_path / "measured"))
+    data = load_data(measured.data).train
+    std = codec.encode(data.batch(range(len(data)))[0]).std(dim=(0, 2, 3))
+    torch.testing.assert_close(std, torch.ones(6), atol=0.01, rtol=0)
+
+
+def test_settings_of_networks_that_come_as_they_are_rest_and_it_is_said(shapes_run: Path, tmp_path: Path) -> None:
+    config = text_config(tmp_path / "run", codec__path=str(shapes_run / "alignment"), text__max_tokens=9)
+    notes = _doubts(config, load_data(config.data))
+    assert [note for note in notes if "rests" in note and "max_tokens=9" in note and "trained with 20" in note]
+    assert not any("width" in note or "latent_channels" in note for note in notes)
+
+
+def test_joint_previews_are_drawn_at_the_scale_of_the_moment(tmp_path: Path) -> None:
+    config = text_config(tmp_path / "run", alignment__joint=True)
+    recipe = build_recipe(config, load_data(config.data))
+    assert isinstance(recipe, JointRecipe)
+    mean, std = torch.arange(6.0), torch.linspace(0.5, 2, 6)
+    recipe.model.latents_mean.copy_(mean.view(6, 1, 1))
+    recipe.model.latents_std.copy_(std.view(6, 1, 1))
+    recipe.preview(seed=0)
+    z = torch.randn(1, 6, 4, 4)
+    expected = z * std.view(6, 1, 1) + mean.view(6, 1, 1)
+    torch.testing.assert_close(recipe.pipeline().codec.unscale(z), expected)
+
+
+@pytest.mark.parametrize("more", [6, 0, -6])
+def test_a_pretrained_bert_of_any_larger_vocabulary(more: int, tmp_path: Path) -> None:
+    """Published ones are often padded to a round number; of fewer tokens than the tokenizer has, there is no way."""
+    folder = tmp_path / "bert"
+    config = text_config(tmp_path / "run", text__encoder=str(folder), training__steps=1)
+    tokenizer = train_tokenizer([text for texts in load_data(config.data).captions for text in texts], 120)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer) + more, **sizes)).save_pretrained(folder)
+    if more < 0:
+        with pytest.raises(CheckpointError, match=f"{len(tokenizer) + more} tokens, found .* of {len(tokenizer)}"):
+            train(config, quiet=True)
+        return
+    train(config, quiet=True)
+    assert hd.load(tmp_path / "run").generate_from_text("a red circle", num_inference_steps=1).images.isfinite().all()
+
+
 def test_a_run_that_has_begun_goes_on_with_its_own_copy(tmp_path: Path) -> None:
     config = text_config(tmp_path / "run")
     train(config, quiet=True, stop_after=2)
@@ -689,10 +775,6 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "text-image", "sampling": {"dynamic_threshold": 0.9}},
         "dynamic_threshold is for pixels",
     ),
-    "measured statistics": (
-        {"recipe": "text-image", "codec": {"statistics": "measured"}},
-        "statistics=measured is for a foreign VAE",
-    ),
     "flips of stored latents": (
         {"recipe": "text-image", "data": {"horizontal_flip": True}},
         "cannot act on stored latents; set codec.cache=false",
@@ -712,9 +794,8 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", WRONG_CONFIGS)
 def test_configurations_that_cannot_be_meant(case: str) -> None:
     content, message = WRONG_CONFIGS[case]
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(ConfigError, match=message):
         parse_config(content)
-    assert "Traceback" not in str(error.value)
 
 
 WRONG_RUNS: dict[str, tuple[dict[str, Any], type[HeterodiffError], str]] = {
@@ -798,4 +879,3 @@ def test_captions_that_are_cut_are_named_at_the_start(tmp_path: Path, capsys: py
         assert "more captions like these" in part
         assert "captions, " not in notes[0]
     assert "heterodiff text2image" in out
-    assert FILM["model_channels"] == 32

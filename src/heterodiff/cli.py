@@ -6,9 +6,7 @@ import os
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -240,6 +238,7 @@ def text2image(
     from heterodiff.errors import compile_error
     from heterodiff.pipelines.load import load_text_image
     from heterodiff.pipelines.text_files import write_pictures
+    from heterodiff.pipelines.text_image import text_notes
 
     if direct and (negative, steps, guidance, sampler) != (None,) * 4:
         raise ConfigError("--direct is one pass, without --negative, --steps, --guidance and --sampler; leave them out")
@@ -247,13 +246,17 @@ def text2image(
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
     each = 1 if direct else number  # decoding directly always gives the same
+    notes: list[str] = []
     try:
-        with _notes():
+        with text_notes() as notes:
             images = pipeline.generate_from_text(
                 prompts, each, not direct, steps, guidance, seed, negative_prompts=negative, sampler=sampler
             ).images
     except RuntimeError as error:
         raise compile_error(error, "--compile") or error from error
+    finally:
+        for note in notes:
+            typer.echo(f"note     {note}", err=True)
     seconds = time.perf_counter() - start
     written = write_pictures(images, prompts, out or run / "generated", pipeline.spec)
     typer.echo(f"drawn    {len(images)} pictures in {seconds:.1f} s, {len(images) / seconds:.1f} pictures/s")
@@ -281,12 +284,13 @@ def caption(
     from heterodiff.pipelines.text_files import read_usable
 
     pipeline = load_text_image(run)
-    usable, read, problems = read_usable(pipeline, images)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
     if temperature is None:
         temperature = 0.0 if number == 1 else 0.9
-    if usable:
-        found = pipeline.generate_text_from_image(read, number, temperature=temperature, **options)
+    problems: list[str] = []
+    for usable, read, unusable in read_usable(pipeline, images):
+        problems += unusable
+        found = pipeline.generate_text_from_image(read, number, temperature=temperature, **options) if usable else []
         for path, texts in zip(usable, found, strict=True):
             for text in texts:
                 name = str(path)
@@ -296,18 +300,6 @@ def caption(
         typer.echo(f"error: {problem}", err=True)
     if problems:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Print warnings about texts as notes, each once."""
-    from heterodiff.pipelines.text_image import TextWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TextWarning)
-        yield
-    for text in dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, TextWarning)):
-        typer.echo(f"note     {text}", err=True)
 
 
 @app.command()

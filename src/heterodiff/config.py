@@ -257,7 +257,7 @@ class CodecConfig(Section):
     statistics: Literal["stored", "measured"] = Field(
         "stored",
         description="mean and std that bring latents to unit variance: those stored with the VAE, or measured on the "
-        "training images (for a VAE that was trained on other images)",
+        "training images (for a codec that was trained on other images)",
     )
     training: TrainingConfig | None = Field(
         None,
@@ -269,8 +269,6 @@ class CodecConfig(Section):
     def _has_a_vae(self) -> "CodecConfig":
         if self.kind == "pixels" and self.training is not None:
             raise ValueError("codec.training is for a VAE; set codec.kind=kl-vae and codec.path")
-        if self.kind == "cnn" and self.statistics == "measured":
-            raise ValueError("codec.statistics=measured is for a foreign VAE; leave it out")
         if self.kind == "kl-vae" and self.path is None:
             raise ValueError(
                 "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
@@ -387,13 +385,14 @@ class RunConfig(Section):
         if not all(isinstance(section, dict) for section in sections.values()):
             return content  # wrong types are reported as such
         codec: dict[str, Any] = {"kind": "cnn"}
-        if not sections["alignment"].get("joint") and "path" not in sections["codec"]:
+        if not sections["alignment"].get("joint") and sections["codec"].get("path") is None:
             output = content.get("output") or "runs/text-image"
             codec |= {"path": f"{output}/alignment", "training": sections["training"]}
         model = {"variant": "film-unet", "model_channels": 128, "channel_mult": (1, 2, 4)}
         if sections["model"].get("variant", "film-unet") != "film-unet":
             model = {}
-        return content | {"codec": codec | sections["codec"], "model": model | sections["model"]}
+        given = {name: value for name, value in sections["codec"].items() if (name, value) != ("path", None)}
+        return content | {"codec": codec | given, "model": model | sections["model"]}
 
     @model_validator(mode="after")
     def _recipe_and_codec_go_together(self) -> "RunConfig":

@@ -189,8 +189,8 @@ def check_scale(codec: LatentCodec, mean: Tensor, std: Tensor) -> None:
         listed = ", ".join(f"{value:.3g}" for value in found.tolist())
         raise DataError(
             f"latents of the training images have a std of {listed} after scaling, expected 1 ({LEAST_STD} to "
-            f"{MOST_STD}): the VAE's scale is that of other images; set codec.statistics=measured to scale by these "
-            "images, or train a VAE on them (recipe: vae)"
+            f"{MOST_STD}): the codec's scale is that of other images; set codec.statistics=measured to scale by these "
+            "images, or train a codec on them"
         )
 
 

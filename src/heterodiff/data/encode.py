@@ -186,7 +186,7 @@ def _refuse_unusable(posterior: torch.Tensor, names: tuple[str, ...]) -> None:
         if bad:
             more = f" and {len(bad) - 3} more of its batch" if len(bad) > 3 else ""
             raise DataError(
-                f"the VAE gives {what} for {', '.join(bad[:3])}{more}; check these images, or train the VAE again "
+                f"the encoder gives {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
                 "with a lower training.learning_rate"
             )
 

@@ -1,9 +1,7 @@
 """Evaluating a run of recipe ``text-image`` or ``alignment``: run folder in; numbers, pictures and report out."""
 
 import json
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from heterodiff.evaluation.text_image import (
 from heterodiff.evaluation.vae_run import spread
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image, pipeline_kind
-from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning
+from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
 
 READER_FILE = "reader.safetensors"
 MAX_RETRIEVAL_IMAGES = 2_500
@@ -90,7 +88,7 @@ def evaluate_text_image(
     held_out, captions, record = held_out_captioned(run, loaded, data)
     everything = CaptionedImages.choose(held_out, captions, MAX_RETRIEVAL_IMAGES, seed)
     folder = run / EVALUATION_FOLDER
-    with progress_tasks() as task, _text_notes() as notes:
+    with progress_tasks() as task, text_notes() as notes:
         measuring = _Measuring(pipeline, options, seed, task)
         pictures = _pictures(measuring, everything)  # first: a sampler that does not fit is found before the long part
         metrics: dict[str, Any] = {"held_out": record, "seed": seed, "number": number}
@@ -116,30 +114,13 @@ def evaluate_text_image(
         else:
             size = (loaded.spec.height, loaded.spec.width)
             metrics |= _of_shapes(measuring, shapes, size, number, folder / READER_FILE, record["notes"])
-    record["notes"] += notes
+    if notes:
+        record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         picture.save(run / name)
     (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, run / PROMPTS_PICTURE, write_report(run))
-
-
-@contextmanager
-def _text_notes() -> Iterator[list[str]]:
-    """Catch warnings about texts; a list that holds, afterwards, what there was to say of them in one line."""
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TextWarning)
-        yield notes
-    texts = []
-    for item in caught:
-        if issubclass(item.category, TextWarning):
-            texts.append(str(item.message))
-        else:
-            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-    if different := list(dict.fromkeys(texts)):
-        more = f" (and {len(different) - 1:,} others)" if len(different) > 1 else ""
-        notes.append(f"{different[0]}{more}")
 
 
 @dataclass(frozen=True)

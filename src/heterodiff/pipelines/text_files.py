@@ -1,7 +1,7 @@
 """Pictures of prompts and captions of pictures as files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,13 +48,19 @@ def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: I
     return [*written, folder / GRID_FILE]
 
 
-def read_usable(pipeline: TextImagePipeline, paths: Sequence[Path]) -> tuple[list[Path], Tensor, list[str]]:
-    """The files of ``paths`` that can be read, as images (B, C, H, W) in [0, 1], and what is wrong with the others."""
-    usable, images, problems = [], [], []
-    for path in paths:
-        try:
-            images.append(pipeline.read([path]))
-            usable.append(path)
-        except DataError as error:
-            problems.append(str(error))
-    return usable, torch.cat(images) if images else torch.empty(0), problems
+def read_usable(
+    pipeline: TextImagePipeline, paths: Sequence[Path], at_once: int = 64
+) -> Iterator[tuple[list[Path], Tensor, list[str]]]:
+    """Yield, of each ``at_once`` of ``paths``, those that can be read, their images, and what is wrong with the rest.
+
+    Images are (B, C, H, W) in [0, 1].
+    """
+    for start in range(0, len(paths), at_once):
+        usable, images, problems = [], [], []
+        for path in paths[start : start + at_once]:
+            try:
+                images.append(pipeline.read([path]))
+                usable.append(path)
+            except DataError as error:
+                problems.append(str(error))
+        yield usable, torch.cat(images) if images else torch.empty(0), problems

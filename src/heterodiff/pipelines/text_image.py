@@ -32,6 +32,22 @@ class TextWarning(UserWarning):
 
 
 @contextmanager
+def text_notes() -> Iterator[list[str]]:
+    """Catch warnings about texts; afterwards the list holds them, each once. Other warnings are passed on."""
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TextWarning)
+            yield notes
+    finally:
+        for item in caught:
+            if not issubclass(item.category, TextWarning):
+                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+            elif str(item.message) not in notes:
+                notes.append(str(item.message))
+
+
+@contextmanager
 def no_text_warnings() -> Iterator[None]:
     """Draw pictures of texts that were warned of before."""
     with warnings.catch_warnings():
@@ -103,7 +119,8 @@ class TextImagePipeline(DiffusionPipeline):
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens, notes = encode_texts(self.tokenizer, texts, self.text_encoder.config.max_tokens)
-        empty = torch.tensor([not text.strip() for text in texts])
+        around = self.tokenizer.num_special_tokens_to_add(pair=False)
+        empty = tokens.mask.sum(dim=1) <= around  # of blanks and invisible characters, too, nothing is left
         if bool(empty.any()):
             notes = [*notes, "an empty text means no condition"]
         for note in notes:

@@ -62,7 +62,7 @@ def _check_sizes(networks: TextNetworks, run: Path) -> None:
         ("embeddings of the text encoder and the captioner", encoder.embedding_dim, captioner.embedding_dim),
         ("map of the image codec and the captioner", codec.config.latent_channels, captioner.latent_channels),
         ("map of the image codec and the captioner", tuple(codec.latent_size), tuple(captioner.latent_size)),
-        ("vocabulary of the text encoder and the captioner", encoder.vocabulary_size, captioner.vocabulary_size),
+        ("vocabulary of the tokenizer and the captioner", len(networks.tokenizer), captioner.vocabulary_size),
     ):
         if first != second:
             raise CheckpointError(f"{run}: parts of different runs ({what}: {first} and {second}); {AGAIN}")

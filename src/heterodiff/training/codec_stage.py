@@ -45,6 +45,22 @@ def codec_run(config: RunConfig) -> RunConfig | None:
     return None if weights_step(codec.path) == codec.training.steps else wanted
 
 
+def resting_keys(config: RunConfig) -> list[str]:
+    """Notes on what the configuration says of networks that come as they are from ``codec.path``."""
+    assert config.codec.path is not None
+    file = config.codec.path / CONFIG_FILE
+    if not file.is_file():
+        return []
+    there = load_config(file)
+    return [
+        f"{name}.{key}={getattr(section, key)} rests: codec.path={config.codec.path} was trained with "
+        f"{getattr(getattr(there, name), key)}"
+        for name, section in (("text", config.text), ("alignment", config.alignment))
+        for key in sorted(section.model_fields_set)
+        if getattr(section, key) != getattr(getattr(there, name), key)
+    ]
+
+
 def _holds_codec(codec: CodecConfig) -> bool:
     path: Path = codec.path  # type: ignore[assignment]
     return (path / cnn.FOLDER).is_dir() if codec.kind == "cnn" else kl_vae.holds_vae(path)

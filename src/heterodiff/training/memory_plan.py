@@ -20,6 +20,7 @@ from heterodiff.training.recipes.diffusion import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
 from heterodiff.training.recipes.text_networks import build_networks
 from heterodiff.training.recipes.vae import Autoencoder, build_vae
+from heterodiff.training.run_folder import parts_are_alike
 
 BYTES_PER_PARAMETER = 5 * 4
 """Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
@@ -124,7 +125,8 @@ def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     tokenizer = train_tokenizer(["?"], size) if encoder is None else load_tokenizer(encoder)
     networks = build_networks(config, spec, tokenizer)
     shape = (1, config.alignment.latent_channels, *networks.image_codec.latent_size)
-    image, ids = torch.zeros(1, spec.channels, spec.height, spec.width), torch.zeros(1, length, dtype=torch.long)
+    image = torch.zeros(1, spec.channels, spec.height, spec.width)
+    ids = torch.zeros(config.alignment.captions_per_image, length, dtype=torch.long)
     inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
     model = AlignmentModel(networks)
     kept, parameters = count_saved_bytes(model, *inputs), sum(p.numel() for p in model.parameters())
@@ -143,12 +145,13 @@ def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> Mem
     """
     best: tuple[tuple[float, ...], MemoryPlan] | None = None
     for order, (changes, cost) in enumerate(_recomputations(config, spec)):
-        for parts in _divisors(config.training.batch_size, config.training.accumulation_steps):
+        now = config.training.accumulation_steps
+        for parts in _divisors(config.training.batch_size, now) if parts_are_alike(config) else [now]:
             images = config.training.batch_size // parts
             peak = cost.peak(images)
             if peak > budget_bytes:
                 continue
-            split = () if parts == config.training.accumulation_steps else (f"training.accumulation_steps={parts}",)
+            split = () if parts == now else (f"training.accumulation_steps={parts}",)
             rank = (images < min(8, config.training.batch_size), order, parts)
             if best is None or rank < best[0]:
                 best = rank, MemoryPlan((*split, *changes), peak)

@@ -48,6 +48,11 @@ FREE_TO_CHANGE = (
 """Keys (and sections) that a resumed run may change: they do not alter what is learned."""
 
 
+def parts_are_alike(config: RunConfig) -> bool:
+    """Whether a batch in parts teaches what it teaches at once; texts are told apart within a part."""
+    return config.recipe != "alignment" and not config.alignment.joint
+
+
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
@@ -62,7 +67,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
     """Differences that would make a resumed run another run, as ``key: before -> now``."""
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    free = list(FREE_TO_CHANGE)
+    free = [key for key in FREE_TO_CHANGE if key != "training.accumulation_steps" or parts_are_alike(now)]
     if now.training.lr_schedule == "constant":  # otherwise the learning rates of all steps depend on it
         free.append("training.steps")
     return [

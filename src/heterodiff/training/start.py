@@ -20,7 +20,7 @@ from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_er
 from heterodiff.models.variants import VARIANTS
 from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
-from heterodiff.training.codec_stage import check_denoiser, codec_run
+from heterodiff.training.codec_stage import check_denoiser, codec_run, resting_keys
 from heterodiff.training.latents import prepare_latents, stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
 from heterodiff.training.memory_plan import advice, training_memory_bytes
@@ -194,8 +194,14 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
     doubts = []
     if len(data.train) < config.training.batch_size:
         doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
+    if config.recipe == "alignment" or config.alignment.joint:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.training.batch_size == config.training.accumulation_steps * processes:
+            doubts.append("one image at a time: with nothing to tell it from, the contrastive loss teaches nothing")
     if config.recipe == "alignment":
         return doubts
+    if config.recipe == "text-image" and config.codec.path is not None and config.codec.training is None:
+        doubts += resting_keys(config)
     if config.recipe == "vae":
         if config.vae.init_from is not None:
             doubts.append(

@@ -47,15 +47,15 @@ class AlignmentModel(nn.Module):
         self.captioner: Captioner = networks.captioner
         self.logit_scale = LogitScale()
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, by_text: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, coin: Tensor) -> dict[str, Tensor]:
         """All that the losses need.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             ids, mask: (B K, L), K captions of each, those of an image together.
             noise: (B, c, h, w), what is added to the map that the decoder gets.
-            by_text: (B,) bool, whether the picture of an embedding is made from the text's or from the image's; that is
-                of every fourth image (decoding is the greater part of a step).
+            coin: (B,) bool, whether the picture of an embedding is made from the text's or from the image's (of every
+                fourth image: decoding is the greater part of a step), and whether a text is retold in its own words.
         """
         codec = self.image_codec
         latents = codec.encode(images)
@@ -68,15 +68,17 @@ class AlignmentModel(nn.Module):
         of_images = codec.embed(seen)
         of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
         by_image = codec.get_latent_from_embedding(of_images)[:, None]
-        by_texts = codec.get_latent_from_embedding(of_texts.flatten(0, 1)).unflatten(0, (-1, count))
+        # Guessing maps, texts would learn where things lie on average, at the cost of what they say themselves.
+        by_texts = codec.get_latent_from_embedding(of_texts.detach().flatten(0, 1)).unflatten(0, (-1, count))
         errors = [
             (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
         ]
-        shown = torch.where(by_text[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
+        shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
         read = seen.lerp(latents, CAPTION_SHARE)
         captions = self.captioner.losses(read.repeat_interleave(count, dim=0), ids, mask)
         first = ids[::count], mask[::count]
-        another = slice(min(1, count - 1), None, count)  # in other words: what they tell counts, not how they put it
+        # Half in their own words, which teach to say all, half in another's: what is told counts, not how it is put.
+        told = torch.arange(len(images), device=ids.device) * count + (~coin).long().clamp(max=count - 1)
         return {
             "latents": latents,
             "image_embeddings": of_images.float(),
@@ -87,20 +89,20 @@ class AlignmentModel(nn.Module):
             "map": sum(errors) / 2,
             "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
             "caption_from_embedding": self.captioner.losses(of_images, *first),
-            "retold": self.captioner.losses(of_texts[:, 0], ids[another], mask[another]),
+            "retold": self.captioner.losses(of_texts[:, 0], ids[told], mask[told]),
         }
 
 
 @dataclass
 class AlignmentDraws:
-    """Which captions (B, K) of each image, the noise on its map, and which embedding to decode."""
+    """Where among its captions each image's begin (B,), the noise on its map, and a coin tossed for it (B,)."""
 
     choice: Tensor
     noise: Tensor
-    by_text: Tensor
+    coin: Tensor
 
     def rows(self, part: slice) -> "AlignmentDraws":
-        return AlignmentDraws(self.choice[part], self.noise[part], self.by_text[part])
+        return AlignmentDraws(self.choice[part], self.noise[part], self.coin[part])
 
 
 class AlignmentRecipe:
@@ -109,11 +111,11 @@ class AlignmentRecipe:
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
     that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
     squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
-    per token of the caption from the map, and from both embeddings: where pictures of a text are blurs on average, only
-    retelling it, in the words of another caption of the image where there are several in a step, asks its embedding for
-    all that it says. Errors of images are relative to those of the mean training
-    image, so that weights mean the same for all data. The decoder learns from the image's own map alone, the encoder
-    from that and, by a tenth, from captions of it.
+    per token of the caption from the map, and from both embeddings. The embedding of a text learns from telling images
+    apart and from retelling, half in its own words, half in those of another caption of the image where a step has
+    several: maps and pictures of a text are blurs on average, and would teach it these. Errors of images are relative
+    to those of the mean training image, so that weights mean the same for all data. The decoder learns from the image's
+    own map alone, the encoder from that and, by a tenth, from captions of it.
 
     Args:
         config: the run.
@@ -132,7 +134,9 @@ class AlignmentRecipe:
         self.shown = data.val if len(data.val) else data.train
         networks = build_networks(config, data.spec, make_tokenizer(config, data))
         self.tokenizer = networks.tokenizer
-        self.captions = CaptionTable(networks.tokenizer, data.captions, config.text.max_tokens)
+        self.captions = CaptionTable(
+            networks.tokenizer, data.captions, config.text.max_tokens, one_length=config.training.compile
+        )
         self.model = AlignmentModel(networks)
         self.spread = spread_of(data.train)
         self.latent_shape = (config.alignment.latent_channels, *networks.image_codec.latent_size)
@@ -145,21 +149,20 @@ class AlignmentRecipe:
         return images * 2 - 1
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> AlignmentDraws:
-        count = self.config.alignment.captions_per_image
-        choice = torch.rand((batch_size, count), generator=generator, device=device)
+        choice = torch.rand(batch_size, generator=generator, device=device)
         noise = torch.randn((batch_size, *self.latent_shape), generator=generator, device=device)
-        by_text = torch.rand(batch_size, generator=generator, device=device) < 0.5
-        return AlignmentDraws(choice, noise * self.config.alignment.latent_noise, by_text)
+        coin = torch.rand(batch_size, generator=generator, device=device) < 0.5
+        return AlignmentDraws(choice, noise * self.config.alignment.latent_noise, coin)
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: AlignmentDraws) -> Losses:
-        rows = self.captions.rows(labels, draws.choice)
+        rows = self.captions.rows(labels, draws.choice, self.config.alignment.captions_per_image)
         tokens = self.captions.tokens(rows.flatten(), inputs.device)
         found = network(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
         return self.losses_of(found, inputs, self.captions.wording[rows].to(inputs.device))
 
     def _arguments(self, draws: AlignmentDraws) -> tuple[Tensor, ...]:
         """What the model takes beside images and tokens."""
-        return draws.noise, draws.by_text
+        return draws.noise, draws.coin
 
     def losses_of(self, found: dict[str, Tensor], inputs: Tensor, wording: Tensor) -> Losses:
         """The losses of what :class:`AlignmentModel` found; captions of one number in ``wording`` (B, K) are alike."""
@@ -193,7 +196,7 @@ class AlignmentRecipe:
         embeddings: dict[str, list[Tensor]] = {"image_embeddings": [], "text_embeddings": []}
         every_row: list[Tensor] = []
         for inputs, labels in batches:
-            rows = self.captions.rows(labels)[:, None]
+            rows = self.captions.rows(labels, count=1)
             tokens = self.captions.tokens(rows[:, 0], inputs.device)
             generator = torch.Generator(inputs.device).manual_seed(seed + len(every_row))
             draws = self.draw(0, len(inputs), generator, inputs.device)

@@ -145,13 +145,13 @@ class JointModel(AlignmentModel):
         ids: Tensor,
         mask: Tensor,
         noise: Tensor,
-        by_text: Tensor,
+        coin: Tensor,
         t: Tensor,
         eps: Tensor,
         drop: Tensor,
     ) -> dict[str, Tensor]:
         """As :class:`AlignmentModel`, and the denoiser's loss (B,) at steps t (B,) with noise eps and texts dropped."""
-        found = super().forward(images, ids, mask, noise, by_text)
+        found = super().forward(images, ids, mask, noise, coin)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
         losses, _ = self.objective.losses(lambda z, time: predict(self.unet, z, time, embeddings), target, t, eps)
@@ -214,6 +214,13 @@ class JointRecipe(AlignmentRecipe):
 
     def pipeline(self) -> TextImagePipeline:
         return make_pipeline(self.config, self.spec, self.networks, self.model.unet)
+
+    def preview(self, seed: int) -> Image:
+        """As that of the alignment; pictures are decoded at the scale that the denoiser aims at now."""
+        model = self.model
+        if bool(model.latents_std.any()):
+            CNNCodec(model.image_codec).set_statistics(model.latents_mean.flatten(), model.latents_std.flatten())
+        return super().preview(seed)
 
     def _ways(self) -> tuple[tuple[str, bool], ...]:
         return (*super()._ways(), ("text, by diffusion", True))

@@ -14,7 +14,7 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError
 from heterodiff.text.captioner import Captioner
-from heterodiff.text.encoder import TextEncoder
+from heterodiff.text.encoder import TextEncoder, check_tokenizer
 from heterodiff.text.networks import TOKENIZER_FOLDER, TextNetworks
 from heterodiff.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
@@ -24,12 +24,13 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
 
     Raises:
         ConfigError: images or settings that no network can be built for.
-        CheckpointError: pretrained parts that are not there.
+        CheckpointError: pretrained parts that are not there, or a tokenizer of more tokens than the pretrained encoder.
     """
     text = config.text
     fingerprint = tokenizer_fingerprint(tokenizer)
     if text.encoder is not None:
         encoder = TextEncoder.from_bert(text.encoder, text.embedding_dim, text.max_tokens, fingerprint, text.frozen)
+        check_tokenizer(encoder, tokenizer)
     else:
         encoder = TextEncoder(
             vocabulary_size=len(tokenizer),
@@ -116,7 +117,17 @@ def build_image_codec(config: RunConfig, spec: ImageSpec) -> ImageCodec:
     path = config.alignment.backbone
     if path is not None:
         codec.encoder[0].network.load_state_dict(_backbone_weights(path))
+        _freeze_unused(codec, spec)
     return codec
+
+
+def _freeze_unused(codec: ImageCodec, spec: ImageSpec) -> None:
+    """Keep weights that maps do not depend on, as norms of a pooled output, from waiting for a gradient."""
+    with torch.enable_grad():
+        codec.eval().encode(torch.zeros(1, spec.channels, spec.height, spec.width)).sum().backward()
+    for parameter in codec.encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    codec.train().zero_grad(set_to_none=True)
 
 
 def _backbone_weights(path: Path) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ __all__ = [
     "RELATIONS",
     "SHAPES",
     "Scene",
-    "ShapesReader",
+    "ShapesRenderer",
     "Thing",
     "captions_of",
     "complete_caption",
@@ -72,7 +72,7 @@ def _captions(config: ShapesConfig) -> Iterator[tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class ShapesReader:
+class ShapesRenderer:
     """Draw picture ``row``."""
 
     config: ShapesConfig
@@ -105,7 +105,7 @@ def open_shapes(config: DataConfig) -> Collection:
         where="shapes",
         names=tuple(f"{picture:07d}" for picture in range(settings.images)),
         class_of=(None,) * settings.images,
-        read=ShapesReader(settings, height, width),
+        read=ShapesRenderer(settings, height, width),
         value_range=(0.0, 255.0),
         warnings=("data.path is not used by data.source 'shapes'",) if config.path else (),
         captions=tuple(_captions(settings)),
