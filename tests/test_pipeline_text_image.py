@@ -19,8 +19,10 @@ import heterodiff as hd
 from heterodiff.config_file import load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, RunError
+from heterodiff.pictures import save_image
 from heterodiff.pipelines.generate import seeded_generators
-from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning
+from heterodiff.pipelines.text_files import read_usable
+from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning, text_notes
 from heterodiff.text.networks import load_networks
 from heterodiff.text.tokenizer import train_tokenizer
 from heterodiff.training.start import train
@@ -167,6 +169,27 @@ def test_an_empty_prompt_is_no_condition_and_says_so(empty: str, pipe: TextImage
     assert largest(drawn[0] - drawn[1]) > 1e-4
     with pytest.warns(TextWarning), pytest.raises(ConfigError, match="empty prompt cannot be decoded directly"):
         pipe.generate_from_text(empty, use_diffusion=False)
+
+
+def test_notes_are_of_texts_alone_and_survive_an_error() -> None:
+    def draw() -> None:
+        for message, category in (("cut", TextWarning), ("of torch", UserWarning), ("cut", TextWarning)):
+            warnings.warn(message, category, stacklevel=1)
+        raise KeyError
+
+    with pytest.warns(UserWarning, match="of torch") as passed_on, pytest.raises(KeyError), text_notes() as notes:
+        draw()
+    assert notes == ["cut"]
+    assert len(passed_on) == 1
+
+
+def test_files_are_read_some_at_a_time(pipe: TextImagePipeline, images: torch.Tensor, tmp_path: Path) -> None:
+    paths = [save_image(image, tmp_path / str(k)) for k, image in enumerate(images[:5])]
+    paths.insert(3, tmp_path / "missing.png")
+    parts = list(read_usable(pipeline=pipe, paths=paths, at_once=2))
+    assert [usable for usable, _, _ in parts] == [paths[:2], [paths[2]], paths[4:]]
+    assert [len(problems) for _, _, problems in parts] == [0, 1, 0]
+    assert torch.equal(torch.cat([read for _, read, _ in parts]), pipe.read([*paths[:3], *paths[4:]]))
 
 
 def test_texts_that_are_not_used_as_they_stand_are_said(pipe: TextImagePipeline) -> None:
