@@ -94,12 +94,13 @@ def evaluate_text_image(
         metrics: dict[str, Any] = {"held_out": record, "seed": seed, "number": number}
         if pipeline.unet is not None:
             metrics["sampling"] = {**pipeline.defaults.model_dump(mode="json"), **options}
-        # As many as held-out ones: among more, the right one is harder to find.
-        train = CaptionedImages.choose(loaded.train, loaded.captions, len(everything), seed)
+        # Among more, the right one is harder to find: to compare, as many training images as held-out ones; then more.
         metrics["retrieval"] = {
-            "held_out": retrieval(pipeline, everything, task("held-out retrieval", len(everything))),
-            "train": retrieval(pipeline, train, task("training retrieval", len(train))),
+            "held_out": retrieval(pipeline, everything, task("held-out retrieval", len(everything)))
         }
+        for name, count in (("train", len(everything)), ("train_more", MAX_RETRIEVAL_IMAGES)):
+            train = CaptionedImages.choose(loaded.train, loaded.captions, count, seed)
+            metrics["retrieval"][name] = retrieval(pipeline, train, task("training retrieval", len(train)))
         quality = reconstruction(pipeline, everything, task("reconstructing", len(everything)))
         metrics["reconstruction"] = {"n": len(everything), "psnr": spread(quality[0]), "ssim": spread(quality[1])}
         to_caption = CaptionedImages.choose(held_out, captions, number, seed)
@@ -210,7 +211,7 @@ def trained_reader(path: Path, size: tuple[int, int], task: StartTask) -> Shapes
 def text_image_summary(metrics: dict[str, Any]) -> list[str]:
     """The main numbers of an evaluated run, a line each."""
     lines = []
-    for name, title in (("held_out", "held-out"), ("train", "training")):
+    for name, title in (("held_out", "held-out"), ("train", "training"), ("train_more", "training")):
         found = metrics["retrieval"][name]
         shares = {key: f"{100 * value:.1f} %" for key, value in found.items() if key.startswith("recall")}
         lines.append(

@@ -108,7 +108,7 @@ def _footnote(evaluation: Mapping[str, Any]) -> str:
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> str:
-    sets = {name: part_of(retrieval, name) for name in ("held_out", "train")}
+    sets = {name: part_of(retrieval, name) for name in ("held_out", "train", "train_more")}
     rows = [
         (f"{title}, recall@{k}", *(percent(found.get(f"recall@{k}_{way}")) for found in sets.values()))
         for way, title in RETRIEVAL_ROWS.items()
@@ -116,9 +116,9 @@ def _retrieval_table(retrieval: Mapping[str, Any]) -> str:
     ]
     counts = (
         f"{title}\n{number(found.get('images'), '{:,}')} pictures, {number(found.get('texts'), '{:,}')} texts"
-        for title, found in zip(("Held out", "Training"), sets.values(), strict=True)
+        for title, found in zip(("Held out", "Training", "Training"), sets.values(), strict=True)
     )
-    return page.table(("Retrieval", *counts), rows, numbers=(1, 2))
+    return page.table(("Retrieval", *counts), rows, numbers=(1, 2, 3))
 
 
 def image_to_text_section(evaluation: Mapping[str, Any], picture: str) -> str:
