@@ -127,6 +127,36 @@ def test_the_first_convolution_sees_the_condition_at_every_place(size):
         assert abs(given[row, 6 + k, i, j].item() - expected) <= 1e-10
 
 
+@pytest.mark.parametrize("variant", ["film-unet", "hae-v2"])
+def test_conditions_vary_alike_in_all_directions_where_they_vary_at_all(variant, tmp_path):
+    torch.manual_seed(0)
+    config = SMALL if variant == "film-unet" else {"in_channels": 6, "sample_size": 8, "condition_dim": 12}
+    model = hd.create_model(variant, **config | {"model_channels": 64, "layers_per_block": 1}).eval()
+    axes = torch.linalg.qr(torch.randn(12, 12))[0]
+    spread = torch.tensor([3.0, 1.0, 1.0, 0.5, 0.2, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0])  # a thousandth of the variance
+    examples = (torch.randn(4000, 12) * spread + 2 * torch.eye(12)[0]) @ axes.T
+    torch.testing.assert_close(model._whitened(examples), examples)  # until it is told how they vary
+    model.whiten_conditions(examples)
+    seen = model._whitened(examples)
+    assert float(seen.square().mean()) == pytest.approx(float(examples.square().mean()), rel=1e-4)
+    moments = torch.linalg.eigvalsh(seen.T @ seen / len(seen))
+    assert float(moments[4:].min()) > 0.9 * float(moments[4:].max())
+    assert float(moments[:4].abs().max()) < 1e-4 * float(moments.max())
+    assert not model._whitened(torch.zeros(1, 12)).any()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.condition_whitening, model.condition_whitening)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    size = (5, 4) if variant == "film-unet" else (8, 8)
+    z, time = torch.randn(2, 6, *size), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        found = model(z, time, condition=examples[:2]).sample
+        model.condition_whitening.copy_(torch.eye(12))
+        torch.testing.assert_close(model(z, time, condition=seen[:2]).sample, found, atol=1e-5, rtol=1e-4)
+
+
 def test_resolution_is_constant_and_widths_grow():
     model, (x, condition) = make(torch.float32), inputs(dtype=torch.float32)
     shapes = []

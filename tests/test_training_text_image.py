@@ -298,6 +298,18 @@ def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
+def test_the_denoiser_sees_embeddings_as_they_vary_over_training_captions(shapes_run: Path, joint_run: Path) -> None:
+    """Jointly there is nothing to measure: they change until the end."""
+    pipe, data = hd.load(shapes_run), load_data(load_config(shapes_run / "config.yaml").data)
+    texts = [text for label in data.train.labels for text in data.captions[label]]
+    seen = pipe.unet._whitened(pipe.encode_text(texts))
+    moments = [torch.linalg.eigvalsh(x.T @ x / len(x)).flip(0) for x in (pipe.encode_text(texts), seen)]
+    before, after = (x / x.sum() for x in moments)
+    assert float(before[5]) < 0.5 * float(after[5])
+    assert float(before[0]) > 2 * float(after[0])
+    assert torch.equal(hd.load(joint_run).unet.condition_whitening, torch.eye(WIDTH))
+
+
 @pytest.mark.parametrize("variant", list_models())
 def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path) -> None:
     config = text_config(

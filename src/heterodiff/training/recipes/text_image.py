@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec
+from heterodiff.codecs.cnn import CNNCodec, scaled
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
@@ -27,6 +27,7 @@ from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_
 
 PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
+WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
 
 
 class TextImageRecipe(DiffusionRecipe):
@@ -55,9 +56,20 @@ class TextImageRecipe(DiffusionRecipe):
         super().__init__(config, data.spec)
         self.codec = CNNCodec(self.networks.image_codec)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
+        self._whiten(data)
         shown = data.val if len(data.val) else data.train
         spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
         self.shown_texts = [data.captions[int(shown.labels[row])][0] for row in spread]
+
+    @torch.no_grad()
+    def _whiten(self, data: LoadedData) -> None:
+        """Let the denoiser see embeddings as they vary over captions of training images."""
+        labels = torch.from_numpy(data.train.labels)
+        labels = labels[torch.linspace(0, len(labels) - 1, min(WHITENING_CAPTIONS, len(labels))).long()]
+        rows = self.captions.rows(labels, torch.rand(len(labels), generator=torch.Generator().manual_seed(0)))
+        parts = (self.captions.tokens(part) for part in rows.split(WHITENING_BATCH))
+        encoder = self.networks.text_encoder
+        self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
