@@ -271,7 +271,7 @@ class Spoilt(KLVAECodec):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), "NaN or infinite latents for {0}, {2}; check these images, or train the VAE again"),
+        (float("nan"), "NaN or infinite latents for {0}, {2}; check these images, or train it again"),
         (float("-inf"), "NaN or infinite latents for {0}, {2};"),
         (-7e4, "latents beyond 65504 .*float16.* for {0}, {2};"),
     ],

@@ -190,7 +190,7 @@ def check_scale(codec: LatentCodec, mean: Tensor, std: Tensor) -> None:
         raise DataError(
             f"latents of the training images have a std of {listed} after scaling, expected 1 ({LEAST_STD} to "
             f"{MOST_STD}): the codec's scale is that of other images; set codec.statistics=measured to scale by these "
-            "images, or train a codec on them"
+            "images, or train a codec on them (recipe: vae; of texts, alignment)"
         )
 
 
