@@ -97,7 +97,13 @@ def test_a_negative_prompt_changes_the_picture(shapes_run: Path, tmp_path: Path,
     assert plain == empty != negative
     capsys.readouterr()
     out = tmp_path / "out"
-    for more in (["--negative", "a blue square"], ["--steps", "9"], ["--guidance", "2"], ["--sampler", "ddim"]):
+    for more in (
+        ["--negative", "a blue square"],
+        ["--steps", "9"],
+        ["--guidance", "2"],
+        ["--sampler", "ddim"],
+        ["--candidates", "2"],
+    ):
         assert call("text2image", shapes_run, "a cross", "--direct", *more, "--out", out) == 1
         assert capsys.readouterr().err.startswith("error: --direct is one pass, without --negative")
     assert not out.exists()

@@ -204,9 +204,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin"), "safetensors only"),
     "truncated": (cut_weights, "damaged"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged"),
-    "a weight missing": (change_weights(lambda tensors: tensors.pop("projection.weight")), "projection.weight"),
+    "a weight missing": (change_weights(lambda tensors: tensors.pop("projection.0.weight")), "projection.0.weight"),
     "a weight too many": (change_weights(lambda tensors: tensors.update(more=torch.ones(1))), "more"),
-    "NaN": (change_weights(lambda tensors: tensors["projection.bias"].fill_(math.nan)), "NaN"),
+    "NaN": (change_weights(lambda tensors: tensors["projection.0.bias"].fill_(math.nan)), "NaN"),
     "statistics of another width": (change_config(latents_mean=[0.0], latents_std=[1.0]), "of 6 numbers"),
     "a std of zero": (change_config(latents_mean=[0.0] * 6, latents_std=[0.0] * 6), "above 0"),
 }

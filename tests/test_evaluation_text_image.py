@@ -27,15 +27,18 @@ from heterodiff.evaluation.text_image import (
     caption_likeness,
     caption_truth,
     draw_asked,
+    draw_pictures,
     embed_texts,
     following,
     own_recall,
     proportion,
     sharpness,
     unigram_f1,
+    ways_of,
 )
 from heterodiff.evaluation.text_image_run import READER_FILE, evaluate_text_image, is_text_image, text_image_summary
 from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
+from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.training.start import train
 from tests.text_runs import text_config
@@ -427,6 +430,24 @@ def test_evaluate_a_run_on_pictures_that_no_classifier_knows(
         assert judged[way]["generated_recall@1"] <= judged[way]["generated_recall@5"] == 1  # 4 prompts in all
     assert "Prompt recognised, recall@5" in (photo_run / "report.html").read_text()
     assert any("recognised by the model's own encoders" in line for line in text_image_summary(found))
+
+
+def test_what_is_chosen_among_candidates_is_measured_beside_what_is_drawn_first(photo_run: Path) -> None:
+    pipeline, prompts = load_text_image(photo_run), ["Look: red circle!", "one square, at least"]
+    assert list(ways_of(pipeline)) == ["diffusion", "direct"]
+    pipeline.defaults = pipeline.defaults.model_copy(update={"candidates": 3})
+    ways = ways_of(pipeline, num_inference_steps=2)
+    drawn = {name: draw_pictures(pipeline, prompts, 5, **options) for name, options in ways.items()}
+    assert list(drawn) == ["diffusion", "first", "direct"]
+    for name, candidates in (("first", 1), ("diffusion", 3)):
+        expected = pipeline.generate_image_from_text(
+            embed_texts(pipeline, prompts),
+            num_inference_steps=2,
+            generators=seeded_generators(5, 2),
+            candidates=candidates,
+            texts=prompts,
+        )
+        torch.testing.assert_close(drawn[name], expected, atol=1e-5, rtol=0)
 
 
 def test_own_recall_finds_the_prompt_whose_embedding_a_picture_has(

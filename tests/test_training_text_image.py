@@ -292,8 +292,8 @@ def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
         embeddings = trained.recipe.pipeline().encode_text(["a red circle", "a green square above a blue cross"])
         z = torch.randn(1, 6, 4, 4).expand(2, -1, -1, -1)
         time_ = torch.tensor([500.0, 500.0])
-        found = predict(trained.denoiser, z, time_, embeddings)
-        swapped = predict(trained.denoiser, z, time_, embeddings.flip(0))
+        found = predict(trained.denoiser, trained.recipe.codec.guess, z, time_, embeddings)
+        swapped = predict(trained.denoiser, trained.recipe.codec.guess, z, time_, embeddings.flip(0))
     torch.testing.assert_close(swapped.flip(0), found, atol=1e-5, rtol=0)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
@@ -324,11 +324,14 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
             if not parameter.any():
                 parameter.normal_(std=0.05)
         z, time_, embeddings = torch.randn(3, 6, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.randn(3, WIDTH)
-        without = network(z, time_, condition=None).sample
-        torch.testing.assert_close(predict(network, z, time_, torch.zeros(3, WIDTH)), without, atol=1e-5, rtol=1e-5)
-        found = predict(network, z, time_, embeddings)
+        without = network(torch.cat([z, torch.zeros_like(z)], dim=1), time_, condition=None).sample
+        guess = recipe.codec.guess
+        torch.testing.assert_close(
+            predict(network, guess, z, time_, torch.zeros(3, WIDTH)), without, atol=1e-5, rtol=1e-5
+        )
+        found = predict(network, guess, z, time_, embeddings)
         assert float((found - without).abs().amax(dim=(1, 2, 3)).min()) > 1e-3
-        swapped = predict(network, z[:1].expand(3, -1, -1, -1), time_[1].expand(3), embeddings)
+        swapped = predict(network, guess, z[:1].expand(3, -1, -1, -1), time_[1].expand(3), embeddings)
         assert float((swapped[0] - swapped[1]).abs().max()) > 1e-3
 
 
@@ -764,6 +767,10 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "film-unet of classes": (
         {"recipe": "diffusion", "model": {"variant": "film-unet"}},
         "film-unet is steered by texts; it is for recipe text-image",
+    ),
+    "candidates without texts": (
+        {"recipe": "diffusion", "sampling": {"candidates": 4}},
+        "sampling.candidates are judged by the captioner of recipe text-image; leave it out",
     ),
     "cnn of classes": ({"recipe": "diffusion", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
     "cnn for a VAE": ({"recipe": "vae", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),

@@ -230,6 +230,10 @@ def text2image(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw so many for each picture and keep the one that the captioner finds truest."),
+    ] = None,
     seed: Seed = 0,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: RUN/generated.")] = None,
@@ -240,8 +244,10 @@ def text2image(
     from heterodiff.pipelines.text_files import write_pictures
     from heterodiff.pipelines.text_image import text_notes
 
-    if direct and (negative, steps, guidance, sampler) != (None,) * 4:
-        raise ConfigError("--direct is one pass, without --negative, --steps, --guidance and --sampler; leave them out")
+    if direct and (negative, steps, guidance, sampler, candidates) != (None,) * 5:
+        raise ConfigError(
+            "--direct is one pass, without --negative, --steps, --guidance, --sampler and --candidates; leave them out"
+        )
     pipeline = load_text_image(run, compile=compile_)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
@@ -250,7 +256,15 @@ def text2image(
     try:
         with text_notes() as notes:
             images = pipeline.generate_from_text(
-                prompts, each, not direct, steps, guidance, seed, negative_prompts=negative, sampler=sampler
+                prompts,
+                each,
+                not direct,
+                steps,
+                guidance,
+                seed,
+                negative_prompts=negative,
+                sampler=sampler,
+                candidates=candidates,
             ).images
     except RuntimeError as error:
         raise compile_error(error, "--compile") or error from error

@@ -199,6 +199,11 @@ class SamplingConfig(Section):
     dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="quantile of |x0| that is scaled back to 1 (Saharia et al. 2022); default: clip only"
     )
+    candidates: Positive = Field(
+        1,
+        description="recipe text-image: draw so many for each picture and keep the one in which the captioner finds "
+        "the prompt likeliest",
+    )
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> "SamplingConfig":
@@ -410,6 +415,8 @@ class RunConfig(Section):
             )
         if self.model.variant == "film-unet" and not with_text:
             raise ValueError("model.variant film-unet is steered by texts; it is for recipe text-image")
+        if self.sampling.candidates > 1 and not with_text:
+            raise ValueError("sampling.candidates are judged by the captioner of recipe text-image; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ STAGES = (32, 64, 128, 256, 256)
 """Default channels of the encoder's stages (224x224 to 7x7); fewer for smaller images, more of the last for larger."""
 LATENT_SIDE = 8
 HEAD_CHANNELS = 256
+MOST_PROJECTION_WIDTH = 512
 MAX_GROUPS = 8
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and std of natural images, by which pretrained networks scale theirs."""
@@ -43,7 +44,7 @@ def _up(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1), _norm(out_channels), nn.SiLU())
 
 
-class _Residual(nn.Sequential):
+class Residual(nn.Sequential):
     """x + convolution(SiLU(norm(x))), twice as deep."""
 
     def __init__(self, channels: int):
@@ -117,7 +118,7 @@ class ImageCodec(ModelMixin, ConfigMixin):
         else:
             stages = Backbone(backbone, widths[-1])
         last = widths[-1]
-        self.encoder = nn.Sequential(stages, _Residual(last), nn.Conv2d(last, latent_channels, 3, padding=1))
+        self.encoder = nn.Sequential(stages, Residual(last), nn.Conv2d(last, latent_channels, 3, padding=1))
         if backbone is not None:
             self._check_backbone()
         self.embedder = nn.Sequential(
@@ -127,11 +128,18 @@ class ImageCodec(ModelMixin, ConfigMixin):
             nn.Flatten(),
             nn.Linear(HEAD_CHANNELS, embedding_dim),
         )
-        self.projection = nn.Linear(embedding_dim, latent_channels * math.prod(self.latent_size))
+        width = min(MOST_PROJECTION_WIDTH, 2 * embedding_dim)
+        self.projection = nn.Sequential(  # one linear layer could not tell where each of two things lies
+            nn.Linear(embedding_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, latent_channels * math.prod(self.latent_size)),
+        )
         outwards = widths[::-1]
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, last, 3, padding=1),
-            _Residual(last),
+            Residual(last),
             *(_up(a, b) for a, b in pairwise(outwards)),
             nn.ConvTranspose2d(outwards[-1], in_channels, 4, 2, 1),
         )
@@ -186,6 +194,11 @@ def scaled(embeddings: Tensor) -> Tensor:
     return nn.functional.normalize(embeddings, dim=-1) * math.sqrt(embeddings.shape[-1])
 
 
+def given_rows(embeddings: Tensor, maps: Tensor) -> Tensor:
+    """``maps`` (B, c, h, w), zeros where the embedding (B, D) is, which is "no condition"."""
+    return torch.where(embeddings.ne(0).any(dim=1)[:, None, None, None], maps, 0)
+
+
 def latent_shape(config: Mapping[str, Any], channels: int, height: int, width: int) -> tuple[int, int, int]:
     """Shape of the maps that an :class:`ImageCodec` of ``config`` makes of images (channels, height, width).
 
@@ -228,6 +241,10 @@ class CNNCodec(LatentCodec):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents)
+
+    def guess(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> the z to be expected (B, c, h, w); zeros where the embedding is."""
+        return given_rows(embeddings, self.scale(self.network.get_latent_from_embedding(embeddings).float()))
 
 
 def _folder(path: Path) -> Path:

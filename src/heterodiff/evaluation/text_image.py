@@ -92,15 +92,25 @@ def own_recall(pipeline: TextImagePipeline, pictures: Tensor, prompts: Sequence[
 # ---- drawing and writing ---------------------------------------------------------------------------------------------
 
 
-def ways_of(pipeline: TextImagePipeline) -> dict[str, bool]:
-    """From a text to a picture: what each way is called, and whether it uses the denoiser."""
-    return {"direct": False} if pipeline.unet is None else {"diffusion": True, "direct": False}
+def ways_of(pipeline: TextImagePipeline, **options: Any) -> dict[str, dict[str, Any]]:
+    """From a text to a picture: what each way is called, and its options for ``generate_image_from_text``.
+
+    Where the best of several candidates is kept, ``first`` is what the diffusion draws without choosing.
+
+    Args:
+        **options: of the diffusion.
+    """
+    direct = {"direct": {"use_diffusion": False}}
+    if pipeline.unet is None:
+        return direct
+    several = pipeline.defaults.candidates > 1
+    first = {"first": {**options, "candidates": 1}} if several else {}
+    return {"diffusion": options, **first, **direct}
 
 
 def draw_pictures(
     pipeline: TextImagePipeline,
     prompts: Sequence[str],
-    use_diffusion: bool,
     seed: int,
     progress: Progress = _quiet,
     **options: Any,
@@ -117,7 +127,7 @@ def draw_pictures(
         rows = slice(start, start + at_once)
         parts.append(
             pipeline.generate_image_from_text(
-                embeddings[rows], use_diffusion=use_diffusion, generators=generators[rows], **options
+                embeddings[rows], generators=generators[rows], texts=prompts[rows], **options
             )
         )
         progress(min(start + at_once, len(prompts)))

@@ -136,10 +136,9 @@ class _Measuring:
     def pictures(self, prompts: Sequence[str], what: str) -> dict[str, Tensor]:
         """Pictures (N, C, H, W) of ``prompts`` by each way that there is."""
         drawn = {}
-        for name, use_diffusion in ways_of(self.pipeline).items():
+        for name, options in ways_of(self.pipeline, **self.options).items():
             progress = self.task(f"{what}, {name}", len(prompts))
-            options = self.options if use_diffusion else {}
-            drawn[name] = draw_pictures(self.pipeline, prompts, use_diffusion, self.seed, progress, **options)
+            drawn[name] = draw_pictures(self.pipeline, prompts, self.seed, progress, **options)
         return drawn
 
     def captions(self, parts: Iterator[Tensor], number: int, what: str) -> list[str]:
@@ -251,7 +250,12 @@ def text_image_summary(metrics: dict[str, Any]) -> list[str]:
     return [*lines, *(f"note     {note}" for note in metrics["held_out"]["notes"])]
 
 
-_WAY_TITLES = {"diffusion": "by diffusion", "direct": "directly", "real": "real pictures"}
+_WAY_TITLES = {
+    "diffusion": "by diffusion",
+    "first": "  without choosing among candidates",
+    "direct": "directly",
+    "real": "real pictures",
+}
 
 
 def _share(proportion: dict[str, Any]) -> str:

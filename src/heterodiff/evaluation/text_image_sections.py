@@ -7,7 +7,12 @@ from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import MISSING, number, part_of, percent, share_of
 from heterodiff.evaluation.curves import is_number
 
-WAYS = {"diffusion": "Diffusion", "direct": "Direct decoding", "real": "Real pictures"}
+WAYS = {
+    "diffusion": "Diffusion",
+    "first": "Diffusion, first candidate",
+    "direct": "Direct decoding",
+    "real": "Real pictures",
+}
 PROMPT_ROWS = {
     "things": ("Colours and shapes right", "All things of the prompt are there, and no other colour or shape."),
     "scene": ("Place right, too", "And the place or the relation is the one asked for: everything the prompt says."),
@@ -98,13 +103,20 @@ def _footnote(evaluation: Mapping[str, Any]) -> str:
     if sampling:
         parts.append(
             f"Sampler {sampling.get('sampler', MISSING)}, {number(sampling.get('num_inference_steps'))} steps, "
-            f"guidance scale {number(sampling.get('guidance_scale'))}."
+            f"guidance scale {number(sampling.get('guidance_scale'))}{_chosen(sampling)}."
         )
     held_out = part_of(evaluation, "held_out")
     parts.append(f"Held-out pictures: {held_out.get('path', MISSING)} ({held_out.get('part', MISSING)}).")
     notes = held_out.get("notes")
     parts += [f"{note}." for note in notes] if isinstance(notes, list) else []
     return " ".join(parts)
+
+
+def _chosen(sampling: Mapping[str, Any]) -> str:
+    candidates = sampling.get("candidates")
+    if not is_number(candidates) or candidates == 1:
+        return ""
+    return f", the best of {number(candidates)} candidates by the model's own captioner"
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> str:

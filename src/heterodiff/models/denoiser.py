@@ -30,6 +30,18 @@ Recompute = Literal["nothing", "cheap", "all"]
 (norms, activations, attention, hybrid blocks); or all, block by block."""
 
 
+def whitening(examples: Tensor) -> Tensor:
+    """The symmetric (D, D) matrix that makes ``examples`` (N, D) vary alike in all directions, in float32.
+
+    The mean square of a number stays what it was.
+    """
+    values, axes = torch.linalg.eigh(examples.double().T @ examples.double() / len(examples))
+    total = values.clamp_min(0).sum()
+    factors = (values.clamp_min(0) + WHITENING_FLOOR * total).rsqrt()
+    factors *= (total / (factors.square() * values.clamp_min(0)).sum()).sqrt()
+    return ((axes * factors) @ axes.T).float()
+
+
 def readable(values: Tensor) -> bool:
     """Whether ``values`` can be looked at: a device would have to be waited for, and a compiler has none to see."""
     return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -85,11 +97,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         Who is where takes less than a hundredth of the variance of a text's embedding, which a network would learn to
         see last. Zeros stay zeros, and the mean square of a number what it was.
         """
-        values, axes = torch.linalg.eigh(examples.double().T @ examples.double() / len(examples))
-        total = values.clamp_min(0).sum()
-        factors = (values.clamp_min(0) + WHITENING_FLOOR * total).rsqrt()
-        factors *= (total / (factors.square() * values.clamp_min(0)).sum()).sqrt()
-        self.condition_whitening.copy_((axes * factors) @ axes.T)
+        self.condition_whitening.copy_(whitening(examples))
 
     def _whitened(self, condition: Tensor | None) -> Tensor | None:
         """``condition`` in the network's coordinates; as it is where it does not fit."""
@@ -159,10 +167,6 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _threshold(self) -> float | None:
         return self.zero_threshold if self.memory_optimization else None
 
-    def _seen(self, sample: Tensor, condition: Tensor | None) -> Tensor:
-        """What the first convolution sees of ``sample`` and a condition of the right shape."""
-        return sample
-
     def _recompute(self) -> Recompute:
         if not torch.is_grad_enabled():
             return "nothing"
@@ -201,7 +205,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
         if c is not None:
             embedding = embedding + c
-        h = self._seen(sample, condition).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:

@@ -1,14 +1,11 @@
 """The text-conditional U-Net of small latents: constant resolution, FiLM in every residual block."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers' pipelines look for it here
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
@@ -29,16 +26,15 @@ class FiLMUNet(Denoiser):
 
         (scale, shift) = Linear(SiLU(e)),   h = GN(h) (1 + scale) + shift   before the second convolution.
 
-    FiLM is alike at all places. What is to be where comes with a linear map of the text, ``condition_channels`` at
-    every place, which the first convolution sees beside the latents. The text's part of e and this map are exactly zero
-    in rows without a condition.
+    FiLM is alike at all places; what is to be where can come as ``guess_channels`` of a map beside the latents. The
+    text's part of e is exactly zero in rows without a condition.
 
     Args:
-        latent_channels: of the latents; also found as ``config.in_channels``.
-        latent_size: height and width (or one number) it is meant for; at all others, which run too, the map of the text
-            is interpolated. Also ``config.sample_size``.
+        latent_channels: of the latents.
+        latent_size: height and width (or one number) it is meant for; all others run too. Also ``config.sample_size``.
         condition_dim: width of the condition vector, for example a text embedding; None for none.
-        condition_channels: of the map of the condition; 0 for none.
+        guess_channels: of what the input holds after the latents, such as the map to be expected of a text. Together
+            they are ``config.in_channels``.
         out_channels: twice latent_channels with a learned variance; default: latent_channels.
         model_channels: of the first convolution; the embedding has four times as many.
         channel_mult: level i has model_channels * channel_mult[i] channels.
@@ -59,7 +55,7 @@ class FiLMUNet(Denoiser):
         latent_channels: int = 256,
         latent_size: int | tuple[int, int] = 7,
         condition_dim: int | None = 512,
-        condition_channels: int = 16,
+        guess_channels: int = 0,
         out_channels: int | None = None,
         model_channels: int = 128,
         channel_mult: Sequence[int | float] = (1, 2, 4),
@@ -69,7 +65,8 @@ class FiLMUNet(Denoiser):
         use_checkpoint: bool = False,
     ):
         super().__init__()
-        self.register_to_config(**dict(zip(DERIVED, (latent_channels, latent_size, None), strict=True)))
+        derived = (latent_channels + guess_channels, latent_size, None)
+        self.register_to_config(**dict(zip(DERIVED, derived, strict=True)))
         self.gradient_checkpointing = use_checkpoint
         self._check_arguments()
         self._build(self._make_embeddings())
@@ -91,8 +88,8 @@ class FiLMUNet(Denoiser):
     def _check_arguments(self) -> None:
         c = self.config
         check_widths([c.model_channels, *self._widths()] if c.channel_mult else [], c.model_channels)
-        if c.condition_channels < 0:
-            raise ConfigError(f"condition_channels: expected at least 0, found {c.condition_channels}")
+        if c.guess_channels < 0:
+            raise ConfigError(f"guess_channels: expected at least 0, found {c.guess_channels}")
         sizes = self._latent_size()
         if min(c.latent_channels, c.layers_per_block, c.out_channels or 1, *sizes) < 1:
             raise ConfigError(
@@ -110,13 +107,8 @@ class FiLMUNet(Denoiser):
         def res(in_channels: int, out_channels: int) -> ResBlock:
             return ResBlock(in_channels, out_channels, embedding_dim, c.dropout, use_scale_shift_norm=True)
 
-        channels, seen = c.model_channels, c.latent_channels
-        if c.condition_dim is not None and c.condition_channels:
-            self.condition_map = nn.Linear(
-                c.condition_dim, c.condition_channels * math.prod(self._latent_size()), bias=False
-            )
-            seen += c.condition_channels
-        self.input_blocks = nn.ModuleList([Stage(conv3x3(seen, channels))])
+        channels = c.model_channels
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels, channels))])
         skips = [channels]
         layers = [width for width in self._widths() for _ in range(c.layers_per_block)]
         for width in layers:
@@ -132,16 +124,3 @@ class FiLMUNet(Denoiser):
         self.out = FusedSequential(
             GroupNorm32(channels), nn.SiLU(), zero_(conv3x3(channels, c.out_channels or c.latent_channels))
         )
-
-    def _seen(self, sample: Tensor, condition: Tensor | None) -> Tensor:
-        """The latents and beside them the map of the condition."""
-        if not hasattr(self, "condition_map"):
-            return sample
-        channels, size = self.config.condition_channels, tuple(sample.shape[2:])
-        if condition is None:
-            placed = sample.new_zeros(len(sample), channels, *size)
-        else:
-            placed = self.condition_map(condition.to(self.dtype)).unflatten(1, (channels, *self._latent_size()))
-            if size != self._latent_size():
-                placed = F.interpolate(placed, size, mode="bilinear", align_corners=False)
-        return torch.cat([sample.to(self.dtype), placed.to(self.dtype)], dim=1)

@@ -55,18 +55,25 @@ def no_text_warnings() -> Iterator[None]:
         yield
 
 
-def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: Tensor) -> Tensor:
-    """What training and sampling both ask of the denoiser.
+def predict(
+    network: Callable[..., Any],
+    guess: Callable[[Tensor], Tensor],
+    z_t: Tensor,
+    time: Tensor,
+    embeddings: Tensor,
+) -> Tensor:
+    """What training and sampling both ask of the denoiser, which sees the map to be expected beside z_t.
 
     Args:
         network: the denoiser, possibly wrapped.
+        guess: embeddings (B, D) -> z to be expected (B, c, h, w), see :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
         z_t: (B, c, h, w); time: (B,) network times.
         embeddings: (B, D) of texts or images, of any length; a row of zeros is "no condition".
 
     Returns:
         (B, c or 2c, h, w), of the kind that the denoiser was trained to predict.
     """
-    return network(z_t, time, condition=scaled(embeddings)).sample
+    return network(torch.cat([z_t, guess(embeddings).to(z_t)], dim=1), time, condition=scaled(embeddings)).sample
 
 
 class TextImagePipeline(DiffusionPipeline):
@@ -168,6 +175,7 @@ class TextImagePipeline(DiffusionPipeline):
         *,
         negative_prompts: str | Sequence[str] | None = None,
         sampler: str | None = None,
+        candidates: int | None = None,
         batch_size: int = 64,
         output_type: str = "pt",
     ) -> Any:
@@ -178,7 +186,7 @@ class TextImagePipeline(DiffusionPipeline):
         Args:
             prompts: one or several; an empty one is "no condition".
             use_diffusion: False decodes the text's embedding directly: one pass, blurrier, always the same.
-            num_inference_steps, guidance_scale, sampler: default to the run's ``sampling`` section.
+            num_inference_steps, guidance_scale, sampler, candidates: default to the run's ``sampling`` section.
             negative_prompts: what to steer away from: guidance against this text instead of "no condition"; one for
                 all prompts, or one for each.
             batch_size: how many pictures to draw at once.
@@ -214,6 +222,8 @@ class TextImagePipeline(DiffusionPipeline):
             negative_embeddings=negative,
             generators=[g for _ in texts for g in seeded_generators(seed, num_samples_per_prompt)],
             sampler=sampler,
+            candidates=candidates,
+            texts=[text for text in texts for _ in range(num_samples_per_prompt)],
             batch_size=batch_size,
         )
         return GenerationOutput(images=images if output_type == "pt" else [to_pil(image) for image in images])
@@ -230,14 +240,22 @@ class TextImagePipeline(DiffusionPipeline):
         generators: Sequence[torch.Generator] | None = None,
         seed: int = 0,
         sampler: str | None = None,
+        candidates: int | None = None,
+        texts: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of embeddings (B, D), those of texts or of images.
+
+        Of several ``candidates`` the one is kept whose encoded image makes the text likeliest to the captioner: a model
+        reads pictures better than it draws them (Ramesh et al. 2021 choose by another network, CLIP). The first
+        candidate is the picture that is drawn without others.
 
         Args:
             text_embeddings: of any length; a row of zeros is "no condition".
             negative_embeddings: (B, D), see :meth:`generate_from_text`.
             generators: of the noise, one an image; default: from ``seed`` and the row.
+            candidates: pictures to draw for each one that is kept; default: the run's ``sampling`` section.
+            texts: what the embeddings stand for, by which candidates are judged; default: what they retell.
 
         Raises:
             ConfigError: embeddings of another width; a run without a denoiser; as :meth:`generate_from_text`.
@@ -257,6 +275,11 @@ class TextImagePipeline(DiffusionPipeline):
         null = torch.zeros_like(condition) if negative_embeddings is None else self._embeddings(negative_embeddings)
         if generators is None:
             generators = seeded_generators(seed, len(condition))
+        candidates = self.defaults.candidates if candidates is None else candidates
+        if candidates < 1:
+            raise ConfigError(f"candidates: expected at least 1, found {candidates}")
+        if candidates > 1 and texts is None:
+            texts = [found[0] for found in self.generate_text_from_image(condition, temperature=0)]
         if not len(null) == len(generators) == len(condition):
             raise ConfigError(
                 f"{len(condition)} embeddings with {len(null)} negative ones and {len(generators)} generators: "
@@ -265,14 +288,33 @@ class TextImagePipeline(DiffusionPipeline):
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         parts = []
-        with self.progress_bar(total=steps * -(-len(condition) // batch_size)) as bar:
+        with self.progress_bar(total=steps * candidates * -(-len(condition) // batch_size)) as bar:
             for start in range(0, len(condition), batch_size):
                 rows = slice(start, start + batch_size)
-                z = self._draw(
-                    condition[rows], null[rows], list(generators[rows]), steps, scale, sampler, lambda *_: bar.update(1)
+                given = condition[rows], null[rows], list(generators[rows])
+                drawn = (
+                    self.codec.decode(self._draw(*given, steps, scale, sampler, lambda *_: bar.update(1)))
+                    for _ in range(candidates)
                 )
-                parts.append(self.codec.decode(z).cpu())
-        return torch.cat(parts)
+                parts.append(next(drawn) if texts is None else self._likeliest(drawn, texts[rows], given[0]))
+        return torch.cat([part.cpu() for part in parts])
+
+    def _likeliest(self, drawn: Iterator[Tensor], texts: Sequence[str], condition: Tensor) -> Tensor:
+        """Of candidates, each images (B, C, H, W), the image a row that makes its text likeliest to the captioner.
+
+        Rows without a condition keep their first.
+        """
+        best = next(drawn)
+        tokens, _ = encode_texts(self.tokenizer, list(texts), self.captioner.config.max_tokens)
+        ids, mask = tokens.ids.to(self.device), tokens.mask.to(self.device)
+        surprise: Tensor | None = None
+        for images in drawn:
+            if surprise is None:
+                surprise = self.captioner.losses(self._map(best), ids, mask)
+            found = self.captioner.losses(self._map(images), ids, mask)
+            better = (found < surprise) & condition.any(dim=1)
+            best, surprise = torch.where(better[:, None, None, None], images, best), surprise.minimum(found)
+        return best
 
     def _draw(
         self,
@@ -291,7 +333,7 @@ class TextImagePipeline(DiffusionPipeline):
             )
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
         denoise = guided_denoiser(
-            lambda z, time, embeddings: predict(self.unet, z, time, embeddings),
+            lambda z, time, embeddings: predict(self.unet, self.codec.guess, z, time, embeddings),
             condition,
             null,
             scale,

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from heterodiff.codecs.cnn import scaled
+from heterodiff.codecs.cnn import Residual, scaled
 from heterodiff.errors import ConfigError
 from heterodiff.models.loading import load_network
 from heterodiff.text.loading import make_config
@@ -102,7 +102,10 @@ class Captioner(ModelMixin, ConfigMixin):
         config = make_config(GPT2Config, settings)
         self.gpt2 = GPT2LMHeadModel(config)
         self.gpt2.lm_head = TiedHead(self.gpt2.transformer.wte)
-        self.image_projection = nn.Linear(latent_channels, width)
+        inner = width // 2
+        self.image_features = nn.Sequential(
+            nn.Conv2d(latent_channels, inner, 3, padding=1), Residual(inner), nn.Conv2d(inner, width, 1)
+        )
         self.image_positions = nn.Parameter(0.02 * torch.randn(math.prod(latent_size), width))
         self.embedding_projection = nn.Linear(embedding_dim, EMBEDDING_TOKENS * width)
         self.image_norm = nn.LayerNorm(width)
@@ -122,8 +125,8 @@ class Captioner(ModelMixin, ConfigMixin):
                 f"captioner: expected latents (B, {', '.join(map(str, expected))}) or embeddings (B, "
                 f"{self.config.embedding_dim}), found {tuple(latents.shape)}"
             )
-        cells = latents.to(self.dtype).flatten(2).transpose(1, 2)
-        return self.image_norm(self.image_projection(cells) + self.image_positions)
+        cells = self.image_features(latents.to(self.dtype)).flatten(2).transpose(1, 2)
+        return self.image_norm(cells + self.image_positions)
 
     def forward(self, latents: Tensor, ids: Tensor) -> Tensor:
         """Logits (B, L, V) of the token after each of ``ids`` (B, L). What follows a token, padding too, has no effect.

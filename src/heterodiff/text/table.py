@@ -49,11 +49,16 @@ class CaptionTable:
             choice: (B,) in [0, 1): where among the image's captions the first is; None for its very first.
         """
         labels = labels.cpu()
-        first, among = self._first[labels], self._first[labels + 1] - self._first[labels]
+        first, among = self._first[labels], self.counts(labels)
         chosen = torch.zeros_like(first) if choice is None else (choice.cpu().double() * among).long()
         if count is None:
             return first + chosen.minimum(among - 1)
         return first[:, None] + (chosen[:, None] + torch.arange(count)) % among[:, None]
+
+    def counts(self, labels: Tensor) -> Tensor:
+        """Number of captions of each image (B,)."""
+        labels = labels.cpu()
+        return self._first[labels + 1] - self._first[labels]
 
     def tokens(self, rows: Tensor, device: torch.device | str = "cpu") -> Tokens:
         """Ids and mask (B, L) of ``rows`` (B,), L the longest among them or of all."""

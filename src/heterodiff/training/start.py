@@ -42,6 +42,7 @@ def train(
     stop_after: int | None = None,
     on_step: OnStep | None = None,
     quiet: bool = False,
+    data: LoadedData | None = None,
 ) -> TrainingResult:
     """Train the run that ``config`` describes, or go on with it where it stopped.
 
@@ -52,6 +53,7 @@ def train(
         stop_after: stop, with a checkpoint, once so many steps are done in all.
         on_step: called after each step with its number (1-based) and loss.
         quiet: print nothing.
+        data: of the run, where they are loaded already.
 
     Raises:
         HeterodiffError: input that cannot be used; found before the first step, and nothing is lost.
@@ -67,12 +69,15 @@ def train(
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         return TrainingResult(checkpoint.step, None, 0.0)
     if (needed := codec_run(config)) is not None:
-        check_denoiser(config, load_run_data(needed).spec)
-        result = train(needed, quiet=quiet)
+        data = load_run_data(needed)
+        check_denoiser(config, data.spec)
+        result = train(needed, quiet=quiet, data=data)
         if result.step < needed.training.steps or result.stopped_by is not None:
             return result
         gc.collect()  # what trained the codec refers to itself, and waits to be freed
-    data = load_run_data(config)
+        if resuming:
+            data = None  # the run has a split of its own, and maybe latents
+    data = load_run_data(config) if data is None else data
     recipe = build_recipe(config, data)
     trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
@@ -80,6 +85,9 @@ def train(
         try:
             if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
                 data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
+            if checkpoint is None and isinstance(recipe, TextImageRecipe):
+                error = recipe.fit_guess(data)
+                notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
             if checkpoint is not None:
                 trainer.load_checkpoint(checkpoint)
                 if not current:  # stopped between the checkpoint and the weights made from it

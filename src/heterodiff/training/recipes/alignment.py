@@ -75,10 +75,15 @@ class AlignmentModel(nn.Module):
         ]
         shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
         read = seen.lerp(latents, CAPTION_SHARE)
-        captions = self.captioner.losses(read.repeat_interleave(count, dim=0), ids, mask)
-        first = ids[::count], mask[::count]
+        some = slice(None, None, EMBEDDING_STRIDE)
         # Half in their own words, which teach to say all, half in another's: what is told counts, not how it is put.
-        told = torch.arange(len(images), device=ids.device) * count + (~coin).long().clamp(max=count - 1)
+        own = torch.arange(len(ids), device=ids.device).view(-1, count)
+        told = torch.where(coin[:, None], own, own.roll(-1, dims=1)).flatten()
+        known = torch.cat([own[some, 0], told])  # of images and of texts, in one call
+        of_embeddings = self.captioner.losses(
+            torch.cat([of_images[some], of_texts.flatten(0, 1)]), ids[known], mask[known]
+        )
+        from_images, retold = of_embeddings.split([len(known) - len(told), len(told)])
         return {
             "latents": latents,
             "image_embeddings": of_images.float(),
@@ -87,9 +92,9 @@ class AlignmentModel(nn.Module):
             "from_map": codec.decode(latents + noise).float(),
             "from_embedding": functional_call(codec.decoder, decoder, (shown,)).float(),
             "map": sum(errors) / 2,
-            "caption": captions.unflatten(0, (-1, count)).mean(dim=1),
-            "caption_from_embedding": self.captioner.losses(of_images, *first),
-            "retold": self.captioner.losses(of_texts[:, 0], ids[told], mask[told]),
+            "caption": self.captioner.losses(read, ids[::count], mask[::count]),
+            "caption_from_embedding": from_images,
+            "retold": retold.view(-1, count).mean(dim=1),
         }
 
 
@@ -109,8 +114,8 @@ class AlignmentRecipe:
     """What the loop needs to know to train the image codec and the text networks.
 
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
-    that all processes compute at once (Radford et al. 2021); mean absolute error of the image from its map; mean
-    squared error of every fourth image from its own or the text's embedding, and of the map from both; cross-entropy
+    that all processes compute at once (Radford et al. 2021); mean squared error of the image from its map, of every
+    fourth image from its own or the text's embedding, and of the map from both; cross-entropy
     per token of the caption from the map, and from both embeddings. The embedding of a text learns from telling images
     apart and from retelling, half in its own words, half in those of another caption of the image where a step has
     several: maps and pictures of a text are blurs on average, and would teach it these. Errors of images are relative
@@ -168,15 +173,14 @@ class AlignmentRecipe:
         """The losses of what :class:`AlignmentModel` found; captions of one number in ``wording`` (B, K) are alike."""
         weights = self.config.alignment
         contrastive = contrastive_of(found | {"wording": wording})
-        absolute, squared = self.spread
+        spread = self.spread
         some = found["from_embedding"] - inputs[::EMBEDDING_STRIDE]
-        from_embedding = torch.zeros_like(contrastive)  # of all, so that the mean over a batch is that of those decoded
-        from_embedding[::EMBEDDING_STRIDE] = some.square().flatten(1).mean(dim=1) / squared * (len(inputs) / len(some))
         parts = {
             "contrastive": contrastive,
-            "from_map": (found["from_map"] - inputs).abs().flatten(1).mean(dim=1) / absolute,
-            "from_embedding": from_embedding,
-        } | {name: found[name] for name in ("map", "caption", "caption_from_embedding", "retold")}
+            "from_map": (found["from_map"] - inputs).square().flatten(1).mean(dim=1) / spread,
+            "from_embedding": _of_some(some.square().flatten(1).mean(dim=1) / spread, len(inputs)),
+            "caption_from_embedding": _of_some(found["caption_from_embedding"], len(inputs)),
+        } | {name: found[name] for name in ("map", "caption", "retold")}
         reconstruction = sum(value for name, value in parts.items() if name != "contrastive")
         each = weights.contrastive_weight * contrastive + weights.reconstruction_weight * reconstruction
         return Losses(each, {name: value.detach() for name, value in parts.items()})
@@ -254,19 +258,25 @@ class AlignmentRecipe:
         pass
 
 
-def spread_of(train: ImageDataset) -> tuple[float, float]:
-    """Mean absolute and mean squared error, in [-1, 1], of the mean image, on up to 1,024 training images."""
+def _of_some(values: Tensor, count: int) -> Tensor:
+    """Losses of every fourth image as losses of all (count,), so that their mean is that of those computed."""
+    each = values.new_zeros(count)
+    each[::EMBEDDING_STRIDE] = values * (count / len(values))
+    return each
+
+
+def spread_of(train: ImageDataset) -> float:
+    """Mean squared error, in [-1, 1], of the mean image, on up to 1,024 training images."""
     rows = torch.linspace(0, len(train) - 1, min(SPREAD_IMAGES, len(train))).long().tolist()
     parts = [rows[k : k + SPREAD_BATCH] for k in range(0, len(rows), SPREAD_BATCH)]
     mean = sum(train.batch(part)[0].double().sum(dim=0) for part in parts) / len(rows) * 2 - 1
-    absolute = squared = 0.0
+    squared = 0.0
     for part in parts:
         difference = train.batch(part)[0].double() * 2 - 1 - mean
-        absolute += float(difference.abs().mean(dim=(1, 2, 3)).sum())
         squared += float(difference.square().mean(dim=(1, 2, 3)).sum())
-    if absolute == 0:
+    if squared == 0:
         raise DataError("all training images are the same; there is nothing to learn")
-    return absolute / len(rows), squared / len(rows)
+    return squared / len(rows)
 
 
 def contrastive_of(found: dict[str, Tensor]) -> Tensor:

@@ -50,13 +50,16 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """
     m = config.model
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
-    condition_dim = config.text.embedding_dim if config.recipe == "text-image" else None
+    with_text = config.recipe == "text-image"
+    condition_dim = config.text.embedding_dim if with_text else None
+    guess_channels = channels if with_text else 0  # of the map to be expected of a text, beside the latents
     out_channels = channels * (2 if config.diffusion.learn_variance else 1)
     if m.variant == "film-unet":
         return {
             "latent_channels": channels,
             "latent_size": (height, width),
             "condition_dim": condition_dim,
+            "guess_channels": guess_channels,
             "out_channels": out_channels,
             "model_channels": m.model_channels,
             "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
@@ -72,7 +75,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     check_size(spec.height, spec.width, factors[-1] * (spec.height // height))  # in pixels, as the user gives them
     return {
         "sample_size": (height, width),
-        "in_channels": channels,
+        "in_channels": channels + guess_channels,
         "out_channels": out_channels,
         "num_classes": len(spec.class_names) or None,
         "condition_dim": condition_dim,

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec, scaled
+from heterodiff.codecs.cnn import CNNCodec, given_rows, scaled
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
@@ -24,7 +24,10 @@ from heterodiff.text.table import CaptionTable
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
+from heterodiff.training.recipes.guess import fit_guess, known_embeddings
 
+GUESS = "guess."
+"""Prefix of the weights of the guess in a checkpoint."""
 PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
 WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
@@ -33,7 +36,8 @@ WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
 class TextImageRecipe(DiffusionRecipe):
     """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    That run's networks stay as they are; maps are stored latents, under embeddings of one caption of each image.
+    That run's networks stay as they are, but for the guess of maps from embeddings (:meth:`fit_guess`); maps are stored
+    latents, under embeddings of one caption of each image.
 
     Args:
         config: the run.
@@ -54,7 +58,7 @@ class TextImageRecipe(DiffusionRecipe):
         if width != wanted:
             raise ConfigError(f"text.embedding_dim={wanted}: {config.codec.path} has {width}; set it to that")
         super().__init__(config, data.spec)
-        self.codec = CNNCodec(self.networks.image_codec)
+        self.codec: CNNCodec = CNNCodec(self.networks.image_codec)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
         self._whiten(data)
         shown = data.val if len(data.val) else data.train
@@ -70,6 +74,15 @@ class TextImageRecipe(DiffusionRecipe):
         parts = (self.captions.tokens(part) for part in rows.split(WHITENING_BATCH))
         encoder = self.networks.text_encoder
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
+
+    def fit_guess(self, data: LoadedData) -> float:
+        """Learn to guess maps from embeddings; the error on held-out images, see :func:`fit_guess`.
+
+        Args:
+            data: what the run trains on, images or their stored latents.
+        """
+        embeddings, image_of, z = known_embeddings(self.networks, self.captions, data, self.codec)
+        return fit_guess(self.codec, embeddings, image_of, z)
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
@@ -87,11 +100,20 @@ class TextImageRecipe(DiffusionRecipe):
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
-        return lambda z, time: predict(network, z, time, embeddings)
+        return lambda z, time: predict(network, self.codec.guess, z, time, embeddings)
 
     def pipeline(self) -> TextImagePipeline:
         """A pipeline around the networks as they are now."""
         return make_pipeline(self.config, self.spec, self.networks, self.model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        projection = self.networks.image_codec.projection.state_dict(prefix=GUESS)
+        return super().state_dict() | dict(projection)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        of_guess = {name.removeprefix(GUESS): value for name, value in state.items() if name.startswith(GUESS)}
+        self.networks.image_codec.projection.load_state_dict(of_guess)
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(GUESS)})
 
     def two_images(self) -> Tensor:
         with no_text_warnings():
@@ -149,7 +171,15 @@ class JointModel(AlignmentModel):
             if bool(torch.isfinite(std).all()):  # else the step is left out, and so are its statistics
                 self.latents_mean.lerp_(mean.view(-1, 1, 1), share)
                 self.latents_std.lerp_(std.view(-1, 1, 1), share)
+        return self._scaled(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         return (latents - self.latents_mean) / self.latents_std.clamp_min(1e-6)
+
+    @torch.no_grad()
+    def _guess(self, embeddings: Tensor) -> Tensor:
+        guessed = self.image_codec.get_latent_from_embedding(embeddings)
+        return given_rows(embeddings, self._scaled(guessed.float()))
 
     def forward(  # type: ignore[override]
         self,
@@ -166,7 +196,9 @@ class JointModel(AlignmentModel):
         found = super().forward(images, ids, mask, noise, coin)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
-        losses, _ = self.objective.losses(lambda z, time: predict(self.unet, z, time, embeddings), target, t, eps)
+        losses, _ = self.objective.losses(
+            lambda z, time: predict(self.unet, self._guess, z, time, embeddings), target, t, eps
+        )
         return found | {"diffusion": losses}
 
 
