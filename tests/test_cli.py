@@ -244,9 +244,9 @@ def seconds_of(code: str) -> float:
 
 
 def test_import_is_quick_and_light() -> None:
-    """Within two seconds beyond torch, or on a slow machine within torch's own time."""
+    """Within two seconds beyond torch, or on a slow machine within one and a half times torch's own time."""
     code = "import torch, os; start = sum(os.times()[:4]); import heterodiff; heterodiff.list_models"
-    assert seconds_of(code) < max(2, seconds_of("import torch"))
+    assert seconds_of(code) < max(2, 1.5 * seconds_of("import torch"))
     code = "import sys, heterodiff; print([m for m in ('torch', 'diffusers', 'sklearn') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"

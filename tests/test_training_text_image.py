@@ -159,9 +159,9 @@ def test_1_the_target_is_the_map_of_zero_mean_and_unit_std_in_every_channel(trai
     expected = expected / expected.std(dim=(0, 2, 3), keepdim=True)
     assert float((centred / centred.std(dim=(0, 2, 3), keepdim=True) - expected).abs().max()) < 0.01
     mean, std = target.mean(dim=(0, 2, 3)), target.std(dim=(0, 2, 3))
-    slack = 0.3 if isinstance(trained.recipe, JointRecipe) else 0.01  # jointly, statistics run along with the maps
-    assert float(mean.abs().max()) < slack
-    assert float((std - 1).abs().max()) < slack
+    slack = (0.5, 0.3) if isinstance(trained.recipe, JointRecipe) else (0.01, 0.01)  # jointly, they run after the maps
+    assert float(mean.abs().max()) < slack[0]
+    assert float((std - 1).abs().max()) < slack[1]
 
 
 def test_1_the_target_is_no_function_of_the_embedding(trained: Trained) -> None:
@@ -289,11 +289,12 @@ def test_3_sampling_tells_the_denoiser_what_training_told_it(trained: Trained) -
 
 def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
     with torch.no_grad():
-        embeddings = trained.recipe.pipeline().encode_text(["a red circle", "a green square above a blue cross"])
+        pipeline = trained.recipe.pipeline()
+        embeddings = pipeline.encode_text(["a red circle", "a green square above a blue cross"])
         z = torch.randn(1, 6, 4, 4).expand(2, -1, -1, -1)
         time_ = torch.tensor([500.0, 500.0])
-        found = predict(trained.denoiser, trained.recipe.codec.guess, z, time_, embeddings)
-        swapped = predict(trained.denoiser, trained.recipe.codec.guess, z, time_, embeddings.flip(0))
+        found = predict(trained.denoiser, pipeline.codec.guess, z, time_, embeddings)
+        swapped = predict(trained.denoiser, pipeline.codec.guess, z, time_, embeddings.flip(0))
     torch.testing.assert_close(swapped.flip(0), found, atol=1e-5, rtol=0)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
@@ -640,7 +641,10 @@ def test_another_denoiser_is_trained_with_the_networks_of_an_existing_run(shapes
             weights = f"{part}/diffusion_pytorch_model.safetensors"
             found, expected = load_file(tmp_path / name / weights), load_file(path / weights)
             assert found.keys() == expected.keys()
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
+            kept = [
+                key for key in expected if part != "image_codec" or not key.startswith("projection.")
+            ]  # but for the guess of maps
+            assert all(torch.equal(found[key], expected[key]) for key in kept)
     assert before == {p: p.stat().st_mtime_ns for p in (shapes_run / "alignment").rglob("*")}
 
 
