@@ -46,7 +46,7 @@ def default_pipeline() -> TextImagePipeline:
     codec = ImageCodec().eval()
     encoder = TextEncoder(len(tokenizer), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).eval()
     captioner = Captioner(len(tokenizer)).eval()
-    unet = create_model("film-unet", latent_channels=256, latent_size=7, condition_dim=512).eval()
+    unet = create_model("film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=256).eval()
     pipeline = TextImagePipeline(
         codec, encoder, tokenizer, captioner, unet, training_scheduler(DiffusionConfig(), False)
     )

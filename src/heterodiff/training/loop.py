@@ -111,7 +111,7 @@ class Trainer:
         self.adversary = None if recipe.adversary is None else self._part("adversary", recipe.adversary)
         if training.compile:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
-        self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay, foreach=True)
+        self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay)
         self.ema.to(self.device)
         self.step = 0
         self._nonfinite_in_a_row = 0
