@@ -169,6 +169,8 @@ def test_without_texts_candidates_are_judged_by_what_embeddings_retell(pipe: Tex
     told = pipe.generate_image_from_text(embeddings, texts=texts, **options)
     assert largest(found - told) < 1e-5
     first = pipe.generate_image_from_text(embeddings, **options | {"candidates": 1})
+    with pytest.raises(ConfigError, match="1 texts for 4 embeddings"):
+        pipe.generate_image_from_text(embeddings, texts=texts[:1], **options)
     assert largest(found[3] - first[3]) < 1e-5, "without a condition there is nothing to be true to"
 
 
@@ -266,6 +268,7 @@ WRONG_DRAWING: dict[str, tuple[dict[str, Any], str]] = {
     "another output": ({"output_type": "np"}, "expected 'pt' or 'pil'"),
     "an unknown sampler": ({"sampler": "ddimm"}, "did you mean 'ddim'"),
     "no candidates": ({"candidates": 0}, "candidates: expected at least 1, found 0"),
+    "candidates, directly": ({"candidates": 2, "use_diffusion": False}, "candidates are drawn by the diffusion"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps|steps"),
     "too many steps": ({"num_inference_steps": 2000}, "1000"),
     "negative guidance": ({"guidance_scale": -1.0}, "guidance_scale -1.0: expected 0 or more"),

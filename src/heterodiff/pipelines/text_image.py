@@ -206,6 +206,8 @@ class TextImagePipeline(DiffusionPipeline):
             )
         if output_type not in ("pt", "pil"):
             raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
+        if not use_diffusion and candidates is not None:
+            raise ConfigError("candidates are drawn by the diffusion; leave them out to decode directly")
         negative = None
         if negative_prompts is not None:
             if not use_diffusion:
@@ -280,6 +282,8 @@ class TextImagePipeline(DiffusionPipeline):
             raise ConfigError(f"candidates: expected at least 1, found {candidates}")
         if candidates > 1 and texts is None:
             texts = [found[0] for found in self.generate_text_from_image(condition, temperature=0)]
+        if texts is not None and len(texts) != len(condition):
+            raise ConfigError(f"{len(texts)} texts for {len(condition)} embeddings: expected as many")
         if not len(null) == len(generators) == len(condition):
             raise ConfigError(
                 f"{len(condition)} embeddings with {len(null)} negative ones and {len(generators)} generators: "
@@ -296,7 +300,7 @@ class TextImagePipeline(DiffusionPipeline):
                     self.codec.decode(self._draw(*given, steps, scale, sampler, lambda *_: bar.update(1)))
                     for _ in range(candidates)
                 )
-                parts.append(next(drawn) if texts is None else self._likeliest(drawn, texts[rows], given[0]))
+                parts.append(next(drawn) if candidates == 1 else self._likeliest(drawn, (texts or ())[rows], given[0]))
         return torch.cat([part.cpu() for part in parts])
 
     def _likeliest(self, drawn: Iterator[Tensor], texts: Sequence[str], condition: Tensor) -> Tensor:
