@@ -86,7 +86,7 @@ def train(
             if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
                 data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
             if checkpoint is None and isinstance(recipe, TextImageRecipe):
-                error = recipe.fit_guess(data)
+                error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
                 notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
             if checkpoint is not None:
                 trainer.load_checkpoint(checkpoint)

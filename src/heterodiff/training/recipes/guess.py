@@ -1,7 +1,8 @@
 """The map to be expected of a text, learned once between the alignment and the denoiser, which sees it beside z_t."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +15,92 @@ from heterodiff.text.table import CaptionTable
 
 IMAGES, MAX_BYTES = 16_384, 2**28
 STEPS, BATCH_SIZE, LEARNING_RATE = 800, 256, 2e-3
-HELD_OUT_EVERY, LOOK_EVERY, PATIENCE = 10, 50, 4
+WARMUP_STEPS = 50
+HELD_OUT_EVERY, LOOKED_AT = 10, 2048
+LOOK_EVERY, PATIENCE = 50, 4
+"""How often held-out images are looked at; after so many looks without a gain it is over."""
 PART = 256
 
 
-def fit_guess(codec: CNNCodec, embeddings: Tensor, image_of: Tensor, z: Tensor) -> float:
+def fit_guess(
+    codec: CNNCodec,
+    embeddings: Tensor,
+    image_of: Tensor,
+    z: Tensor,
+    progress: Callable[[int], None] = lambda done: None,
+) -> float:
     """Train the codec's ``projection`` anew: embeddings to the mean z among images that have such an embedding.
 
     Embeddings are whitened first, since who is where takes half a percent of their variance; afterwards the whitening
-    is part of the first layer. Every tenth image is held out, and the weights that guess it best are kept: where there
-    are few images, a guess by heart would teach the denoiser to believe what it cannot believe of new texts.
+    is part of the first layer, and the scale of z of the last. Every tenth image is held out, and the weights that
+    guess it best are kept: where there are few images, a guess by heart would teach the denoiser to believe what it
+    cannot believe of new texts.
 
     Args:
         embeddings: (N, D) of texts or images, of any length.
         image_of: (N,) rows of z that they belong to.
         z: (M, c, h, w).
+        progress: called with the number of steps done; training may end before ``STEPS``.
 
     Returns:
         Mean squared error on held-out images over that of the mean z; 1: embeddings tell nothing.
     """
-    generator = torch.Generator().manual_seed(0)
     inputs, targets = scaled(embeddings.float()), z.flatten(1)
     whiten = whitening(inputs)
     inputs = inputs @ whiten
     held_out = image_of % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     learned, kept = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
-    kept = kept[:: max(1, len(kept) // 2048)] if len(kept) else learned  # of a handful of images there is none
+    kept = kept[:: max(1, len(kept) // LOOKED_AT)] if len(kept) else learned  # of a handful of images there is none
     network = codec.network.projection
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for layer in network:
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
-    trained = [parameter.requires_grad_() for parameter in network.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
-    best, best_step, weights = math.inf, 0, [parameter.detach().clone() for parameter in trained]
+
+    def error(rows: Tensor) -> Tensor:
+        return (network(inputs[rows]) - targets[image_of[rows]]).square().mean()
+
     with torch.enable_grad():
-        for step in range(STEPS):
-            rows = learned[torch.randint(len(learned), (BATCH_SIZE,), generator=generator)].to(inputs.device)
-            loss = (network(inputs[rows]) - targets[image_of[rows]]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            optimizer.step()
-            if (step + 1) % LOOK_EVERY == 0:
-                with torch.no_grad():
-                    error = float((network(inputs[kept]) - targets[image_of[kept]]).square().mean())
-                if error < best:
-                    best, best_step = error, step
-                    weights = [parameter.detach().clone() for parameter in trained]
-                elif step - best_step >= PATIENCE * LOOK_EVERY:
-                    break
+        best = _train(network.requires_grad_(True), error, learned, kept, progress)
+    network.requires_grad_(False)
     with torch.no_grad():
-        for parameter, value in zip(trained, weights, strict=True):
-            parameter.copy_(value).requires_grad_(False)
         network[0].weight.copy_(network[0].weight @ whiten)
-        shift = codec.unscale(z.new_zeros(1, *z.shape[1:])).flatten()
-        slope = codec.unscale(z.new_ones(1, *z.shape[1:])).flatten() - shift
+        shift = codec.unscale(torch.zeros_like(z[:1])).flatten()
+        slope = codec.unscale(torch.ones_like(z[:1])).flatten() - shift
         network[-1].weight.mul_(slope[:, None])
         network[-1].bias.mul_(slope).add_(shift)
-        plain = float((targets[image_of[kept]] - targets[image_of[learned]].mean(dim=0)).square().mean())
-    return best / plain if plain > 0 else 1.0
+        of_mean = float((targets[image_of[kept]] - targets[image_of[learned]].mean(dim=0)).square().mean())
+    return best / of_mean if of_mean > 0 else 1.0
+
+
+def _train(
+    network: nn.Module,
+    error: Callable[[Tensor], Tensor],
+    learned: Tensor,
+    kept: Tensor,
+    progress: Callable[[int], None],
+) -> float:
+    """Learn from rows ``learned``; the network gets the weights of the least ``error`` on rows ``kept``, returned."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    best, best_step, weights = math.inf, 0, deepcopy(network.state_dict())
+    for step in range(1, STEPS + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
+        error(learned[torch.randint(len(learned), (BATCH_SIZE,), generator=generator).to(learned.device)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(step)
+        if step % LOOK_EVERY == 0:
+            with torch.no_grad():
+                found = float(error(kept))
+            if found < best:
+                best, best_step, weights = found, step, deepcopy(network.state_dict())
+            elif step - best_step >= PATIENCE * LOOK_EVERY:
+                break
+    network.load_state_dict(weights)
+    return best
 
 
 @torch.no_grad()

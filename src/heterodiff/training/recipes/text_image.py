@@ -16,6 +16,7 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.errors import ConfigError
+from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
@@ -24,7 +25,7 @@ from heterodiff.text.table import CaptionTable
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
-from heterodiff.training.recipes.guess import fit_guess, known_embeddings
+from heterodiff.training.recipes.guess import STEPS, fit_guess, known_embeddings
 
 GUESS = "guess."
 """Prefix of the weights of the guess in a checkpoint."""
@@ -75,14 +76,18 @@ class TextImageRecipe(DiffusionRecipe):
         encoder = self.networks.text_encoder
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
-    def fit_guess(self, data: LoadedData) -> float:
+    def fit_guess(self, data: LoadedData, quiet: bool = True) -> float:
         """Learn to guess maps from embeddings; the error on held-out images, see :func:`fit_guess`.
 
         Args:
             data: what the run trains on, images or their stored latents.
+            quiet: show no progress.
         """
-        embeddings, image_of, z = known_embeddings(self.networks, self.captions, data, self.codec)
-        return fit_guess(self.codec, embeddings, image_of, z)
+        known = known_embeddings(self.networks, self.captions, data, self.codec)
+        if quiet:
+            return fit_guess(self.codec, *known)
+        with progress_tasks() as task:
+            return fit_guess(self.codec, *known, task("guessing maps of texts", STEPS))
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
