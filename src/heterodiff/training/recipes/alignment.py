@@ -115,8 +115,9 @@ class AlignmentRecipe:
 
     The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
     that all processes compute at once (Radford et al. 2021); mean squared error of the image from its map, of every
-    fourth image from its own or the text's embedding, and of the map from both; cross-entropy
-    per token of the caption from the map, and from both embeddings. The embedding of a text learns from telling images
+    fourth image from its own or the text's embedding, and of the map from both (an absolute error keeps the decoder at
+    the median picture for hundreds of steps); cross-entropy per token of the caption from the map, and of a caption
+    from both embeddings, of every fourth image and of every text. The embedding of a text learns from telling images
     apart and from retelling, half in its own words, half in those of another caption of the image where a step has
     several: maps and pictures of a text are blurs on average, and would teach it these. Errors of images are relative
     to those of the mean training image, so that weights mean the same for all data. The decoder learns from the image's
