@@ -29,6 +29,7 @@ PendulumSpeed = Annotated[float, Field(ge=0, le=2.2)]
 RunningSpeed = Annotated[float, Field(ge=2, le=8)]
 Decibels = Annotated[float, Field(ge=-100, le=100)]
 Aspect = Annotated[float, Field(ge=0, le=180)]
+LesionRadius = Annotated[float, Field(ge=0.08, le=0.4)]
 Elevation = Annotated[float, Field(ge=0, le=80)]
 
 
@@ -95,13 +96,32 @@ class ShapesConfig(Section):
     )
 
 
+class BrainPhantomConfig(Section):
+    """The simulated heads of the built-in source ``brain-phantom``, and how hard their lesions are to see."""
+
+    patients: Annotated[int, Field(gt=1, le=100_000)] = 120
+    slices_per_patient: Annotated[int, Field(gt=0, le=1000)] = 16
+    seed: Seed = Field(0, description="slice k of a patient depends on seed, patient and k alone")
+    unhealthy: Annotated[float, Field(ge=0, le=1)] = Field(0.4, description="share of the slices that show a lesion")
+    lesion_radius: Annotated[tuple[LesionRadius, LesionRadius], AfterValidator(_ascending)] = Field(
+        (0.10, 0.24), description="in its middle slice, in units of half the shorter side of the picture"
+    )
+    contrast: Annotated[float, Field(ge=0, le=3)] = Field(
+        1.0, description="of lesions against white matter; 1: on FLAIR and T2 little brighter than grey matter"
+    )
+    bias: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.1, description="strength of the smooth field that brightens one side of a modality"
+    )
+    noise: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="std; scalp and fluid reach about 0.8")
+
+
 class DataConfig(Section):
     """Where images and their labels or captions come from."""
 
     source: str = Field(
         "images",
         description="`images`, `captions`, `latents` (written by `heterodiff encode`), or built in: `digits`, "
-        "`microdoppler`, `shapes`",
+        "`microdoppler`, `shapes`, `brain-phantom`",
     )
     path: Path | None = Field(
         None,
@@ -129,7 +149,14 @@ class DataConfig(Section):
     resize: Literal["crop", "stretch"] = Field(
         "crop", description="crop: keep the aspect ratio and cut the centre; stretch: both sides to image_size"
     )
-    val_fraction: Fraction = Field(0.1, description="share of images held out, drawn per class")
+    val_fraction: Fraction = Field(
+        0.1, description="share of images held out, drawn per class; of source `brain-phantom`, of the patients"
+    )
+    test_fraction: Fraction = Field(
+        0.0,
+        description="share of images, or patients, that training never reads, kept for the last measurement; "
+        "val_fraction is of the others",
+    )
     split_seed: Seed = 0
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     random_crop: Annotated[int, Field(ge=0)] = Field(
@@ -141,6 +168,7 @@ class DataConfig(Section):
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
+    brain_phantom: BrainPhantomConfig = Field(BrainPhantomConfig(), description="settings of source `brain-phantom`")
 
 
 class ModelConfig(Section):

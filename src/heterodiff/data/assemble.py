@@ -13,7 +13,7 @@ from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import listing, show
 from heterodiff.data.labels import index_labels
-from heterodiff.data.split import apply_split, draw_split
+from heterodiff.data.split import apply_split, draw_group_split, draw_split
 from heterodiff.data.survey import Measured, Survey
 from heterodiff.errors import DataError
 
@@ -185,6 +185,8 @@ def _held_out(
         mask = apply_split(names, split, collection.where)
     elif collection.held_out is not None:
         mask, way_out = np.array(collection.held_out, dtype=bool)[rows], "add usable images to the training part"
+    elif collection.groups is not None:
+        mask = draw_group_split([collection.groups[row] for row in rows], config.val_fraction, config.split_seed)
     else:
         mask = draw_split(names, labels, config.val_fraction, config.split_seed)
     if mask.all():

@@ -1,8 +1,9 @@
 """What a source yields: names, class names and a way to read each image."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,17 @@ class ArrayReader:
 
 
 @dataclass(frozen=True)
+class RowReader:
+    """Row ``i`` is row ``rows[i]`` of ``read``."""
+
+    read: Callable[[int], np.ndarray]
+    rows: tuple[int, ...]
+
+    def __call__(self, row: int) -> np.ndarray:
+        return self.read(self.rows[row])
+
+
+@dataclass(frozen=True)
 class Collection:
     """All images of a source before any of them is looked at.
 
@@ -46,6 +58,8 @@ class Collection:
         unreadable: folders that could not be listed; handled like bad images.
         problems: wrong metadata rows; an error, except with captions and ``data.on_bad=skip``.
         captions: texts that describe each image, at least one each; ``None`` where the source has none.
+        groups: what must not be parted by a split, such as the patient, of each image; ``None``: each on its own.
+        mask: row -> (H, W) bool, what is to be found in the image; ``None`` where the source has none.
         held_out: which images the source itself keeps for validation; ``None`` where it does not say.
     """
 
@@ -58,4 +72,24 @@ class Collection:
     problems: tuple[DataFinding, ...] = ()
     warnings: tuple[str, ...] = ()
     captions: tuple[tuple[str, ...], ...] | None = None
+    groups: tuple[str, ...] | None = None
+    mask: Callable[[int], np.ndarray] | None = None
     held_out: tuple[bool, ...] | None = None
+
+    def take(self, rows: Sequence[int]) -> "Collection":
+        """Only the images ``rows``, in that order."""
+        rows = tuple(rows)
+
+        def of(values: tuple[Any, ...] | None) -> Any:
+            return values if values is None else tuple(values[row] for row in rows)
+
+        return replace(
+            self,
+            names=of(self.names),
+            class_of=of(self.class_of),
+            read=RowReader(self.read, rows),
+            mask=self.mask and RowReader(self.mask, rows),
+            captions=of(self.captions),
+            groups=of(self.groups),
+            held_out=of(self.held_out),
+        )

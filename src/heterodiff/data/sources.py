@@ -1,10 +1,13 @@
 """The sources of images by name, and loading them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with_captions
+from heterodiff.data.builtin.brain_phantom import open_brain_phantom
 from heterodiff.data.builtin.digits import open_digits
 from heterodiff.data.builtin.microdoppler import open_microdoppler
 from heterodiff.data.builtin.shapes import open_shapes
@@ -13,10 +16,11 @@ from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
+from heterodiff.data.split import draw_group_split
 from heterodiff.data.survey import survey_images
 from heterodiff.errors import DataError, unknown_name
 
-__all__ = ["LoadedData", "image_captions", "list_sources", "load_data", "open_source", "with_captions"]
+__all__ = ["LoadedData", "image_captions", "list_sources", "load_data", "open_part", "open_source", "with_captions"]
 
 
 def _refuse_latents(config: DataConfig) -> Collection:
@@ -32,6 +36,7 @@ _SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
     "digits": open_digits,
     "microdoppler": open_microdoppler,
     "shapes": open_shapes,
+    "brain-phantom": open_brain_phantom,
     "latents": _refuse_latents,
 }
 
@@ -50,6 +55,26 @@ def open_source(config: DataConfig) -> Collection:
     if config.source not in _SOURCES:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     return _SOURCES[config.source](config)
+
+
+def _is_for_test(collection: Collection, config: DataConfig) -> np.ndarray:
+    """Which images (N,) are kept for the last measurement."""
+    groups = collection.names if collection.groups is None else collection.groups
+    return draw_group_split([f"test {group}" for group in groups], config.test_fraction, config.split_seed)
+
+
+def open_part(config: DataConfig, part: Literal["train", "test"]) -> Collection:
+    """List the images to train on and to validate with (``train``), or those kept for the last measurement (``test``).
+
+    Raises:
+        DataError: as `open_source`; or no images for testing.
+    """
+    collection = open_source(config)
+    if config.test_fraction == 0:
+        if part == "test":
+            raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
+        return collection
+    return collection.take(np.flatnonzero(_is_for_test(collection, config) == (part == "test")).tolist())
 
 
 def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
@@ -82,5 +107,5 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
     """
     if config.source == "latents":
         return load_stored(config, split, spec)
-    collection = open_source(config)
+    collection = open_part(config, "train")
     return assemble(collection, survey_images(collection, config, keep=True), config, split, spec)

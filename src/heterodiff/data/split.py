@@ -35,6 +35,17 @@ def draw_split(names: Sequence[str], labels: np.ndarray, val_fraction: float, se
     return mask
 
 
+def draw_group_split(groups: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """Return a boolean mask (N,) of the images held out, such that images of a group, such as a patient, stay together.
+
+    The rounded share of the groups is held out, at least one and never all.
+    """
+    unique = sorted(set(groups))
+    chosen = draw_split(unique, np.zeros(len(unique)), fraction, seed)
+    held_out = {group for group, out in zip(unique, chosen, strict=True) if out}
+    return np.array([group in held_out for group in groups], dtype=bool)
+
+
 def _names(split: dict[str, Any], part: str) -> list[str]:
     names = split.get(part) if isinstance(split, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
