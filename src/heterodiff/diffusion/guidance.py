@@ -17,14 +17,14 @@ def null_labels(labels: Tensor) -> Tensor:
     return torch.full_like(labels, -1)
 
 
-def _join(first: Any, second: Any) -> Any:
+def join_conditions(first: Any, second: Any) -> Any:
     """Concatenate two conditions along the batch: tensors, or mappings and sequences of them."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     if isinstance(first, Mapping):
-        return {key: _join(first[key], second[key]) for key in first}
+        return {key: join_conditions(first[key], second[key]) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(_join(one, other) for one, other in zip(first, second, strict=True))
+        return type(first)(join_conditions(one, other) for one, other in zip(first, second, strict=True))
     if first is None and second is None:
         return None
     raise TypeError(f"cannot batch conditions of type {type(first).__name__}")
@@ -47,7 +47,7 @@ def guided(model_call: ModelCall, z: Tensor, time: Tensor, condition: Any, null_
         return model_call(z, time, condition)
     if scale == 0:
         return model_call(z, time, null_condition)
-    both = model_call(torch.cat([z, z]), torch.cat([time, time]), _join(condition, null_condition))
+    both = model_call(torch.cat([z, z]), torch.cat([time, time]), join_conditions(condition, null_condition))
     conditional, unconditional = both.chunk(2)
     channels = z.shape[1]
     mean, null_mean = conditional[:, :channels], unconditional[:, :channels]

@@ -1,0 +1,46 @@
+"""The forward-process method written down step by step, one image at a time, all steps kept; in float64."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Network = Callable[[np.ndarray, int, int], np.ndarray]
+"""(x_t (C, H, W), t, label) -> predicted noise."""
+
+
+def literal_forward_process(
+    network: Network, x: np.ndarray, depth: int, w: float, healthy: int = 0, none: int = -1
+) -> dict[str, np.ndarray]:
+    """Every timestep of 0 .. depth - 1 on the linear schedule of 1,000.
+
+    Args:
+        x: (C, H, W) in [-1, 1].
+        w: as in the papers, eps = (1 + w) eps_healthy - w eps_none.
+
+    Returns:
+        map (C, H, W), divergence (C,), end (C,), cosine ().
+    """
+    betas = np.linspace(1e-4, 0.02, 1000)
+    a = np.cumprod(1 - betas)
+    x_t, squares, divergences, h, u = x.copy(), [], [], [], []
+    for t in range(depth):
+        eps_none = network(x_t, t, none)
+        eps_healthy = network(x_t, t, healthy)
+        x0_none = np.clip((x_t - np.sqrt(1 - a[t]) * eps_none) / np.sqrt(a[t]), -1, 1)
+        eps_guided = (1 + w) * eps_healthy - w * eps_none
+        x0_healthy = np.clip((x_t - np.sqrt(1 - a[t]) * eps_guided) / np.sqrt(a[t]), -1, 1)
+        squares.append((x0_healthy - x) ** 2)
+        divergences.append([np.mean((x0_healthy[m] - x0_none[m]) ** 2) for m in range(len(x))])
+        h.append(np.mean((x0_healthy - x) ** 2))
+        u.append(np.mean((x0_none - x) ** 2))
+        eps = (x_t - np.sqrt(a[t]) * x0_none) / np.sqrt(1 - a[t])
+        x_t = np.sqrt(a[t + 1]) * x0_none + np.sqrt(1 - a[t + 1]) * eps
+    all_divergences = np.array(divergences)  # (L, C)
+    end = all_divergences.argmax(axis=0)
+    maps = np.stack([np.mean([squares[t][m] for t in range(max(1, end[m]))], axis=0) for m in range(len(x))])
+    return {
+        "map": maps,
+        "divergence": all_divergences.max(axis=0),
+        "end": end,
+        "cosine": np.dot(h, u) / (np.linalg.norm(h) * np.linalg.norm(u)),
+    }

@@ -1,0 +1,228 @@
+"""Anomaly maps agree with a literal implementation, and find what a known healthy distribution does not hold."""
+
+import gc
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import heterodiff as hd
+from heterodiff.config import DiffusionConfig
+from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noising_timesteps, partial_noising
+from heterodiff.diffusion.schedule import NoiseSchedule
+from heterodiff.errors import ConfigError
+from tests.oracles.anomaly import literal_forward_process
+
+SCHEDULE = NoiseSchedule.from_config(DiffusionConfig())
+COUNT, CHANNELS, SIDE = 3, 2, 8
+HEALTHY, NONE = torch.zeros(COUNT, dtype=torch.long), torch.full((COUNT,), -1)
+
+
+@pytest.fixture(scope="module")
+def network() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A network of random weights; its last layer, zero at the start, too."""
+    torch.manual_seed(0)
+    unet = hd.create_model("unet", sample_size=SIDE, in_channels=CHANNELS, num_classes=2, model_channels=32).eval()
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3 / math.sqrt(max(1, parameter[0].numel())))
+    return lambda z, time, labels: unet(z, time, class_labels=labels).sample
+
+
+def pictures() -> Tensor:
+    x = torch.rand(COUNT, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    x[1] *= 0.2
+    return x
+
+
+@pytest.mark.parametrize("depth", [1, 7, 60])
+def test_every_step_agrees_with_the_literal_method(network: Callable[..., Tensor], depth: int) -> None:
+    x = pictures()
+    with torch.no_grad():
+        found = forward_process(network, SCHEDULE, "epsilon", x, HEALTHY, NONE, range(depth)[::-1], guidance_scale=3.0)
+
+        def noise_of(z: np.ndarray, t: int, label: int) -> np.ndarray:
+            sent = torch.from_numpy(z).float()[None]
+            return network(sent, torch.tensor([float(t)]), torch.tensor([label]))[0].double().numpy()
+
+        for k in range(COUNT):
+            expected = literal_forward_process(noise_of, x[k].double().numpy(), depth, w=2.0)
+            np.testing.assert_allclose(found.maps[k], expected["map"], atol=1e-4)
+            np.testing.assert_allclose(found.divergence[k], expected["divergence"], atol=1e-4, rtol=1e-4)
+            np.testing.assert_allclose(found.cosine[k], expected["cosine"], atol=1e-4)
+    assert found.calls == 2 * depth
+
+
+# --- a healthy distribution that is known ------------------------------------------------------------
+
+MEAN = torch.linspace(-0.5, 0.5, SIDE).expand(CHANNELS, SIDE, SIDE)
+STD = {0: 0.05, 1: 0.05}
+
+
+def gaussian(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    """Ideal noise prediction: healthy pixels are N(MEAN, 0.05); others, and without label, the left half is wider."""
+    sigma = SCHEDULE.sigma[time.long()].float().view(-1, 1, 1, 1)
+    alpha = SCHEDULE.alpha[time.long()].float().view(-1, 1, 1, 1)
+    spread = torch.full((len(z), 1, SIDE, SIDE), 0.05)
+    spread[labels != 0, :, :, : SIDE // 2] = 0.7
+    variance = (alpha * spread).square() + sigma.square()
+    return sigma * (z - alpha * MEAN) / variance
+
+
+def with_lesion(strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Healthy images, of which the first and the last have a lesion in one channel, and where."""
+    generator = torch.Generator().manual_seed(2)
+    x = (MEAN + 0.05 * torch.randn(COUNT, CHANNELS, SIDE, SIDE, generator=generator)).clamp(-1, 1)
+    where = torch.zeros(COUNT, SIDE, SIDE, dtype=torch.bool)
+    where[::2, 2:5, 1:3] = True
+    x[:, 0] = torch.where(where, (x[:, 0] + strength).clamp(-1, 1), x[:, 0])
+    return x, where
+
+
+def run(method: str, x: Tensor, timesteps: list[int]) -> AnomalyMaps:
+    count = len(x)
+    healthy, none = torch.zeros(count, dtype=torch.long), torch.full((count,), -1)
+    if method == "partial-noising":
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+
+        def only_healthy(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+            return gaussian(z, time, torch.zeros_like(labels))
+
+        return partial_noising(only_healthy, SCHEDULE, "epsilon", x, none, timesteps, noise=noise)
+    call = {"forward-process": forward_process, "ddib": ddib}[method]
+    return call(gaussian, SCHEDULE, "epsilon", x, healthy, none, timesteps, guidance_scale=2.0)
+
+
+METHODS = ("forward-process", "ddib", "partial-noising")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_are_bright_where_the_lesion_is(method: str) -> None:
+    x, where = with_lesion()
+    found = run(method, x, noising_timesteps(400, 40))
+    assert found.maps.shape == x.shape
+    assert found.divergence.shape == (COUNT, CHANNELS)
+    for k in (0, 2):
+        inside, outside = found.maps[k, 0][where[k]], found.maps[k, 0][~where[k]]
+        assert inside.min() > 3 * outside.max()
+        assert found.divergence[k, 0] > 5 * found.divergence[k, 1]
+        assert found.divergence[k, 0] > 5 * found.divergence[1, 0]
+        # The whole lesion, of height 1, is taken away; what guidance adds to that is at most as much again.
+        assert 0.8 < inside.sqrt().mean() < 1.5
+
+
+def test_a_few_steps_say_what_all_do() -> None:
+    x, _ = with_lesion()
+    all_, few = (run("forward-process", x, noising_timesteps(600, count)) for count in (600, 60))
+    assert (few.maps - all_.maps).abs().max() < 0.15 * all_.maps.max()
+    np.testing.assert_allclose(few.divergence, all_.divergence, rtol=0.05, atol=1e-3)
+    np.testing.assert_allclose(few.cosine, all_.cosine, atol=0.02)
+
+
+def test_healthy_and_anomalous_images_differ_in_the_cosine() -> None:
+    x, _ = with_lesion()
+    cosine = run("forward-process", x, noising_timesteps(600, 60)).cosine
+    assert cosine[1] > cosine[0] + 0.01
+    assert cosine[1] > cosine[2] + 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_its_images_one_by_one(method: str) -> None:
+    x, _ = with_lesion()
+    together = run(method, x, noising_timesteps(200, 10))
+    if method == "partial-noising":  # their noise is drawn for all at once
+        x, together = x[:1], AnomalyMaps(together.maps[:1], together.divergence[:1], together.cosine[:1], 10)
+        noise = torch.randn((COUNT, CHANNELS, SIDE, SIDE), generator=torch.Generator().manual_seed(3))[:1]
+        alone = [
+            partial_noising(
+                lambda z, time, labels: gaussian(z, time, torch.zeros_like(labels)),
+                SCHEDULE,
+                "epsilon",
+                x,
+                NONE[:1],
+                noising_timesteps(200, 10),
+                noise=noise,
+            )
+        ]
+    else:
+        alone = [run(method, x[k : k + 1], noising_timesteps(200, 10)) for k in range(COUNT)]
+    np.testing.assert_allclose(torch.cat([one.maps for one in alone]), together.maps, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("forward-process", 120), ("ddib", 180), ("partial-noising", 60)])
+def test_calls_are_counted(method: str, calls: int) -> None:
+    """Rows that the network really sees, for each image."""
+    x, _ = with_lesion()
+    seen = 0
+    timesteps = noising_timesteps(600, 60)
+
+    def counting(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(z)
+        return gaussian(z, time, labels)
+
+    if method == "partial-noising":
+        found = partial_noising(counting, SCHEDULE, "epsilon", x, NONE, timesteps, noise=torch.zeros_like(x))
+    else:
+        call = {"forward-process": forward_process, "ddib": ddib}[method]
+        found = call(counting, SCHEDULE, "epsilon", x, HEALTHY, NONE, timesteps)
+    assert found.calls == calls
+    assert seen == calls * COUNT
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in gc.get_objects() if type(t) is Tensor}.values())
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    x = pictures().repeat(1, 1, 8, 8)
+    held: list[int] = []
+
+    def noise_of(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        return 0.1 * z + labels.view(-1, 1, 1, 1) * 0.01
+
+    forward_process(
+        noise_of,
+        SCHEDULE,
+        "epsilon",
+        x,
+        HEALTHY,
+        NONE,
+        noising_timesteps(600, 60),
+        progress=lambda step, total: held.append(bytes_of_tensors()),
+    )
+    a_map = x.numel() * x.element_size()
+    assert held[-1] - held[2] < 0.2 * a_map  # two numbers an image and step
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "expected"),
+    [(600, 60, list(range(590, -1, -10))), (10, 20, list(range(9, -1, -1))), (7, 3, [6, 3, 0]), (1, 1, [0])],
+)
+def test_timesteps_are_spread_evenly(depth: int, count: int, expected: list[int]) -> None:
+    assert noising_timesteps(depth, count) == expected
+
+
+@pytest.mark.parametrize(("depth", "count"), [(0, 5), (5, 0)])
+def test_no_timesteps_is_an_error(depth: int, count: int) -> None:
+    with pytest.raises(ValueError, match="expected at least 1 of each"):
+        noising_timesteps(depth, count)
+
+
+@pytest.mark.parametrize("timesteps", [[0, 10], [1200, 0]])
+def test_timesteps_must_fit(timesteps: list[int]) -> None:
+    with pytest.raises(ConfigError):
+        forward_process(gaussian, SCHEDULE, "epsilon", pictures(), HEALTHY, NONE, timesteps)
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    x, _ = with_lesion()
+    forward_process(
+        gaussian, SCHEDULE, "epsilon", x, HEALTHY, NONE, [20, 10, 0], progress=lambda *step: told.append(step)
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]
