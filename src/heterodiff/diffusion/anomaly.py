@@ -35,14 +35,15 @@ class AnomalyMaps:
     Attributes:
         maps: (B, C, H, W) squared difference of each channel, in units of the network's [-1, 1].
         divergence: (B, C) how far healthy and unconditional predictions part at most; how anomalous a channel is.
-        cosine: (B,) in [-1, 1]; small where healthy and unconditional predictions err differently along the steps,
-            which they do in anomalous images. NaN for methods that have no such thing.
+        score: (B,) the higher, the more anomalous the image. Of the forward process minus the cosine between the errors
+            of healthy and unconditional predictions along the steps, which part in anomalous images; of the others the
+            mean divergence.
         calls: network calls that one image took.
     """
 
     maps: Tensor
     divergence: Tensor
-    cosine: Tensor
+    score: Tensor
     calls: int
 
 
@@ -125,7 +126,7 @@ def forward_process(
         progress(number, len(rising))
     of_healthy, of_none = (torch.stack(each, dim=1) for each in zip(*errors, strict=True))
     cosine = torch.nn.functional.cosine_similarity(of_healthy, of_none, dim=1, eps=1e-12)
-    return AnomalyMaps(running.maps, running.divergence, cosine, 2 * len(rising))
+    return AnomalyMaps(running.maps, running.divergence, -cosine, 2 * len(rising))
 
 
 @torch.no_grad()
@@ -214,4 +215,4 @@ def _decoded(
 
 def _of_difference(x: Tensor, healthy: Tensor, calls: int) -> AnomalyMaps:
     maps = (healthy - x).square()
-    return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.new_full((len(x),), torch.nan), calls)
+    return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.mean(dim=(1, 2, 3)), calls)

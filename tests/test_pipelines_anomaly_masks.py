@@ -1,0 +1,140 @@
+"""Masks and decisions against slow, plain versions; what labels and numbers cannot be used."""
+
+import json
+
+import numpy as np
+import pytest
+
+from heterodiff.errors import DataError, RunError
+from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, calibrate, drop_small
+
+
+def slow_quantile(values: np.ndarray, q: float) -> float:
+    ordered = sorted(values.ravel().tolist())
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def slow_median(image: np.ndarray) -> np.ndarray:
+    padded = np.pad(image, 2, mode="symmetric")
+    rows, columns = image.shape
+    return np.array([[sorted(padded[i : i + 5, j : j + 5].ravel())[12] for j in range(columns)] for i in range(rows)])
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.3, 0.824), (1.0, 1.0), (5.0, 0.5)])
+def test_mask_is_that_of_the_formula(shares: tuple[float, float]) -> None:
+    maps = np.random.default_rng(0).gamma(1.0, size=(2, 20, 24))
+    maps[:, 5:12, 8:15] += 3
+    largest = np.array([0.5, 2.0])
+    limits = []
+    for one, share in zip(maps, shares, strict=True):
+        r = round(100 * min(max(share, 0), 1))
+        limits.append(slow_quantile(one, 0.98 - 0.0008 * r))
+    expected = slow_median((maps[0] + maps[1]) / 2) >= sum(limits) / 2
+    found = anomaly_mask(maps, np.array(shares) * largest, largest)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_stronger_anomaly_marks_more() -> None:
+    maps = np.random.default_rng(0).random((1, 64, 64)) * 0.2
+    maps[:, 10:30, 10:30] += np.linspace(0.2, 3, 20)  # stronger to the right
+    counts = [anomaly_mask(maps, np.array([share]), np.ones(1)).sum() for share in (0.0, 0.5, 1.0)]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_no_divergence_at_calibration_counts_as_the_strongest() -> None:
+    maps = np.random.default_rng(0).gamma(1.0, size=(1, 16, 16))
+    strongest = anomaly_mask(maps, np.ones(1), np.ones(1))
+    np.testing.assert_array_equal(anomaly_mask(maps, np.zeros(1), np.zeros(1)), strongest)
+
+
+def flooded(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """Components by flood filling, neighbours by edge or corner."""
+    left, found = {tuple(map(int, place)) for place in np.argwhere(mask)}, []
+    while left:
+        part, border = set(), {left.pop()}
+        while border:
+            row, column = border.pop()
+            part.add((row, column))
+            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            border |= near
+        found.append(part)
+    return found
+
+
+@pytest.mark.parametrize("least", [0, 1, 4, 10])
+def test_small_components_are_dropped(least: int) -> None:
+    mask = np.random.default_rng(1).random((40, 30)) < 0.25
+    expected = np.zeros_like(mask)
+    for part in flooded(mask):
+        if len(part) > least:
+            expected[tuple(np.array(sorted(part)).T)] = True
+    np.testing.assert_array_equal(drop_small(mask, least), expected)
+
+
+@pytest.mark.parametrize(("side", "dropped", "kept"), [(128, 40, 41), (64, 10, 11)])
+def test_what_is_small_depends_on_the_picture(side: int, dropped: int, kept: int) -> None:
+    mask = np.zeros((side, side), dtype=bool)
+    mask[2, :dropped] = True
+    mask[8, :kept] = True
+    assert drop_small(mask).sum() == kept
+
+
+# --- calibration -------------------------------------------------------------------------------------
+
+
+def validation(overlap: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    unhealthy = np.arange(300) % 3 == 0
+    score = rng.normal(0, overlap, 300) + 3 * unhealthy
+    return rng.random((300, 2)) + unhealthy[:, None], score, unhealthy
+
+
+@pytest.mark.parametrize("overlap", [0.1, 1.0, 3.0])
+def test_limit_has_the_fewest_errors_of_a_hundred(overlap: float) -> None:
+    divergence, score, unhealthy = validation(overlap)
+    found = calibrate(divergence, score, unhealthy)
+    errors = []
+    for k in range(100):
+        limit = slow_quantile(score[~unhealthy], 0.905 + k * 0.09 / 99)
+        errors.append(sum((value >= limit) != label for value, label in zip(score, unhealthy, strict=True)))
+    assert found.errors == min(errors)
+    assert int(((score >= found.score_limit) != unhealthy).sum()) == found.errors
+    assert found.largest_divergence == pytest.approx(divergence[unhealthy].max(axis=0))
+    assert (found.healthy, found.unhealthy) == (200, 100)
+
+
+def test_calibration_is_saved_and_read() -> None:
+    found = calibrate(*validation())
+    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("content", [{}, [], {"largest_divergence": "x"}, None])
+def test_damaged_calibration_is_refused(content: object) -> None:
+    with pytest.raises(RunError, match="calibrate again"):
+        Calibration.from_dict(content)
+
+
+def test_labels_the_wrong_way_round_are_found() -> None:
+    divergence, score, unhealthy = validation()
+    with pytest.raises(DataError, match=r"unhealthy validation images score .* less than healthy .*wrong way round"):
+        calibrate(divergence, score, ~unhealthy)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_both_labels_are_needed(value: bool) -> None:
+    divergence, score, unhealthy = validation()
+    counts = "0 and 300" if value else "300 and 0"
+    with pytest.raises(DataError, match=f"found {counts}; hold out more"):
+        calibrate(divergence, score, np.full_like(unhealthy, value))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_numbers_that_are_none_are_refused(which: int) -> None:
+    numbers = validation()
+    numbers[which][7] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        calibrate(*numbers)
