@@ -241,6 +241,26 @@ class SamplingConfig(Section):
         return self
 
 
+class SegmentationConfig(Section):
+    """How anomalies are found with a model of healthy and unhealthy images."""
+
+    method: Literal["forward-process", "ddib", "partial-noising"] = Field(
+        "forward-process",
+        description="forward-process: AnoFPDM; ddib: encode, decode as healthy; partial-noising: AnoDDPM, which needs "
+        "no labels in training",
+    )
+    depth: Positive = Field(600, description="noise depth: timesteps below this one are used")
+    num_inference_steps: Positive = Field(60, description="evenly spaced among them; a step takes two network calls")
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        3.0, description="1 is unguided; papers that write (1 + w) healthy - w none mean this minus 1"
+    )
+    healthy: str = Field("healthy", description="class name of healthy images; all other classes are unhealthy")
+    channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="channels whose maps count, from 0; default: all"
+    )
+    seed: Seed = Field(0, description="of the noise of partial-noising")
+
+
 class TrainingConfig(Section):
     """The loop."""
 
@@ -406,6 +426,9 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
+    segmentation: SegmentationConfig = Field(
+        SegmentationConfig(), description="of runs whose classes are healthy and unhealthy images"
+    )
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="before")

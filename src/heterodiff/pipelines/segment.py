@@ -1,0 +1,148 @@
+"""Finding anomalies with a class-conditional model of a run: maps, masks and a decision for every image."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heterodiff.config import SegmentationConfig
+from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noising_timesteps, partial_noising
+from heterodiff.diffusion.guidance import null_labels
+from heterodiff.diffusion.sampling import draw_noise
+from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
+from heterodiff.errors import ConfigError, RunError
+from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, drop_small
+from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.pipelines.load import read_json
+
+CALIBRATION_FILE = "calibration.json"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in images.
+
+    Attributes:
+        masks: (B, H, W) bool, without small components; not yet emptied where an image is judged healthy.
+        unhealthy: (B,) bool, the decision for each image.
+        maps: (B, H, W) float32, mean of the channels' squared differences, in units of [-1, 1].
+        score: (B,) the higher, the more anomalous.
+    """
+
+    masks: np.ndarray
+    unhealthy: np.ndarray
+    maps: np.ndarray
+    score: np.ndarray
+
+    @property
+    def mixed_masks(self) -> np.ndarray:
+        """The masks (B, H, W), empty where the image is judged healthy."""
+        return self.masks & self.unhealthy[:, None, None]
+
+
+class Segmenter:
+    """A run's model as a finder of anomalies.
+
+    Args:
+        pipeline: of a run on pixels whose classes include ``settings.healthy``.
+        settings: method, steps and channels.
+
+    Raises:
+        ConfigError: a model of latents; settings that do not fit the model.
+    """
+
+    def __init__(self, pipeline: GenerationPipeline, settings: SegmentationConfig):
+        self.pipeline, self.settings = pipeline, settings
+        if pipeline.vae is not None:
+            raise ConfigError("segmentation compares pixels; this run denoises latents of a VAE: train one on pixels")
+        self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+        steps = self.schedule.num_train_timesteps
+        if settings.depth > steps:
+            raise ConfigError(f"segmentation.depth={settings.depth}: the run was trained on {steps} timesteps")
+        count = pipeline.unet.config.in_channels
+        if wrong := [c for c in settings.channels or () if c >= count]:
+            raise ConfigError(
+                f"segmentation.channels: {wrong[0]} is none of the run's {count} channels, 0..{count - 1}"
+            )
+        self.channels = list(range(count) if settings.channels is None else settings.channels)
+        self.timesteps = noising_timesteps(settings.depth, settings.num_inference_steps)
+        self.healthy = -1
+        if settings.method != "partial-noising":
+            if settings.healthy not in pipeline.class_names:
+                known = ", ".join(pipeline.class_names) or "none"
+                raise ConfigError(
+                    f"segmentation.healthy='{settings.healthy}': the run's classes are {known}; name the healthy one, "
+                    "or set segmentation.method=partial-noising for a model of healthy images alone"
+                )
+            self.healthy = pipeline.class_names.index(settings.healthy)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, first: int = 0, progress: Progress = lambda step, total: None) -> AnomalyMaps:
+        """Anomaly maps of the channels that count, on the CPU.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            first: number of the first of them among all images, on which its noise depends.
+        """
+        pipeline, settings, unet = self.pipeline, self.settings, self.pipeline.unet
+        x = images.to(pipeline.device, torch.float32) * 2 - 1
+        labels = torch.full((len(x),), self.healthy, device=x.device)
+        none = null_labels(labels)
+        conditional = unet.config.num_classes is not None
+
+        def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            return unet(z, time, class_labels=condition if conditional else None).sample
+
+        common = (model_call, self.schedule, prediction_of(pipeline.scheduler), x)
+        if settings.method == "partial-noising":
+            noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
+            found = partial_noising(*common, none, self.timesteps, noise=noise, progress=progress)
+        else:
+            method = {"forward-process": forward_process, "ddib": ddib}[settings.method]
+            guidance = settings.guidance_scale
+            found = method(*common, labels, none, self.timesteps, guidance_scale=guidance, progress=progress)
+        score = found.score.cpu()
+        return AnomalyMaps(
+            found.maps[:, self.channels].cpu(), found.divergence[:, self.channels].cpu(), score, found.calls
+        )
+
+    def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
+        """Masks and decisions of what :meth:`maps` found."""
+        maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
+        largest = np.array(calibration.largest_divergence)
+        masks = [drop_small(anomaly_mask(one, d, largest)) for one, d in zip(maps, divergence, strict=True)]
+        return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
+
+
+def save_calibration(run: Path, calibration: Calibration, settings: SegmentationConfig) -> Path:
+    """Write ``calibration.json`` into the run's folder, with the settings that it holds for."""
+    path = run / CALIBRATION_FILE
+    content: dict[str, Any] = {"settings": settings.model_dump(mode="json"), **calibration.to_dict()}
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    return path
+
+
+def load_calibration(run: Path, settings: SegmentationConfig) -> Calibration:
+    """Read the calibration of the run for ``settings``.
+
+    Raises:
+        RunError: there is none, or it was made with other settings.
+    """
+    path = run / CALIBRATION_FILE
+    way_out = f"run `heterodiff segment {run} --calibrate`"
+    if not path.is_file():
+        raise RunError(f"{run}: not calibrated yet, so there are no limits for masks; {way_out}")
+    content = read_json(path)
+    stored = content.pop("settings", None) if isinstance(content, dict) else None
+    wanted = settings.model_dump(mode="json")
+    if stored != wanted:
+        other = [key for key in wanted if not isinstance(stored, dict) or stored.get(key) != wanted[key]]
+        raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
+    return Calibration.from_dict(content)
