@@ -15,7 +15,11 @@ from heterodiff.config_file import load_config
 from heterodiff.training.start import dry_run, train
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))
-FEWER = {"microdoppler": ["data.microdoppler.images_per_class=3"], "shapes": ["data.shapes.images=12"]}
+FEWER = {
+    "microdoppler": ["data.microdoppler.images_per_class=3"],
+    "shapes": ["data.shapes.images=12"],
+    "brain-phantom": ["data.brain_phantom.patients=6", "data.brain_phantom.slices_per_patient=4"],
+}
 
 
 def _pictures(folder: Path, side: int) -> None:
@@ -56,7 +60,7 @@ def _captioned(folder: Path, name: str, data: DataConfig) -> None:
 def _shortened(path: Path, folder: Path) -> RunConfig:
     shipped = load_config(path)
     overrides = [f"output={folder / 'run'}", "training.steps=1", "training.batch_size=2", "training.warmup_steps=1"]
-    overrides += ["training.num_workers=0", *FEWER.get(shipped.data.source, [])]
+    overrides += ["sampling.num_inference_steps=2", "training.num_workers=0", *FEWER.get(shipped.data.source, [])]
     if shipped.codec.training is not None:
         overrides += [f"codec.path={folder / 'codec'}", "codec.training.steps=1", "codec.training.batch_size=2"]
         overrides += ["codec.training.num_workers=0"]
@@ -82,7 +86,8 @@ def test_trains_and_draws(path: Path, tmp_path: Path) -> None:
     else:
         assert isinstance(pipeline, hd.GenerationPipeline)
         images = pipeline(0, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
-    channels, size = 3 if config.recipe == "text-image" else 1, config.data.image_size or (8, 8)
+    channels = {"text-image": 3}.get(config.recipe, 4 if config.data.source == "brain-phantom" else 1)
+    size = config.data.image_size or (8, 8)
     assert tuple(images.shape) == (1, channels, *size)
     assert bool(((images >= 0) & (images <= 1)).all())
 

@@ -317,6 +317,23 @@ def caption(
 
 
 @app.command()
+def segment(
+    run: RunArgument,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Learn the limits of masks from the run's validation images.")
+    ] = False,
+) -> None:
+    """Find anomalies with a run of healthy and unhealthy images."""
+    from heterodiff.evaluation.segmentation_run import calibrate_run
+
+    if not calibrate:
+        raise ConfigError(f"nothing to segment; `heterodiff segment {run} --calibrate` prepares the run")
+    for line in calibrate_run(run):
+        typer.echo(line)
+    typer.echo(f"next     heterodiff evaluate {run}")
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     number: Annotated[
@@ -362,10 +379,13 @@ def evaluate(
         _print_metrics(study.study, lines, files, as_json)
         return
     from heterodiff.evaluation.run import evaluate_run, summary_lines
+    from heterodiff.evaluation.segmentation_run import evaluate_anomalies, finds_anomalies, segmentation_summary
     from heterodiff.evaluation.text_image_run import evaluate_text_image, is_text_image, text_image_summary
     from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
 
-    if is_vae(run):
+    if finds_anomalies(run):
+        result, summary = evaluate_anomalies(run), segmentation_summary
+    elif is_vae(run):
         result, summary = evaluate_vae(run, seed, data), vae_summary
     elif is_text_image(run):
         result = evaluate_text_image(run, seed, 200 if number is None else number, data, steps, guidance, sampler)

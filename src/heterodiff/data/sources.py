@@ -1,6 +1,7 @@
 """The sources of images by name, and loading them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +14,24 @@ from heterodiff.data.builtin.microdoppler import open_microdoppler
 from heterodiff.data.builtin.shapes import open_shapes
 from heterodiff.data.captions import open_captions
 from heterodiff.data.collection import Collection
-from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
 from heterodiff.data.split import draw_group_split
 from heterodiff.data.survey import survey_images
 from heterodiff.errors import DataError, unknown_name
 
-__all__ = ["LoadedData", "image_captions", "list_sources", "load_data", "open_part", "open_source", "with_captions"]
+__all__ = [
+    "LoadedData",
+    "TestImages",
+    "image_captions",
+    "list_sources",
+    "load_data",
+    "load_test",
+    "open_part",
+    "open_source",
+    "with_captions",
+]
 
 
 def _refuse_latents(config: DataConfig) -> Collection:
@@ -75,6 +86,35 @@ def open_part(config: DataConfig, part: Literal["train", "test"]) -> Collection:
             raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
         return collection
     return collection.take(np.flatnonzero(_is_for_test(collection, config) == (part == "test")).tolist())
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Images kept for the last measurement.
+
+    Attributes:
+        images: in the run's size, channels and class order.
+        patients: of each image; its own name where the source knows none.
+        mask: number of an image -> (H, W) bool; ``None`` where the source has none.
+    """
+
+    images: ImageDataset
+    patients: tuple[str, ...]
+    mask: Callable[[int], np.ndarray] | None
+
+
+def load_test(config: DataConfig, spec: ImageSpec) -> TestImages:
+    """Load the images that a run with the data settings ``config`` never read.
+
+    Raises:
+        DataError: none are kept, or they cannot be used.
+    """
+    collection = open_part(config, "test")
+    whole = config.model_copy(update={"val_fraction": 0.0})
+    images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
+    row_of = {name: row for row, name in enumerate(collection.names)}
+    chosen = collection.take([row_of[name] for name in images.names])
+    return TestImages(images, chosen.groups or chosen.names, chosen.mask)
 
 
 def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:

@@ -105,7 +105,7 @@ def evaluate_segmentation(
         (``auroc``, ``precision``, ``recall``, ``accuracy``); ``healthy`` (``false_positive_area``); ``threshold``.
     """
     of = np.asarray(patients)
-    ill: np.ndarray = truth.any(axis=(1, 2))
+    ill = np.asarray(truth.any(axis=(1, 2)))
     mixed = masks & unhealthy[:, None, None]
     result: dict[str, Any] = {
         "n": len(truth),

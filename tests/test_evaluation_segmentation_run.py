@@ -1,0 +1,133 @@
+"""A run on simulated heads is calibrated and evaluated from its folder; what is missing is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heterodiff.config import RunConfig
+from heterodiff.config_file import parse_config
+from heterodiff.data.sources import load_test, open_source
+from heterodiff.errors import ConfigError, DataError, RunError
+from heterodiff.evaluation.segmentation_run import (
+    calibrate_run,
+    evaluate_anomalies,
+    finds_anomalies,
+    segmentation_summary,
+)
+from heterodiff.pipelines.anomaly_masks import Calibration
+from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.pipelines.segment import Segmenter, load_calibration, save_calibration
+from heterodiff.training.start import train
+
+
+def settings(output: Path, **more: object) -> RunConfig:
+    phantom = {"patients": 10, "slices_per_patient": 4, "contrast": 3, "lesion_radius": [0.25, 0.35]}
+    content = {
+        "output": str(output),
+        "data": {
+            "source": "brain-phantom",
+            "image_size": 32,
+            "brain_phantom": phantom,
+            "val_fraction": 0.3,
+            "test_fraction": 0.3,
+        },
+        "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
+        "sampling": {"num_inference_steps": 2},
+        "segmentation": {"depth": 300, "num_inference_steps": 6},
+        "training": {"steps": 2, "batch_size": 8, "warmup_steps": 1, "tensorboard": False},
+    }
+    for key, value in more.items():
+        section, name = key.split("__")
+        content[section][name] = value  # type: ignore[index]
+    return parse_config(content)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom") / "run"
+    train(settings(folder), quiet=True)
+    return folder
+
+
+CALIBRATION = Calibration((0.5, 0.5, 0.5, 0.5), -0.9, 10, 5, 1)
+
+
+def test_a_calibrated_run_is_evaluated_on_its_test_images(run: Path) -> None:
+    config = settings(run)
+    assert finds_anomalies(run)
+    save_calibration(run, CALIBRATION, config.segmentation)
+    assert load_calibration(run, config.segmentation) == CALIBRATION
+    found = evaluate_anomalies(run)
+    spec = load_spec(run)
+    assert spec is not None
+    test = load_test(config.data, spec)
+    assert test.mask is not None
+    ill = sum(test.mask(row).any() for row in range(len(test.images)))
+    assert found.metrics["n"] == len(test.images) == 12
+    assert found.metrics["unhealthy"]["dice"]["n"] == ill
+    assert found.metrics["calls_per_image"] == 12
+    assert json.loads((run / "evaluation.json").read_text()) == found.metrics
+    with Image.open(found.picture) as picture:
+        assert picture.width > 300
+    assert found.report.is_file()
+    text = "\n".join(segmentation_summary(found.metrics))
+    for word in ("Dice", "AUROC", "best threshold", "12 of the network an image"):
+        assert word in text
+
+
+def test_maps_of_a_run_do_not_depend_on_how_many_images_come_together(run: Path) -> None:
+    for method in ("forward-process", "ddib", "partial-noising"):
+        config = settings(run, segmentation__method=method, segmentation__channels=[3, 0])
+        segmenter = Segmenter(load_generation(run), config.segmentation)
+        spec = load_spec(run)
+        assert spec is not None
+        images = load_test(config.data, spec).images.batch(range(3))[0]
+        together = segmenter.maps(images)
+        assert together.maps.shape == (3, 2, 32, 32)
+        for k in range(3):
+            alone = segmenter.maps(images[k : k + 1], first=k)
+            np.testing.assert_allclose(alone.maps[0], together.maps[k], atol=1e-5)
+            np.testing.assert_allclose(alone.score[0], together.score[k], atol=1e-5)
+
+
+def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:
+    """Two steps teach nothing: either it is told, or the limits are kept with the settings they hold for."""
+    config = settings(run)
+    try:
+        lines = calibrate_run(run)
+    except DataError as error:
+        assert "train it longer" in str(error)  # noqa: PT017
+    else:
+        assert "validation images" in lines[0]
+        assert load_calibration(run, config.segmentation).healthy > 0
+
+
+def test_limits_hold_for_the_settings_they_were_learned_with(run: Path) -> None:
+    save_calibration(run, CALIBRATION, settings(run).segmentation)
+    other = settings(run, segmentation__guidance_scale=2.0).segmentation
+    with pytest.raises(RunError, match=r"calibrated with another segmentation\.guidance_scale; run .*--calibrate"):
+        load_calibration(run, other)
+    (run / "calibration.json").unlink()
+    with pytest.raises(RunError, match=r"not calibrated yet.*heterodiff segment .* --calibrate"):
+        evaluate_anomalies(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("segmentation__depth", 2000, r"segmentation\.depth=2000: the run was trained on 1000 timesteps"),
+        ("segmentation__channels", [0, 4], r"segmentation\.channels: 4 is none of the run's 4 channels, 0\.\.3"),
+        ("segmentation__healthy", "well", r"segmentation\.healthy='well': the run's classes are healthy, unhealthy"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run(run: Path, key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Segmenter(load_generation(run), settings(run, **{key: value}).segmentation)
+
+
+def test_only_runs_of_images_with_masks_find_anomalies(run: Path, tmp_path: Path) -> None:
+    assert not finds_anomalies(tmp_path)
+    assert open_source(settings(run).data).mask is not None
