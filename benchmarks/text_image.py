@@ -106,6 +106,7 @@ def measure_run(name: str, runs: Path, data: Path) -> dict[str, Any]:
         print(line)
     for picture in sorted((run / "evaluation").glob("*.png")):
         shutil.copy(picture, ROOT / "docs" / "images" / f"{name}_{picture.name}")
+    found.metrics["held_out"]["path"] = Path(found.metrics["held_out"]["path"]).name  # wherever it lies here
     return {"seconds": {"codec": seconds_of(config.codec.path), "denoiser": seconds_of(run)}, **found.metrics}
 
 
