@@ -1,0 +1,217 @@
+"""Patients as NIfTI volumes: which files belong to which, and reading them in one orientation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heterodiff.errors import DataError
+
+SUFFIXES = (".nii", ".nii.gz")
+AFFINE_TOLERANCE = 1e-3
+"""Millimetres by which affines of a patient's volumes may differ: headers store them in single precision."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """File names of a patient's volumes, patterns as in a shell, without the suffix .nii or .nii.gz.
+
+    Attributes:
+        modalities: pattern of each modality by its name, in the order of the channels.
+        mask: pattern of the mask, which need not be there.
+    """
+
+    modalities: Mapping[str, str]
+    mask: str
+
+
+LAYOUTS = {
+    "brats": Layout({"flair": "*[_-]flair", "t1": "*[_-]t1", "t1ce": "*[_-]t1ce", "t2": "*[_-]t2"}, "*[_-]seg"),
+    "atlas": Layout({"t1": "*_T1w"}, "*_mask"),
+}
+
+
+@dataclass(frozen=True)
+class PatientFiles:
+    """Where a patient's volumes are.
+
+    Attributes:
+        name: of the patient, its folder relative to the data folder.
+        volumes: file of each modality, in the order of the channels.
+        mask: file of the mask, where there is one.
+    """
+
+    name: str
+    volumes: tuple[Path, ...]
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A patient's volumes in canonical orientation: axes to the right, to the front and up (RAS), as near as may be.
+
+    Attributes:
+        image: (C, X, Y, Z) float32.
+        mask: (X, Y, Z) bool, where there is one.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None
+
+
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    return name[:-7] if name.lower().endswith(".nii.gz") else name[:-4]
+
+
+def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[PatientFiles]:
+    """List the patients below ``root``: every folder that holds volumes.
+
+    Args:
+        needs_mask: whether a patient without a mask is an error.
+
+    Raises:
+        DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if is_nifti(path) and not path.name.startswith("."):
+            folders.setdefault(path.parent, []).append(path)
+    if not folders:
+        raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {_wanted(layout)}")
+    patients = [_patient_of(root, folder, files, layout, needs_mask) for folder, files in folders.items()]
+    seen: dict[str, str] = {}
+    for patient in patients:
+        short = Path(patient.name).name.casefold()
+        if short in seen:
+            raise DataError(
+                f"{root}: patient {Path(patient.name).name} is there twice, as {seen[short]} and {patient.name}; "
+                "rename or remove one, so that no patient is both trained on and tested with"
+            )
+        seen[short] = patient.name
+    return patients
+
+
+def _wanted(layout: Layout) -> str:
+    return ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
+
+
+def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, needs_mask: bool) -> PatientFiles:
+    def matching(pattern: str) -> list[Path]:
+        return [path for path in files if fnmatch(_stem(path).casefold(), pattern.casefold())]
+
+    volumes = []
+    for name, pattern in layout.modalities.items():
+        found = matching(pattern)
+        if len(found) != 1:
+            there = ", ".join(path.name for path in (found or files)[:6])
+            problem = f"{len(found)} files of modality {name}" if found else f"modality {name} is missing"
+            raise DataError(
+                f"{folder}: {problem}: expected one {pattern}.nii[.gz], found {there}; correct the files, or the "
+                "names in data.volumes.modalities"
+            )
+        volumes.append(found[0])
+    masks = matching(layout.mask)
+    if len(masks) > 1 or (needs_mask and not masks):
+        there = ", ".join(path.name for path in masks) or "none"
+        raise DataError(f"{folder}: expected one mask {layout.mask}.nii[.gz], found {there}; see data.volumes.mask")
+    name = folder.relative_to(root).as_posix() if folder != root else root.name
+    return PatientFiles(name, tuple(volumes), masks[0] if masks else None)
+
+
+def load_nifti(path: Path) -> Any:
+    """Open a NIfTI file with nibabel.
+
+    Raises:
+        DataError: nibabel is not installed, or the file cannot be read.
+    """
+    try:
+        import nibabel
+    except ImportError:
+        raise DataError(f"{path}: reading NIfTI files needs nibabel: pip install 'heterodiff[mri]'") from None
+    try:
+        return nibabel.load(path)
+    except Exception as error:  # nibabel raises what its readers raise
+        raise DataError(f"{path}: not a NIfTI file that can be read ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the voxels (X, Y, Z) float32 and the affine (4, 4) of a volume, in canonical orientation.
+
+    Raises:
+        DataError: unreadable or truncated, not three axes, no voxels, or values that are not finite.
+    """
+    file = load_nifti(path)
+    shape = tuple(file.shape)
+    if len(shape) == 4 and shape[3] == 1:
+        file = file.slicer[..., 0]
+    elif len(shape) != 3:
+        raise DataError(
+            f"{path}: expected a volume of 3 axes, found {len(shape)} ({'x'.join(map(str, shape))}); give each "
+            "modality a file of its own"
+        )
+    if 0 in shape:
+        raise DataError(f"{path}: a volume without voxels ({'x'.join(map(str, shape))})")
+    import nibabel
+
+    try:
+        canonical = nibabel.as_closest_canonical(file)
+        voxels = np.asarray(canonical.dataobj, dtype=np.float32)
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read to its end ({_reason(error)}); copy it again") from None
+    bad = voxels.size - int(np.isfinite(voxels).sum())
+    if bad:
+        raise DataError(f"{path}: {bad:,} voxels are NaN or infinite; repair the file")
+    return voxels, canonical.affine
+
+
+def read_patient(files: PatientFiles) -> Patient:
+    """Read all volumes of a patient.
+
+    Raises:
+        DataError: as :func:`read_voxels`; volumes that differ in shape or affine, an empty volume, or a mask whose
+            values are not whole numbers.
+    """
+    volumes: list[np.ndarray] = []
+    first_affine: np.ndarray | None = None
+    for path in (*files.volumes, *([files.mask] if files.mask else [])):
+        voxels, affine = read_voxels(path)
+        if first_affine is None:
+            first_affine = affine
+        elif voxels.shape != volumes[0].shape:
+            found, expected = ("x".join(map(str, v.shape)) for v in (voxels, volumes[0]))
+            raise DataError(
+                f"{path}: {found} voxels, but {files.volumes[0].name} has {expected}; register the volumes to "
+                "each other"
+            )
+        elif not np.allclose(affine, first_affine, atol=AFFINE_TOLERANCE):
+            difference = float(np.abs(affine - first_affine).max())
+            raise DataError(
+                f"{path}: its affine differs from that of {files.volumes[0].name} by {difference:.3g} mm; register the "
+                "volumes to each other"
+            )
+        if path != files.mask and voxels.min() == voxels.max():
+            raise DataError(f"{path}: an empty volume, every voxel is {voxels.flat[0]:g}")
+        volumes.append(voxels)
+    mask = None
+    if files.mask:
+        labels = volumes.pop()
+        if (labels != np.round(labels)).any():
+            wrong = labels[labels != np.round(labels)][0]
+            raise DataError(
+                f"{files.mask}: a mask has whole numbers, found {wrong:g}; it may have been resampled without nearest "
+                "neighbours"
+            )
+        mask = labels > 0
+    return Patient(np.stack(volumes), mask)
