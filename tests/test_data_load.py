@@ -280,7 +280,16 @@ def test_required_labels_are_missed(tmp_path):
 def test_unknown_source_names_the_nearest():
     with pytest.raises(DataError, match=r"unknown source 'digit' \(did you mean 'digits'\?\)"):
         load_data(DataConfig(source="digit"))
-    assert list_sources() == ["images", "captions", "digits", "microdoppler", "shapes", "brain-phantom", "latents"]
+    assert list_sources() == [
+        "images",
+        "captions",
+        "volumes",
+        "digits",
+        "microdoppler",
+        "shapes",
+        "brain-phantom",
+        "latents",
+    ]
 
 
 @pytest.mark.parametrize("size", [None, 12])

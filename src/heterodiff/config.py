@@ -115,13 +115,34 @@ class BrainPhantomConfig(Section):
     noise: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="std; scalp and fluid reach about 0.8")
 
 
+class VolumesConfig(Section):
+    """NIfTI volumes of patients, of which source ``volumes`` makes slices."""
+
+    layout: Literal["brats", "atlas"] = Field(
+        "brats", description="file names: brats: *_flair *_t1 *_t1ce *_t2 [*_seg]; atlas: *_T1w [*_mask]"
+    )
+    modalities: dict[str, str] | None = Field(
+        None,
+        description="own file name patterns without .nii.gz, a channel each, such as {flair: '*FLAIR*', t1: '*T1*'}",
+    )
+    mask: str | None = Field(None, description="own pattern of the mask's file name")
+    cache: UserPath | None = Field(None, description="where slices are kept; default: data.path with _slices appended")
+    least_brain: Fraction = Field(0.02, description="share of its area that a slice must show of the brain to count")
+
+    @model_validator(mode="after")
+    def _modalities_are_some(self) -> "VolumesConfig":
+        if self.modalities is not None and not self.modalities:
+            raise ValueError("modalities: expected at least one pattern; leave it out for those of the layout")
+        return self
+
+
 class DataConfig(Section):
     """Where images and their labels or captions come from."""
 
     source: str = Field(
         "images",
-        description="`images`, `captions`, `latents` (written by `heterodiff encode`), or built in: `digits`, "
-        "`microdoppler`, `shapes`, `brain-phantom`",
+        description="`images`, `captions`, `volumes` (NIfTI), `latents` (written by `heterodiff encode`), or built in: "
+        "`digits`, `microdoppler`, `shapes`, `brain-phantom`",
     )
     path: Path | None = Field(
         None,
@@ -168,6 +189,7 @@ class DataConfig(Section):
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
+    volumes: VolumesConfig = Field(VolumesConfig(), description="settings of source `volumes`")
     brain_phantom: BrainPhantomConfig = Field(BrainPhantomConfig(), description="settings of source `brain-phantom`")
 
 

@@ -19,6 +19,7 @@ from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
 from heterodiff.data.split import draw_group_split
 from heterodiff.data.survey import survey_images
+from heterodiff.data.volumes import open_volumes
 from heterodiff.errors import DataError, unknown_name
 
 __all__ = [
@@ -44,6 +45,7 @@ def _refuse_latents(config: DataConfig) -> Collection:
 _SOURCES: dict[str, Callable[[DataConfig], Collection]] = {
     "images": open_images,
     "captions": open_captions,
+    "volumes": open_volumes,
     "digits": open_digits,
     "microdoppler": open_microdoppler,
     "shapes": open_shapes,
