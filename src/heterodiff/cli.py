@@ -319,18 +319,30 @@ def caption(
 @app.command()
 def segment(
     run: RunArgument,
+    data: Annotated[
+        Path | None,
+        typer.Argument(metavar="DATA", help="Folder of patients with NIfTI volumes.", show_default=False),
+    ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Learn the limits of masks from the run's validation images.")
+        bool, typer.Option("--calibrate", help="First learn the limits of masks from the run's validation images.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for masks and maps; default: RUN/segmented.")] = None,
 ) -> None:
-    """Find anomalies with a run of healthy and unhealthy images."""
+    """Find anomalies with a run of healthy and unhealthy images: masks, anomaly maps, scores. Not a medical device."""
     from heterodiff.evaluation.segmentation_run import calibrate_run
+    from heterodiff.pipelines.segment_files import segment_folder
 
-    if not calibrate:
-        raise ConfigError(f"nothing to segment; `heterodiff segment {run} --calibrate` prepares the run")
-    for line in calibrate_run(run):
-        typer.echo(line)
-    typer.echo(f"next     heterodiff evaluate {run}")
+    if data is None and not calibrate:
+        raise ConfigError(f"name a folder of patients, or prepare the run: heterodiff segment {run} --calibrate")
+    if calibrate:
+        for line in calibrate_run(run):
+            typer.echo(line)
+    if data is None:
+        typer.echo(f"next     heterodiff evaluate {run}")
+        return
+    folder = out or run / "segmented"
+    rows = segment_folder(run, data, folder, lambda line: typer.echo(f"patient  {line}"))
+    typer.echo(f"wrote    masks and maps of {len(rows)} patients in {folder}")
 
 
 @app.command()

@@ -96,7 +96,8 @@ def open_volumes(config: DataConfig) -> Collection:
 
     Volumes below ``data.path`` are cut into slices once and kept in ``data.volumes.cache``; a start that was
     interrupted can be repeated. An npz file holds ``image`` (N, C, H, W), ``patient`` (N,), and, to be
-    learned from, ``mask`` (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
+    learned from, ``mask`` (N, H, W). Slices whose mask is empty are
+    "healthy", all others "unhealthy"; without masks they have no class.
 
     Raises:
         DataError: no path, nothing usable there, or a patient's volumes that cannot be used.

@@ -14,6 +14,7 @@ from heterodiff.config import SegmentationConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
+from heterodiff.data.volumes import fingerprint
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import RunError
 from heterodiff.evaluation.progress import progress_tasks
@@ -64,7 +65,9 @@ def calibrate_run(run: Path, settings: SegmentationConfig | None = None) -> list
     healthy = data.spec.class_names.index(settings.healthy)
     divergence, score = (torch.cat([getattr(one, name) for one in found]).numpy() for name in ("divergence", "score"))
     calibration = calibrate(divergence[known], score[known], labels[known] != healthy)
-    path = save_calibration(run, calibration, settings)
+    config = image_config(run)
+    made = fingerprint(config) if config.source == "volumes" else None
+    path = save_calibration(run, calibration, settings, made)
     total = calibration.healthy + calibration.unhealthy
     return [
         f"images   {calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images",

@@ -121,10 +121,20 @@ class Segmenter:
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
 
 
-def save_calibration(run: Path, calibration: Calibration, settings: SegmentationConfig) -> Path:
-    """Write ``calibration.json`` into the run's folder, with the settings that it holds for."""
+def save_calibration(
+    run: Path, calibration: Calibration, settings: SegmentationConfig, preprocessing: str | None = None
+) -> Path:
+    """Write ``calibration.json`` into the run's folder, with the settings that it holds for.
+
+    Args:
+        preprocessing: fingerprint of how slices were made of volumes, where they were.
+    """
     path = run / CALIBRATION_FILE
-    content: dict[str, Any] = {"settings": settings.model_dump(mode="json"), **calibration.to_dict()}
+    content: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "preprocessing": preprocessing,
+        **calibration.to_dict(),
+    }
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return path
 

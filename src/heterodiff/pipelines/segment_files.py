@@ -1,0 +1,210 @@
+"""Segmenting a folder of patients: NIfTI volumes in, masks and anomaly maps of the same shape and place out."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from heterodiff.config import DataConfig
+from heterodiff.config_file import load_config
+from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
+from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
+from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
+from heterodiff.errors import DataError, RunError
+from heterodiff.pictures import image_grid
+from heterodiff.pipelines.anomaly_masks import Calibration
+from heterodiff.pipelines.load import CONFIG_FILE, load_generation
+from heterodiff.pipelines.segment import CALIBRATION_FILE, Segmentation, Segmenter, load_calibration
+
+SLICES_AT_ONCE = 16
+SHOWN = 6
+RED = (0.95, 0.15, 0.1)
+DONE_FILE = "scores.json"
+MASK_FILE, MAP_FILE, PICTURE_FILE = "mask.nii.gz", "anomaly.nii.gz", "overlay.png"
+SUMMARY_FILE = "patients.csv"
+COLUMNS = ("patient", "slices", "unhealthy_slices", "mask_voxels", "mask_ml", "highest_score")
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """What was found in a patient, in the canonical orientation of its volumes.
+
+    Attributes:
+        mask: (X, Y, Z) bool, empty in slices that are judged healthy.
+        map: (X, Y, Z) float32, 0 in slices that show no brain.
+    """
+
+    mask: np.ndarray
+    map: np.ndarray
+
+
+def segment_folder(
+    run: Path, data: Path, out: Path, report: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Find anomalies in all patients below ``data``, one after the other; patients that are done already are left.
+
+    Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
+    shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all.
+
+    Args:
+        report: gets a line about each patient.
+
+    Returns:
+        the rows of ``patients.csv``.
+
+    Raises:
+        HeterodiffError: a run that was not trained on volumes or is not calibrated, or volumes that cannot be used.
+    """
+    config = load_config(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else None
+    if config is None:
+        raise RunError(f"{run}: no config.yaml, so it is not known how its images were made; train a run here")
+    if config.data.source != "volumes":
+        raise RunError(
+            f"{run}: trained on source '{config.data.source}', not on volumes; `heterodiff evaluate {run}` finds "
+            "anomalies in its own test images"
+        )
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder of patients")
+    check_preprocessing(run, config.data)
+    calibration = load_calibration(run, config.segmentation)
+    segmenter = Segmenter(load_generation(run), config.segmentation)
+    layout, channels = layout_of(config.data.volumes), segmenter.pipeline.unet.config.in_channels
+    if len(layout.modalities) != channels:
+        raise RunError(
+            f"{run}: its images have {channels} channels, but data.volumes names {len(layout.modalities)} modalities "
+            f"({', '.join(layout.modalities)}); it cannot segment volumes"
+        )
+    patients = find_patients(data, layout)
+    rows = []
+    for number, patient in enumerate(patients, 1):
+        folder = out / patient.name
+        key = _key(run, patient)
+        row = _done(folder, key)
+        state = "done before"
+        if row is None:
+            row, state = _segment(patient, folder, segmenter, calibration, config.data, key), "done"
+        rows.append(row)
+        report(f"{number} of {len(patients)}  {patient.name}: {row['mask_ml']:.2f} ml marked, {state}")
+    with (out / SUMMARY_FILE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def check_preprocessing(run: Path, config: DataConfig) -> None:
+    """Refuse volumes that would be cut into other slices than the run was calibrated with.
+
+    Raises:
+        RunError: not calibrated, or calibrated with other preprocessing.
+    """
+    path = run / CALIBRATION_FILE
+    if not path.is_file():
+        return  # `load_calibration` says so
+    found = json.loads(path.read_text("utf-8")).get("preprocessing")
+    if found != fingerprint(config):
+        raise RunError(
+            f"{path}: slices were made in another way (fingerprint {found}, now {fingerprint(config)}), so limits and "
+            "model do not fit; train and calibrate again with this version and these settings"
+        )
+
+
+def _key(run: Path, patient: PatientFiles) -> str:
+    """What the result for a patient depends on: settings, limits and weights of the run, and the patient's files."""
+    files = [*sorted((run / "unet").glob("*")), *patient.volumes]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    content = json.dumps([(run / CALIBRATION_FILE).read_text("utf-8"), stamps])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _done(folder: Path, key: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads((folder / DONE_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("patient") if isinstance(content, dict) and content.get("key") == key else None
+
+
+def _segment(
+    patient: PatientFiles, folder: Path, segmenter: Segmenter, calibration: Calibration, config: DataConfig, key: str
+) -> dict[str, Any]:
+    read = read_patient(PatientFiles(patient.name, patient.volumes, None))
+    size = config.image_size or DEFAULT_SIZE
+    slices = slice_patient(read, size, config.volumes.least_brain)
+    if not len(slices.index):
+        raise DataError(f"{patient.volumes[0].parent}: no slice shows enough of the brain to be judged")
+    images = torch.from_numpy(np.stack([stretch_slice(image) for image in slices.image]))
+    parts = [
+        segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first), calibration)
+        for first in range(0, len(images), SLICES_AT_ONCE)
+    ]
+    found = Segmentation(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("masks", "unhealthy", "maps", "score"))
+    )
+    volumes = to_volumes(found, slices.index, read.image.shape[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = load_nifti(patient.volumes[0])
+    save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
+    save_like(folder / MAP_FILE, volumes.map, reference)
+    _overlay(images[:, segmenter.channels[0]], found, slices.index).save(folder / PICTURE_FILE)
+    row = {
+        "patient": patient.name,
+        "slices": len(slices.index),
+        "unhealthy_slices": int(found.unhealthy.sum()),
+        "mask_voxels": int(volumes.mask.sum()),
+        "mask_ml": float(volumes.mask.sum() * abs(np.linalg.det(reference.affine[:3, :3])) / 1000),
+        "highest_score": float(found.score.max()),
+    }
+    of_slices = [
+        {"slice": int(z), "score": float(score), "unhealthy": bool(ill)}
+        for z, score, ill in zip(slices.index, found.score, found.unhealthy, strict=True)
+    ]
+    temporary = folder / f"{DONE_FILE}.tmp"
+    temporary.write_text(json.dumps({"key": key, "patient": row, "slices": of_slices}, indent=1) + "\n", "utf-8")
+    temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
+    return row
+
+
+def to_volumes(found: Segmentation, index: np.ndarray, shape: tuple[int, ...]) -> Volumes:
+    """Masks and maps of slices back in a volume (X, Y, Z) of canonical orientation.
+
+    Args:
+        index: (S,) of each slice along the last axis.
+    """
+    across, along, depth = shape
+    mask, anomaly = np.zeros((depth, 1, along, across), np.float32), np.zeros((depth, 1, along, across), np.float32)
+    mask[index] = restore_slices(found.mixed_masks[:, None].astype(np.float32), (along, across), "nearest-exact")
+    anomaly[index] = restore_slices(found.maps[:, None].astype(np.float32), (along, across), "bilinear")
+    return Volumes(from_pictures(mask)[0] > 0.5, from_pictures(anomaly)[0])
+
+
+def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
+    """Write a volume in canonical orientation as a NIfTI file with shape, affine and orientation of ``reference``."""
+    import nibabel
+
+    own = nibabel.io_orientation(reference.affine)
+    back = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), own)
+    voxels = nibabel.orientations.apply_orientation(canonical, back)
+    header = reference.header.copy()
+    header.set_data_dtype(voxels.dtype)
+    header.set_slope_inter(1, 0)
+    image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), reference.affine, header)
+    nibabel.save(image, path)
+
+
+def _overlay(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:
+    """The slices with the most marked, or those in the middle: as they are and with the mask in red."""
+    area = found.mixed_masks.sum(axis=(1, 2))
+    order = np.argsort(-area, kind="stable")[:SHOWN] if area.any() else len(index) // 2 + np.arange(SHOWN) - SHOWN // 2
+    chosen = np.unique(order.clip(0, len(index) - 1))
+    plain = grey[chosen][:, None].expand(-1, 3, -1, -1)
+    marked = torch.from_numpy(found.mixed_masks[chosen])[:, None]
+    tinted = torch.where(marked, 0.4 * plain + 0.6 * torch.tensor(RED).view(1, 3, 1, 1), plain)
+    names = [f"slice {z}" for z in index[chosen]]
+    return image_grid(torch.cat([plain, tinted]), [*names, *["found"] * len(names)], columns=len(names))
