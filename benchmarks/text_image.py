@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import interleaved, machine, ratio, write_results
 from benchmarks.radar_gestures import ROOT, seconds_of
 from heterodiff.cli import shipped_configs
-from heterodiff.codecs.cnn import ImageCodec
+from heterodiff.codecs.cnn import FEATURE_CHANNELS, ImageCodec
 from heterodiff.config import DiffusionConfig, TextConfig
 from heterodiff.config_file import load_config
 from heterodiff.diffusion.schedule import training_scheduler
@@ -43,10 +43,13 @@ def default_pipeline() -> TextImagePipeline:
     torch.manual_seed(0)
     text = TextConfig()
     tokenizer = train_tokenizer([f"word{k}" for k in range(text.vocabulary_size)], text.vocabulary_size)
-    codec = ImageCodec().eval()
+    codec = ImageCodec(feature_channels=FEATURE_CHANNELS).eval()
     encoder = TextEncoder(len(tokenizer), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).eval()
     captioner = Captioner(len(tokenizer)).eval()
-    unet = create_model("film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=256).eval()
+    guess_channels = 256 + FEATURE_CHANNELS
+    unet = create_model(
+        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=guess_channels
+    ).eval()
     pipeline = TextImagePipeline(
         codec, encoder, tokenizer, captioner, unet, training_scheduler(DiffusionConfig(), False)
     )

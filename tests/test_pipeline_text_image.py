@@ -503,7 +503,11 @@ OTHER_SIZES: dict[str, tuple[dict[str, Any], str, str]] = {
     "captioner of other maps": ({"alignment__latent_channels": 7}, "captioner", r"map of .*6 and 7"),
     "captioner of other sizes": ({"alignment__block_out_channels": [16]}, "captioner", r"\(4, 4\) and \(8, 8\)"),
     "captioner of other words": ({"text__vocabulary_size": 110}, "captioner", "vocabulary.*120 and 110"),
-    "denoiser of other maps": ({"alignment__latent_channels": 7}, "unet", "takes two maps of 7 channels"),
+    "denoiser of other maps": (
+        {"alignment__latent_channels": 7},
+        "unet",
+        "takes 14 channels and embeddings of 12, but",
+    ),
     "denoiser of other embeddings": ({"text__embedding_dim": 10}, "unet", "embeddings of 10"),
 }
 

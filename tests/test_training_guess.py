@@ -1,11 +1,16 @@
 """The guess of a map from an embedding: the mean over images of that embedding, and nothing by heart."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
-from heterodiff.training.recipes.guess import fit_guess
+from heterodiff.training.recipes.guess import fit_guess, seen_features
 
 DIM, SHAPE, GROUPS, EACH = 16, (4, 2, 2), 8, 200
 
@@ -74,6 +79,44 @@ def test_no_condition_is_guessed_as_zeros_and_the_same_again_is_the_same() -> No
         found.append(network.guess(torch.cat([embeddings[:3], torch.zeros(1, DIM)])))
         assert found[-1][3].eq(0).all()
     assert torch.equal(*found)
+
+
+def test_features_are_guessed_beside_the_map() -> None:
+    """They are what the group's are on average, and the map is guessed as it is without them."""
+    network, (embeddings, group, z) = codec(), grouped()
+    network.network.add_features(3)
+    assert network.network.config.feature_channels == 3
+    means = torch.randn(GROUPS, 3, 2, 2, generator=torch.Generator().manual_seed(5))
+    features = means[group] + 0.3 * torch.randn(len(z), 3, 2, 2, generator=torch.Generator().manual_seed(6))
+    fit_guess(network, embeddings, torch.arange(len(z)), z, features)
+    found = network.guess(torch.cat([embeddings, torch.zeros(1, DIM)]))
+    assert found.shape == (len(z) + 1, SHAPE[0] + 3, 2, 2)
+    assert not found[-1].any()
+    of_groups = torch.stack([found[:-1][group == k].mean(dim=0) for k in range(GROUPS)])
+    assert float((of_groups[:, SHAPE[0] :] - means).abs().max()) < 0.4
+    expected = torch.stack([z[group == k].mean(dim=0) for k in range(GROUPS)])
+    assert float((of_groups[:, : SHAPE[0]] - expected).abs().max()) < 0.4
+    maps = network.network.get_latent_from_embedding(embeddings[:5])
+    torch.testing.assert_close(network.scale(maps), found[:5, : SHAPE[0]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(12, 5), (3, 5)])
+def test_features_are_the_principal_components_of_what_the_captioner_sees(width: int, channels: int) -> None:
+    network = codec()
+    network.network.add_features(channels)
+    see = torch.nn.Conv2d(SHAPE[0], width, 3, padding=1)
+    captioner = SimpleNamespace(image_features=see, dtype=torch.float32)
+    networks: Any = SimpleNamespace(captioner=captioner, image_codec=network.network)
+    z = torch.randn(300, *SHAPE, generator=torch.Generator().manual_seed(3))
+    found = seen_features(networks, network, z)
+    assert found.shape == (300, channels, 2, 2)
+    with torch.no_grad():
+        cells = see(network.unscale(z)).movedim(1, -1).flatten(0, 2).double().numpy()
+    expected = PCA(min(width, channels), whiten=True).fit_transform(cells)[:, ::-1]
+    mine = found.movedim(1, -1).flatten(0, 2).numpy()
+    sign = np.sign((mine[:, : expected.shape[1]] * expected).sum(axis=0))
+    np.testing.assert_allclose(mine[:, : expected.shape[1]], expected * sign, atol=5e-3)
+    assert not mine[:, expected.shape[1] :].any()
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])

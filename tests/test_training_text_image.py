@@ -325,7 +325,8 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
             if not parameter.any():
                 parameter.normal_(std=0.05)
         z, time_, embeddings = torch.randn(3, 6, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.randn(3, WIDTH)
-        without = network(torch.cat([z, torch.zeros_like(z)], dim=1), time_, condition=None).sample
+        beside = z.new_zeros(3, network.config.in_channels - 6, 4, 4)
+        without = network(torch.cat([z, beside], dim=1), time_, condition=None).sample
         guess = recipe.codec.guess
         torch.testing.assert_close(
             predict(network, guess, z, time_, torch.zeros(3, WIDTH)), without, atol=1e-5, rtol=1e-5

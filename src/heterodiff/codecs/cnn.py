@@ -22,6 +22,8 @@ LATENT_SIDE = 8
 HEAD_CHANNELS = 256
 MOST_PROJECTION_WIDTH = 512
 MAX_GROUPS = 8
+FEATURE_CHANNELS = 16
+"""Of features that recipe `text-image` guesses beside the map."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and std of natural images, by which pretrained networks scale theirs."""
 
@@ -90,6 +92,7 @@ class ImageCodec(ModelMixin, ConfigMixin):
         latents_mean, latents_std: of each channel of the map, over the training images.
         scaling_factor, shift_factor: as in diffusers' autoencoders; not used where the two above are set.
         backbone: configuration of a network of transformers in place of the encoder's stages.
+        feature_channels: of what is guessed from an embedding beside the map, see :meth:`add_features`.
 
     Raises:
         ConfigError: images whose sides the stages cannot halve, or a backbone that gives no map of the same size.
@@ -108,6 +111,7 @@ class ImageCodec(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
         backbone: dict[str, Any] | None = None,
+        feature_channels: int = 0,
     ):
         super().__init__()
         self.latent_size = latent_shape(self.config, in_channels, *sample_size)[1:]
@@ -134,7 +138,7 @@ class ImageCodec(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, latent_channels * math.prod(self.latent_size)),
+            nn.Linear(width, (latent_channels + feature_channels) * math.prod(self.latent_size)),
         )
         outwards = widths[::-1]
         self.decoder = nn.Sequential(
@@ -172,8 +176,22 @@ class ImageCodec(ModelMixin, ConfigMixin):
 
     def get_latent_from_embedding(self, embeddings: Tensor) -> Tensor:
         """Embeddings (B, D), of images or texts and of any length but zero -> the map (B, c, h, w) to be expected."""
+        return self.guess(embeddings)[:, : self.config.latent_channels]
+
+    def guess(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> (B, c + features, h, w): the map to be expected, then the features to be expected."""
         flat = self.projection(scaled(embeddings))
-        return flat.unflatten(1, (self.config.latent_channels, *self.latent_size))
+        return flat.unflatten(1, (self.config.latent_channels + self.config.feature_channels, *self.latent_size))
+
+    def add_features(self, channels: int) -> None:
+        """Let :meth:`guess` guess so many channels of features, too; its last layer is a new one, to be trained."""
+        last = self.projection[-1]
+        assert isinstance(last, nn.Linear)
+        if channels == self.config.feature_channels:
+            return
+        outputs = (self.config.latent_channels + channels) * math.prod(self.latent_size)
+        self.projection[-1] = nn.Linear(last.in_features, outputs).to(last.weight).requires_grad_(False)
+        self.register_to_config(feature_channels=channels)
 
     def decode_from_latent(self, latents: Tensor) -> Tensor:
         """Map (B, c, h, w) -> images (B, C, H, W) in [0, 1]."""
@@ -243,8 +261,10 @@ class CNNCodec(LatentCodec):
         return self.network.decode(latents)
 
     def guess(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D) -> the z to be expected (B, c, h, w); zeros where the embedding is."""
-        return given_rows(embeddings, self.scale(self.network.get_latent_from_embedding(embeddings).float()))
+        """Embeddings (B, D) -> z and features to be expected (B, c + features, h, w); zeros where the embedding is."""
+        found = self.network.guess(embeddings).float()
+        maps, features = found.split([self.latent_channels, found.shape[1] - self.latent_channels], dim=1)
+        return given_rows(embeddings, torch.cat([self.scale(maps), features], dim=1))
 
 
 def _folder(path: Path) -> Path:

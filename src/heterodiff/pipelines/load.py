@@ -117,12 +117,12 @@ def _load_text_image(folder: Path, compile: bool) -> TextImagePipeline:
         codec = networks.image_codec.config
         takes, given = (
             (unet.config.in_channels, unet.config.condition_dim),
-            (2 * codec.latent_channels, codec.embedding_dim),
+            (2 * codec.latent_channels + codec.feature_channels, codec.embedding_dim),  # z_t beside its guess
         )
         if takes != given:
             raise CheckpointError(
-                f"{folder / 'unet'}: takes two maps of {takes[0] / 2:g} channels and embeddings of {takes[1]}, but "
-                f"the image codec has {given[0] // 2} and {given[1]}; they are of different runs: copy the folder again"
+                f"{folder / 'unet'}: takes {takes[0]} channels and embeddings of {takes[1]}, but the image codec "
+                f"brings {given[0]} and {given[1]}; they are of different runs: copy the folder again"
             )
     pipeline = TextImagePipeline(
         networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler

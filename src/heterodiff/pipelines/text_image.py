@@ -62,11 +62,12 @@ def predict(
     time: Tensor,
     embeddings: Tensor,
 ) -> Tensor:
-    """What training and sampling both ask of the denoiser, which sees the map to be expected beside z_t.
+    """What training and sampling both ask of the denoiser, which sees what is to be expected beside z_t.
 
     Args:
         network: the denoiser, possibly wrapped.
-        guess: embeddings (B, D) -> z to be expected (B, c, h, w), see :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
+        guess: embeddings (B, D) -> z and features to be expected (B, c + f, h, w), see
+            :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
         z_t: (B, c, h, w); time: (B,) network times.
         embeddings: (B, D) of texts or images, of any length; a row of zeros is "no condition".
 

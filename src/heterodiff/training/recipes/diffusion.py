@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from heterodiff.codecs.cnn import FEATURE_CHANNELS
 from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
@@ -52,7 +53,8 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
     with_text = config.recipe == "text-image"
     condition_dim = config.text.embedding_dim if with_text else None
-    guess_channels = channels if with_text else 0  # of the map to be expected of a text, beside the latents
+    # Beside the latents: the map to be expected of a text, and its features, which joint training has none of.
+    guess_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
     out_channels = channels * (2 if config.diffusion.learn_variance else 1)
     if m.variant == "film-unet":
         return {

@@ -1,4 +1,7 @@
-"""The map to be expected of a text, learned once between the alignment and the denoiser, which sees it beside z_t."""
+"""The map to be expected of a text, and what the captioner would see in it; learned once before the denoiser.
+
+The mean of maps of one text is blurred: shapes are lost first. What the captioner reads them by is less so.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,12 +17,14 @@ from heterodiff.text.networks import TextNetworks
 from heterodiff.text.table import CaptionTable
 
 IMAGES, MAX_BYTES = 16_384, 2**28
-STEPS, BATCH_SIZE, LEARNING_RATE = 800, 256, 2e-3
+STEPS, BATCH_SIZE, LEAST_BATCH, LEARNING_RATE = 800, 256, 16, 2e-3
 WARMUP_STEPS = 50
 HELD_OUT_EVERY, LOOKED_AT = 10, 2048
 LOOK_EVERY, PATIENCE = 50, 4
 """How often held-out images are looked at; after so many looks without a gain it is over."""
 PART = 256
+PRINCIPAL_MAPS = 1024
+"""From so many maps the directions of their features are taken."""
 
 
 def fit_guess(
@@ -27,9 +32,10 @@ def fit_guess(
     embeddings: Tensor,
     image_of: Tensor,
     z: Tensor,
+    features: Tensor | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Train the codec's ``projection`` anew: embeddings to the mean z among images that have such an embedding.
+    """Train the codec's ``projection`` anew: embeddings to the mean z, and features, of images of such an embedding.
 
     Embeddings are whitened first, since who is where takes half a percent of their variance; afterwards the whitening
     is part of the first layer, and the scale of z of the last. Every tenth image is held out, and the weights that
@@ -40,12 +46,14 @@ def fit_guess(
         embeddings: (N, D) of texts or images, of any length.
         image_of: (N,) rows of z that they belong to.
         z: (M, c, h, w).
+        features: (M, f, h, w) of about unit variance, the codec's ``feature_channels``; ``None`` where that is 0.
         progress: called with the number of steps done; training may end before ``STEPS``.
 
     Returns:
-        Mean squared error on held-out images over that of the mean z; 1: embeddings tell nothing.
+        Mean squared error on held-out images over that of the means; 1: embeddings tell nothing.
     """
-    inputs, targets = scaled(embeddings.float()), z.flatten(1)
+    both = z if features is None else torch.cat([z, features], dim=1)
+    inputs, targets = scaled(embeddings.float()), both.flatten(1)
     whiten = whitening(inputs)
     inputs = inputs @ whiten
     held_out = image_of % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -68,8 +76,8 @@ def fit_guess(
         network[0].weight.copy_(network[0].weight @ whiten)
         shift = codec.unscale(torch.zeros_like(z[:1])).flatten()
         slope = codec.unscale(torch.ones_like(z[:1])).flatten() - shift
-        network[-1].weight.mul_(slope[:, None])
-        network[-1].bias.mul_(slope).add_(shift)
+        network[-1].weight[: len(slope)].mul_(slope[:, None])
+        network[-1].bias[: len(slope)].mul_(slope).add_(shift)
         of_mean = float((targets[image_of[kept]] - targets[image_of[learned]].mean(dim=0)).square().mean())
     return best / of_mean if of_mean > 0 else 1.0
 
@@ -83,12 +91,13 @@ def _train(
 ) -> float:
     """Learn from rows ``learned``; the network gets the weights of the least ``error`` on rows ``kept``, returned."""
     generator = torch.Generator().manual_seed(0)
+    count = min(BATCH_SIZE, max(LEAST_BATCH, len(learned)))  # a handful of rows many times over teaches nothing more
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     best, best_step, weights = math.inf, 0, deepcopy(network.state_dict())
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
-        error(learned[torch.randint(len(learned), (BATCH_SIZE,), generator=generator).to(learned.device)]).backward()
+        error(learned[torch.randint(len(learned), (count,), generator=generator).to(learned.device)]).backward()
         optimizer.step()
         optimizer.zero_grad()
         progress(step)
@@ -106,13 +115,14 @@ def _train(
 @torch.no_grad()
 def known_embeddings(
     networks: TextNetworks, captions: CaptionTable, data: LoadedData, codec: CNNCodec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (N, D) of captions and images, the rows (N,) of the images they belong to, and those z (M, c, h, w).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings (N, D) of captions and images, the rows (N,) of their images, those z (M, c, h, w) and their features.
 
     Args:
         data: images, or their stored latents; of at most 16,384 of them, evenly spread.
     """
-    size = math.prod(networks.image_codec.latent_size) * codec.latent_channels * 4
+    channels = codec.latent_channels + networks.image_codec.config.feature_channels
+    size = math.prod(networks.image_codec.latent_size) * channels * 4
     count = min(IMAGES, len(data.train), max(1, MAX_BYTES // size))
     chosen = torch.linspace(0, len(data.train) - 1, count).long()
     z = torch.cat(list(_maps(chosen, data, codec)))
@@ -127,7 +137,31 @@ def known_embeddings(
     images = [networks.image_codec.embed(codec.unscale(part)).float() for part in z.split(PART)]
     every = torch.arange(count)
     image_of = torch.cat([every.repeat_interleave(number), every])
-    return torch.cat([*texts, *images]), image_of.to(z.device), z
+    return torch.cat([*texts, *images]), image_of.to(z.device), z, seen_features(networks, codec, z)
+
+
+@torch.no_grad()
+def seen_features(networks: TextNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
+    """What the captioner makes of the maps z (M, c, h, w): its strongest principal components, (M, f, h, w).
+
+    Each has zero mean and unit std over cells; there are the codec's ``feature_channels`` of them.
+    """
+    see = networks.captioner.image_features
+
+    def features(some: Tensor) -> Tensor:
+        found = see(codec.unscale(some).to(networks.captioner.dtype))
+        return found.double().movedim(1, -1)  # (M, h, w, width)
+
+    few = z[torch.linspace(0, len(z) - 1, min(len(z), PRINCIPAL_MAPS)).long()]
+    cells = torch.cat([features(part).flatten(0, 2) for part in few.split(PART)])
+    mean = cells.mean(dim=0)
+    variances, directions = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
+    count = networks.image_codec.config.feature_channels
+    strongest = directions[:, -count:] * variances[-count:].clamp(min=1e-6 * float(variances[-1]) + 1e-12).rsqrt()
+    strongest = torch.nn.functional.pad(
+        strongest, (0, count - strongest.shape[1])
+    )  # of a narrow captioner there are few
+    return torch.cat([((features(part) - mean) @ strongest).movedim(-1, 1).float() for part in z.split(PART)])
 
 
 def _maps(chosen: Tensor, data: LoadedData, codec: CNNCodec) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec, given_rows, scaled
+from heterodiff.codecs.cnn import FEATURE_CHANNELS, CNNCodec, given_rows, scaled
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
@@ -59,6 +59,7 @@ class TextImageRecipe(DiffusionRecipe):
         if width != wanted:
             raise ConfigError(f"text.embedding_dim={wanted}: {config.codec.path} has {width}; set it to that")
         super().__init__(config, data.spec)
+        self.networks.image_codec.add_features(FEATURE_CHANNELS)
         self.codec: CNNCodec = CNNCodec(self.networks.image_codec)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
         self._whiten(data)
@@ -77,7 +78,7 @@ class TextImageRecipe(DiffusionRecipe):
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
     def fit_guess(self, data: LoadedData, quiet: bool = True) -> float:
-        """Learn to guess maps from embeddings; the error on held-out images, see :func:`fit_guess`.
+        """Learn to guess maps and features from embeddings; the error on held-out images, see :func:`fit_guess`.
 
         Args:
             data: what the run trains on, images or their stored latents.
@@ -87,7 +88,7 @@ class TextImageRecipe(DiffusionRecipe):
         if quiet:
             return fit_guess(self.codec, *known)
         with progress_tasks() as task:
-            return fit_guess(self.codec, *known, task("guessing maps of texts", STEPS))
+            return fit_guess(self.codec, *known, progress=task("guessing maps of texts", STEPS))
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
