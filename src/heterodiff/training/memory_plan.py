@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import psutil
 import torch
@@ -96,11 +98,16 @@ def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     def profile_with(**keys: bool) -> ModelProfile:
         model = config.model.model_copy(update=keys)
         arguments = model_arguments(config.model_copy(update={"model": model}), spec)
-        return profile(model.variant, height, width, **arguments)
+        return _profile(model.variant, height, width, tuple(arguments.items()))
 
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
     return _Cost(found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+
+
+@lru_cache(maxsize=64)  # a plan looks at the same few networks many times, a second each
+def _profile(variant: str, height: int, width: int, arguments: tuple[tuple[str, Any], ...]) -> ModelProfile:
+    return profile(variant, height, width, **dict(arguments))
 
 
 def _vae_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
