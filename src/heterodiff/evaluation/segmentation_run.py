@@ -59,6 +59,11 @@ def calibrate_run(run: Path, settings: SegmentationConfig | None = None) -> list
     data = run_data(run)  # says what is missing of the run
     settings = settings or load_config(run / CONFIG_FILE).segmentation
     segmenter = Segmenter(load_generation(run), settings)
+    if settings.healthy not in data.spec.class_names:  # of a model without labels; limits are learned from some
+        raise RunError(
+            f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "
+            f"{', '.join(data.spec.class_names) or 'none'}; label them, or correct segmentation.healthy"
+        )
     with progress_tasks() as start:
         found = list(_all_maps(segmenter, data.val, start("validation images", len(data.val))))
     labels, known = data.val.labels, data.val.labels >= 0

@@ -66,8 +66,8 @@ def segment_folder(
         raise RunError(f"{run}: no config.yaml, so it is not known how its images were made; train a run here")
     if config.data.source != "volumes":
         raise RunError(
-            f"{run}: trained on source '{config.data.source}', not on volumes; `heterodiff evaluate {run}` finds "
-            "anomalies in its own test images"
+            f"{run}: trained on source '{config.data.source}', not on volumes, so it cannot make slices of "
+            "them; use a run with data.source=volumes"
         )
     if not data.is_dir():
         raise DataError(f"{data}: no such folder of patients")
