@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import AttentionBlock
 from heterodiff.models.hybrid import SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
@@ -167,3 +168,21 @@ def test_forward_is_deterministic(variant):
         out.sum().backward()
         gradients.append([out.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_patches_are_channels_of_a_smaller_image(variant):
+    model = create_model(variant, **TINY | {"patch_size": 2, "out_channels": 6}).double()
+    torch.nn.init.normal_(model.out[2].weight)
+    inner = create_model(variant, **TINY | {"in_channels": 12, "out_channels": 24}).double()
+    inner.load_state_dict(model.state_dict())
+    x, t = inputs((16, 24))
+    y = torch.tensor(LABELS["mixed"])
+    patches = x.view(3, 3, 8, 2, 12, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 12, 8, 12)
+    with torch.no_grad():
+        out = inner(patches, t, y).sample.view(3, 6, 2, 2, 8, 12).permute(0, 1, 4, 2, 5, 3).reshape(3, 6, 16, 24)
+        assert torch.equal(model(x, t, y).sample, out)
+    with pytest.raises(ConfigError, match="divisible by 8"):
+        model(x[..., :12, :], t, y)
+    with pytest.raises(ConfigError, match="patch_size: expected at least 1, found 0"):
+        create_model(variant, **TINY | {"patch_size": 0})

@@ -200,6 +200,9 @@ class ModelConfig(Section):
     model_channels: Positive = 64
     channel_mult: Levels | None = Field(None, description="default chosen from the image size")
     layers_per_block: Positive = 2
+    patch_size: Positive = Field(
+        1, description="see patches of so many pixels a side as one position: 2 costs a fourth (not film-unet)"
+    )
     attention_resolutions: tuple[Positive, ...] | None = Field(
         None, description="downsampling factors with attention; default: the last two levels below 32x32"
     )

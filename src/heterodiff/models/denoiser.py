@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import recomputed, timestep_embedding
@@ -61,6 +62,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     Attributes:
         factor: what height and width are divisible by.
+        patch_size: pixels a side of what the first block sees as one position.
         gradient_checkpointing: recompute every block in the backward pass.
         memory_optimization: recompute what costs the most memory.
         zero_threshold: with memory_optimization, a condition's embedding whose largest absolute value is at most this
@@ -69,6 +71,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     factor = 1
+    patch_size = 1
     gradient_checkpointing = False
     memory_optimization = False
     zero_threshold = 0.0
@@ -205,7 +208,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
         if c is not None:
             embedding = embedding + c
-        h = sample.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        h = pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:
@@ -215,6 +218,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, c, recompute)
         out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
+        out = pixel_shuffle(out, self.patch_size)
         return UNetOutput(sample=out) if return_dict else (out,)
 
 

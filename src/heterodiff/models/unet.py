@@ -53,7 +53,7 @@ class HAEUNet(Denoiser):
 
     Args:
         sample_size: height and width (or one number) it is meant for; other sizes divisible by the network's
-            factor 2^(levels - 1) run too.
+            factor patch_size * 2^(levels - 1) run too.
         in_channels, out_channels: of the images; out_channels is twice in_channels with a learned variance.
         variant: a name of ``heterodiff.list_models()``.
         model_channels: base width mc; level i has mc * channel_mult[i] channels.
@@ -79,11 +79,13 @@ class HAEUNet(Denoiser):
         attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
         condition_dim: width of a condition vector, for example a text embedding, that takes the place of the class;
             None for a network without one.
+        patch_size: the first level sees patches of so many pixels a side, each as channels of one position, and the
+            last gives them back; everything between costs patch_size^2 times less.
 
     Raises:
         ConfigError: an argument that no network can be built from.
 
-    Source: Dhariwal & Nichol 2021 (ADM) for the U-Net.
+    Source: Dhariwal & Nichol 2021 (ADM) for the U-Net; Hoogeboom et al. 2023 (simple diffusion) for patches.
     """
 
     @register_to_config
@@ -119,6 +121,7 @@ class HAEUNet(Denoiser):
         max_keys: int = 512,
         pattern_seed: int = 0,
         condition_dim: int | None = None,
+        patch_size: int = 1,
     ):
         super().__init__()
         self._check_arguments()
@@ -126,7 +129,8 @@ class HAEUNet(Denoiser):
         self.memory_optimization = spec.memory_optimization if memory_optimization is None else memory_optimization
         self.zero_threshold = zero_threshold
         self.gradient_checkpointing = use_checkpoint
-        self.factor = 2 ** (len(channel_mult) - 1)
+        self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(channel_mult) - 1)
         embedding_dim = self._make_embeddings()
         if num_classes is not None:
             direct = class_embedding == "direct"
@@ -151,6 +155,8 @@ class HAEUNet(Denoiser):
                 f"sparsity and max_keys: expected 0 <= sparsity < 1 and max_keys >= {MIN_KEYS}, "
                 f"found {c.sparsity} and {c.max_keys}"
             )
+        if c.patch_size < 1:
+            raise ConfigError(f"patch_size: expected at least 1, found {c.patch_size}")
         if c.dims != 2:
             raise ConfigError(f"dims: expected 2 (images), found {c.dims}")
         if c.num_classes is not None and c.condition_dim is not None:
@@ -196,7 +202,7 @@ class HAEUNet(Denoiser):
 
         widths = [int(c.model_channels * mult) for mult in c.channel_mult]
         channels = widths[0]
-        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels, channels))])
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels * c.patch_size**2, channels))])
         skips = [channels]
         last = len(c.channel_mult) - 1
         for level, width in enumerate(widths):
@@ -231,7 +237,7 @@ class HAEUNet(Denoiser):
         self.out = FusedSequential(
             GroupNorm32(channels),
             make_activation(c.activation),
-            zero_(conv3x3(channels, c.out_channels or c.in_channels)),
+            zero_(conv3x3(channels, (c.out_channels or c.in_channels) * c.patch_size**2)),
         )
 
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:

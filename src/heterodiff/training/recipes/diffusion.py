@@ -18,6 +18,7 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
+from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import create_model
@@ -46,10 +47,13 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """Arguments of the configured denoiser for images as in ``spec``, defaults filled in.
 
     Raises:
-        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named).
+        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named), or
+            patches for film-unet.
         CheckpointError: the codec's VAE is not there.
     """
     m = config.model
+    if m.variant == "film-unet" and m.patch_size != 1:
+        raise ConfigError(f"model.patch_size={m.patch_size}: film-unet has none; leave it out or set it to 1")
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
     with_text = config.recipe == "text-image"
     condition_dim = config.text.embedding_dim if with_text else None
@@ -70,11 +74,12 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
             "dropout": m.dropout,
             "use_checkpoint": m.gradient_checkpointing,
         }
-    side = max(height, width)
+    side = max(height, width) / m.patch_size
     default_mult = next((mult for limit, mult in DEFAULT_CHANNEL_MULT if side <= limit), (1, 1, 2, 2, 4, 4))
     channel_mult = m.channel_mult or default_mult
     factors = [2**level for level in range(len(channel_mult))]
-    check_size(spec.height, spec.width, factors[-1] * (spec.height // height))  # in pixels, as the user gives them
+    of_codec = spec.height // height
+    check_size(spec.height, spec.width, m.patch_size * factors[-1] * of_codec)  # in pixels, as the user gives them
     return {
         "sample_size": (height, width),
         "in_channels": channels + guess_channels,
@@ -84,6 +89,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "model_channels": m.model_channels,
         "channel_mult": channel_mult,
         "layers_per_block": m.layers_per_block,
+        "patch_size": m.patch_size,
         "attention_resolutions": m.attention_resolutions or tuple(f for f in factors if side / f <= ATTENTION_SIDE),
         "dropout": m.dropout,
         "num_heads": m.num_heads,
