@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,14 @@ def largest(difference: torch.Tensor) -> float:
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_diffusers_own_way_of_loading_needs_no_other_import(shapes_run):
+    code = (
+        f"import heterodiff as hd; print(type(hd.TextImagePipeline.from_pretrained({str(shapes_run)!r}).unet).__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "FiLMUNet", found.stderr
 
 
 def test_a_run_folder_is_a_pipeline_of_six_parts(shapes_run: Path, pipe: TextImagePipeline) -> None:

@@ -20,6 +20,8 @@ from heterodiff.diffusion.guidance import guided_denoiser
 from heterodiff.diffusion.sampling import draw_noise, sample
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import ConfigError, RunError
+from heterodiff.models.film_unet import FiLMUNet
+from heterodiff.models.unet import HAEUNet
 from heterodiff.pictures import to_pil
 from heterodiff.pipelines.generate import GenerationOutput, seeded_generators
 from heterodiff.text.captioner import Captioner
@@ -94,7 +96,7 @@ class TextImagePipeline(DiffusionPipeline):
         text_encoder: TextEncoder,
         tokenizer: PreTrainedTokenizerFast,
         captioner: Captioner,
-        unet: Any = None,
+        unet: FiLMUNet | HAEUNet | None = None,
         scheduler: Any = None,
     ):
         super().__init__()
