@@ -72,7 +72,12 @@ def test_a_calibrated_run_is_evaluated_on_its_test_images(run: Path) -> None:
     assert json.loads((run / "evaluation.json").read_text()) == found.metrics
     with Image.open(found.picture) as picture:
         assert picture.width > 300
-    assert found.report.is_file()
+    report = found.report.read_text("utf-8")
+    dice = found.metrics["unhealthy"]["dice"]
+    for words in ("Anomalies found in test images", f"{100 * dice['mean']:.1f} %", "segment", "data:image/png"):
+        assert words in report
+    for row in found.metrics["patients"]:
+        assert f"<td>{row['patient']}</td>" in report
     text = "\n".join(segmentation_summary(found.metrics))
     for word in ("Dice", "AUROC", "best threshold", "12 of the network an image"):
         assert word in text

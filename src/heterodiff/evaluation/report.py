@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from html import escape
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from heterodiff.config_file import read_yaml
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.evaluation import page
+from heterodiff.evaluation.cells import part_of
 from heterodiff.evaluation.curves import curves_svg, is_number, series
 from heterodiff.evaluation.metric_sections import (
     augmentation_section,
@@ -23,6 +25,7 @@ from heterodiff.evaluation.metric_sections import (
     metrics_section,
     reconstruction_section,
 )
+from heterodiff.evaluation.segmentation_sections import segmentation_cards, segmentation_section
 from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
 
 REPORT_NAME = "report.html"
@@ -31,6 +34,7 @@ AUGMENTATION_PICTURE = "augmentation.png"
 EVALUATION_FOLDER = "evaluation"
 PROMPTS_PICTURE = f"{EVALUATION_FOLDER}/text_to_image.png"
 CAPTIONS_PICTURE = f"{EVALUATION_FOLDER}/image_to_text.png"
+ANOMALIES_PICTURE = f"{EVALUATION_FOLDER}/segmentation.png"
 SHOWN_GRIDS = 6
 
 
@@ -219,6 +223,8 @@ def _reproduce_section(files: RunFiles) -> str:
             f"heterodiff caption {folder} PICTURE.png",
         ],
     }.get(files.recipe, [f"heterodiff sample {folder} -n 16 --seed 0 --out samples"])
+    if part_of(files.evaluation, "mixed"):
+        draw = [f"heterodiff segment {folder} --calibrate"]
     commands = [f"heterodiff train {config}", *draw, f"heterodiff evaluate {folder}"]
     text = "The saved configuration repeats the run; seeds make it exact on the same device and versions."
     original = files.run.get("command")
@@ -253,12 +259,15 @@ def write_report(run_dir: Path) -> Path:
         study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
     prompts = page.figure(files.picture(PROMPTS_PICTURE), "png", "Held-out pictures above pictures of their captions")
     captions = page.figure(files.picture(CAPTIONS_PICTURE), "png", "Held-out pictures with captions written for them")
+    overlays = page.figure(files.picture(ANOMALIES_PICTURE), "png", "Images, true masks, found masks and anomaly maps")
     name = run_dir.resolve().name
+    of_evaluation = (cards(files.evaluation) for cards in (headline_cards, text_cards, segmentation_cards))
     sections = [
-        page.cards([*headline_cards(files.evaluation), *text_cards(files.evaluation), *_training_cards(files)]),
+        page.cards([*chain.from_iterable(of_evaluation), *_training_cards(files)]),
         page.section("Final samples", samples),
         text_to_image_section(files.evaluation, prompts),
         image_to_text_section(files.evaluation, captions),
+        segmentation_section(files.evaluation, overlays),
         reconstruction_section(files.evaluation),
         metrics_section(files.evaluation),
         class_section(files.evaluation),

@@ -18,7 +18,7 @@ from heterodiff.data.volumes import fingerprint
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import RunError
 from heterodiff.evaluation.progress import progress_tasks
-from heterodiff.evaluation.report import write_report
+from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation
 from heterodiff.pictures import image_grid
@@ -28,7 +28,6 @@ from heterodiff.pipelines.segment import Segmentation, Segmenter, load_calibrati
 
 IMAGES_AT_ONCE = 32
 SHOWN = 12
-PICTURE = "evaluation/segmentation.png"
 FIELDS = ("masks", "unhealthy", "maps", "score")
 GREEN, RED = (0.1, 0.8, 0.2), (0.95, 0.15, 0.1)
 
@@ -110,7 +109,7 @@ def evaluate_anomalies(run: Path) -> Evaluation:
     )
     metrics["settings"] = config.segmentation.model_dump(mode="json")
     metrics["calls_per_image"] = calls[0]
-    picture = run / PICTURE
+    picture = run / ANOMALIES_PICTURE
     picture.parent.mkdir(exist_ok=True)
     overlays(seen, truth, found).save(picture)
     (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
