@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text test test-all lint bench bench-digits bench-latent bench-radar bench-text clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
 
 demo-text: $(INSTALLED)
 	$(BIN)/heterodiff demo text
+
+demo-brain: $(INSTALLED)
+	$(BIN)/heterodiff demo brain
 
 demo-radar: $(INSTALLED)
 	$(BIN)/heterodiff demo radar

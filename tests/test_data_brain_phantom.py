@@ -191,3 +191,12 @@ def test_no_images_are_kept_for_testing_unless_asked_for() -> None:
 def test_what_it_cannot_draw(settings: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_brain_phantom(DataConfig(source="brain-phantom", **settings))  # type: ignore[arg-type]
+
+
+def test_a_saved_split_that_tears_a_patient_apart_is_refused() -> None:
+    config = DataConfig(source="brain-phantom", brain_phantom=BrainPhantomConfig(patients=4, slices_per_patient=2))
+    split = load_data(config).split_to_dict()
+    assert load_data(config, split).split_to_dict() == split
+    split["val"].append(split["train"].pop())
+    with pytest.raises(DataError, match="are both in 'train' and in 'val'"):
+        load_data(config, split)

@@ -61,3 +61,10 @@ def test_saved_split_is_applied_in_any_order():
 def test_a_split_that_does_not_fit_is_refused(split, message):
     with pytest.raises(DataError, match=message):
         apply_split(["a", "b", "c"], split, "data")
+
+
+def test_a_patient_may_be_in_one_part_only():
+    patients = ["p1", "p1", "p2"]
+    assert apply_split(["a", "b", "c"], {"train": ["a", "b"], "val": ["c"]}, "data", patients).sum() == 1
+    with pytest.raises(DataError, match="images of p1 are both in 'train' and in 'val'"):
+        apply_split(["a", "b", "c"], {"train": ["a", "c"], "val": ["b"]}, "data", patients)

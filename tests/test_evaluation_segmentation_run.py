@@ -133,6 +133,13 @@ def test_settings_that_do_not_fit_the_run(run: Path, key: str, value: object, me
         Segmenter(load_generation(run), settings(run, **{key: value}).segmentation)
 
 
+def test_limits_are_learned_from_healthy_images_and_others(run: Path) -> None:
+    """A model without labels finds anomalies, but its limits need some."""
+    other = settings(run, segmentation__method="partial-noising", segmentation__healthy="well").segmentation
+    with pytest.raises(RunError, match=r"of class 'well' and others, found classes healthy, unhealthy; label them"):
+        calibrate_run(run, other)
+
+
 def test_only_runs_of_images_with_masks_find_anomalies(run: Path, tmp_path: Path) -> None:
     assert not finds_anomalies(tmp_path)
     assert open_source(settings(run).data).mask is not None

@@ -59,9 +59,12 @@ def _options(
 def demo(
     what: Annotated[
         str,
-        typer.Argument(metavar="[digits|radar|text]", help="Real digits, simulated radar, or pictures with captions."),
+        typer.Argument(
+            metavar="[digits|radar|text|brain]",
+            help="Real digits, simulated radar, pictures with captions, or simulated heads with lesions.",
+        ),
     ] = "digits",
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/digits, runs/radar or runs/text.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ and the name, as runs/digits.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Train on built-in images, draw samples, evaluate, write a report: the main job in minutes."""

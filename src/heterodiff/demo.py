@@ -6,6 +6,12 @@ from pathlib import Path
 from heterodiff.config import RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.evaluation.run import evaluate_run, summary_lines
+from heterodiff.evaluation.segmentation_run import (
+    calibrate_run,
+    evaluate_anomalies,
+    finds_anomalies,
+    segmentation_summary,
+)
 from heterodiff.evaluation.text_image_run import evaluate_text_image, text_image_summary
 from heterodiff.evaluation.vae_run import evaluate_vae, vae_summary
 from heterodiff.pipelines.load import load_generation
@@ -13,7 +19,7 @@ from heterodiff.training.start import next_steps, train
 
 IMAGES_PER_CLASS = 20
 PROMPTS = 200
-DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small"}
+DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small", "brain": "phantom_small"}
 """Names of the shipped configurations."""
 
 
@@ -36,7 +42,12 @@ def run_demo(config_file: Path, out: Path, seed: int) -> None:
     result = train(config)
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
-    lines = _text_image(config, out, seed) if config.recipe == "text-image" else _classes(config, out, seed)
+    if config.recipe == "text-image":
+        lines = _text_image(config, out, seed)
+    elif finds_anomalies(out):
+        lines = _anomalies(config, out)
+    else:
+        lines = _classes(config, out, seed)
     print(f"time     {time.perf_counter() - start:.0f} s")
     for line in lines:
         print(line)
@@ -55,6 +66,18 @@ def _classes(config: RunConfig, out: Path, seed: int) -> list[str]:
         print(line)
     print(f"samples  {evaluation.picture}\nreport   {evaluation.report}")
     return [f"next     heterodiff sample {out} --class {load_generation(out).class_names[-1]} -n 8 --seed 0"]
+
+
+def _anomalies(config: RunConfig, out: Path) -> list[str]:
+    """Calibrate and evaluate a run that finds anomalies; the commands to go on with."""
+    print(f"trained  {config.training.steps} steps; learning the limits of masks, finding anomalies", flush=True)
+    for line in calibrate_run(out):
+        print(line, flush=True)
+    evaluation = evaluate_anomalies(out)
+    for line in segmentation_summary(evaluation.metrics):
+        print(line)
+    print(f"overlays {evaluation.picture}\nreport   {evaluation.report}")
+    return next_steps(config)
 
 
 def _text_image(config: RunConfig, out: Path, seed: int) -> list[str]:

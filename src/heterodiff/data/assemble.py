@@ -180,13 +180,14 @@ def _held_out(
 ) -> np.ndarray:
     """Which of the images ``rows`` (N,) are for validation: as saved, as the source says, or drawn."""
     names = [collection.names[row] for row in rows]
+    groups = None if collection.groups is None else [collection.groups[row] for row in rows]
     way_out = "delete the saved split to split again"
     if split is not None:
-        mask = apply_split(names, split, collection.where)
+        mask = apply_split(names, split, collection.where, groups)
     elif collection.held_out is not None:
         mask, way_out = np.array(collection.held_out, dtype=bool)[rows], "add usable images to the training part"
-    elif collection.groups is not None:
-        mask = draw_group_split([collection.groups[row] for row in rows], config.val_fraction, config.split_seed)
+    elif groups is not None:
+        mask = draw_group_split(groups, config.val_fraction, config.split_seed)
     else:
         mask = draw_split(names, labels, config.val_fraction, config.split_seed)
     if mask.all():

@@ -53,11 +53,16 @@ def _names(split: dict[str, Any], part: str) -> list[str]:
     return names
 
 
-def apply_split(names: Sequence[str], split: dict[str, Any], where: str) -> np.ndarray:
+def apply_split(
+    names: Sequence[str], split: dict[str, Any], where: str, groups: Sequence[str] | None = None
+) -> np.ndarray:
     """Return the mask (N,) of the images that the saved ``split`` holds out.
 
+    Args:
+        groups: (N,) of each image, such as its patient, who may be in one part only.
+
     Raises:
-        DataError: the split is malformed, or does not name exactly the images found.
+        DataError: the split is malformed, does not name exactly the images found, or has a group in both parts.
     """
     train, val = _names(split, "train"), _names(split, "val")
     repeated = [name for name, count in Counter([*train, *val]).items() if count > 1]
@@ -73,4 +78,13 @@ def apply_split(names: Sequence[str], split: dict[str, Any], where: str) -> np.n
             "which splits again"
         )
     held_out = set(val)
-    return np.array([name in held_out for name in names], dtype=bool)
+    mask = np.array([name in held_out for name in names], dtype=bool)
+    if groups is not None:
+        both = {group for group, out in zip(groups, mask, strict=True) if out}
+        both &= {group for group, out in zip(groups, mask, strict=True) if not out}
+        if both:
+            raise DataError(
+                f"saved split: images of {show(min(both))} are both in 'train' and in 'val', so what is learned of "
+                "one would be tested on the other; delete the split to draw it again"
+            )
+    return mask

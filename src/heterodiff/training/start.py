@@ -34,6 +34,8 @@ from heterodiff.training.run_folder import check_run_folder, locked, save_config
 RUN_FILE = "run.json"
 TEXT_RECIPES = (AlignmentRecipe, TextImageRecipe)
 MAX_TEXT_NOTES = 3
+WITH_MASKS = ("brain-phantom", "volumes")
+"""Sources of images whose anomalies can be found."""
 
 
 def train(
@@ -238,6 +240,8 @@ def next_steps(config: RunConfig) -> list[str]:
     if config.recipe == "vae":
         use = f"heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"
         return [f"next     heterodiff evaluate {run}", f"         {use}"]
+    if config.data.source in WITH_MASKS:
+        return [f"next     heterodiff segment {run} --calibrate", f"         heterodiff evaluate {run}"]
     return [f"next     heterodiff sample {run}", f"         heterodiff evaluate {run}"]
 
 
