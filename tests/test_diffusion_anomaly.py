@@ -53,7 +53,7 @@ def test_every_step_agrees_with_the_literal_method(network: Callable[..., Tensor
             np.testing.assert_allclose(found.maps[k], expected["map"], atol=1e-4)
             np.testing.assert_allclose(found.divergence[k], expected["divergence"], atol=1e-4, rtol=1e-4)
             np.testing.assert_allclose(-found.score[k], expected["cosine"], atol=1e-4)
-    assert found.calls == 2 * depth
+    assert found.calls.tolist() == [2 * depth] * COUNT
 
 
 # --- a healthy distribution that is known ------------------------------------------------------------
@@ -96,6 +96,40 @@ def run(method: str, x: Tensor, timesteps: list[int]) -> AnomalyMaps:
     return call(gaussian, SCHEDULE, "epsilon", x, healthy, none, timesteps, guidance_scale=2.0)
 
 
+def test_an_image_is_left_once_nothing_grew_for_so_many_steps() -> None:
+    """Patience gives what the steps taken give, and they end where the definition says, for each image alone."""
+    timesteps = noising_timesteps(600, 30)
+    x = torch.stack([torch.full((CHANNELS, SIDE, SIDE), value) for value in (-0.5, 0.0, 0.5)])
+
+    def parting(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """Predictions part most at a step that depends on how bright the image is."""
+        centre = 250 + 150 * z.mean(dim=(1, 2, 3)).sign()
+        height = torch.where(labels == 0, torch.exp(-((time - centre) / 60).square()), 0)
+        return height[:, None, None, None].expand_as(z) * 0.1
+
+    common = (parting, SCHEDULE, "epsilon", x, HEALTHY, NONE)
+    divergences = torch.stack(
+        [forward_process(*common, timesteps[-k:], guidance_scale=2.0).divergence for k in range(1, 31)]
+    )  # the greatest of the first k steps
+    for patience in (1, 3, 10):
+        found = forward_process(*common, timesteps, guidance_scale=2.0, patience=patience)
+        taken = []
+        for k in range(COUNT):
+            greatest = divergences[:, k]
+            ends = [
+                last + 1
+                for last in range(patience, 30)
+                if (greatest[last] == greatest[last - patience]).all()  # none has grown in these steps
+            ]
+            taken.append(ends[0] if ends else 30)
+            alone = forward_process(*common, timesteps[-taken[-1] :], guidance_scale=2.0)
+            for name in ("maps", "divergence", "score"):
+                np.testing.assert_allclose(getattr(found, name)[k], getattr(alone, name)[k], atol=1e-5)
+        assert found.calls.tolist() == [2 * steps for steps in taken]
+        assert len(set(taken)) == COUNT
+    assert forward_process(*common, timesteps, patience=30).calls.tolist() == [60] * COUNT
+
+
 METHODS = ("forward-process", "ddib", "partial-noising")
 
 
@@ -134,7 +168,10 @@ def test_a_batch_is_its_images_one_by_one(method: str) -> None:
     x, _ = with_lesion()
     together = run(method, x, noising_timesteps(200, 10))
     if method == "partial-noising":  # their noise is drawn for all at once
-        x, together = x[:1], AnomalyMaps(together.maps[:1], together.divergence[:1], together.score[:1], 10)
+        x, together = (
+            x[:1],
+            AnomalyMaps(together.maps[:1], together.divergence[:1], together.score[:1], together.calls[:1]),
+        )
         noise = torch.randn((COUNT, CHANNELS, SIDE, SIDE), generator=torch.Generator().manual_seed(3))[:1]
         alone = [
             partial_noising(
@@ -169,7 +206,7 @@ def test_calls_are_counted(method: str, calls: int) -> None:
     else:
         call = {"forward-process": forward_process, "ddib": ddib}[method]
         found = call(counting, SCHEDULE, "epsilon", x, HEALTHY, NONE, timesteps)
-    assert found.calls == calls
+    assert found.calls.tolist() == [calls] * COUNT
     assert seen == calls * COUNT
 
 

@@ -276,6 +276,11 @@ class SegmentationConfig(Section):
     )
     depth: Positive = Field(600, description="noise depth: timesteps below this one are used")
     num_inference_steps: Positive = Field(60, description="evenly spaced among them; a step takes two network calls")
+    patience: Positive | None = Field(
+        None,
+        description="forward-process: leave an image once healthy and unconditional predictions of no channel differed "
+        "more for so many steps; default: take all steps",
+    )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         3.0, description="1 is unguided; papers that write (1 + w) healthy - w none mean this minus 1"
     )

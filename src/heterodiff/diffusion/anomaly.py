@@ -38,13 +38,13 @@ class AnomalyMaps:
         score: (B,) the higher, the more anomalous the image. Of the forward process minus the cosine between the errors
             of healthy and unconditional predictions along the steps, which part in anomalous images; of the others the
             mean divergence.
-        calls: network calls that one image took.
+        calls: (B,) int64, network calls that each image took.
     """
 
     maps: Tensor
     divergence: Tensor
     score: Tensor
-    calls: int
+    calls: Tensor
 
 
 @dataclass
@@ -60,17 +60,22 @@ class _Running:
     def like(cls, x: Tensor) -> "_Running":
         return cls(torch.zeros_like(x), torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf))
 
-    def add(self, error: Tensor, divergence: Tensor) -> None:
-        """Take in S_t (B, C, H, W) and D_t (B, C): where D_t is the greatest so far, the map is the mean of S before t.
+    def add(self, rows: Tensor, error: Tensor, divergence: Tensor) -> Tensor:
+        """Take in S_t (b, C, H, W) and D_t (b, C) of ``rows``, all of those so far or fewer.
 
-        Of a greatest D at the first step, before which there is nothing, the map is S there.
+        Where D_t is the greatest so far, the map is the mean of S before t; at the first step, before which there is
+        nothing, S there.
+
+        Returns:
+            where that is so, (b, C) bool.
         """
-        before = self.total / self.count if self.count else error
-        greater = divergence > self.divergence
-        self.maps = torch.where(greater[:, :, None, None], before, self.maps)
-        self.divergence = torch.where(greater, divergence, self.divergence)
-        self.total += error
+        before = self.total[rows] / self.count if self.count else error
+        greater = divergence > self.divergence[rows]
+        self.maps[rows] = torch.where(greater[:, :, None, None], before, self.maps[rows])
+        self.divergence[rows] = torch.where(greater, divergence, self.divergence[rows])
+        self.total[rows] += error
         self.count += 1
+        return greater
 
 
 @torch.no_grad()
@@ -79,11 +84,12 @@ def forward_process(
     schedule: NoiseSchedule,
     prediction: str,
     x: Tensor,
-    healthy: Any,
-    none: Any,
+    healthy: Tensor,
+    none: Tensor,
     timesteps: Sequence[int],
     *,
     guidance_scale: float = 3.0,
+    patience: int | None = None,
     progress: Progress = _silent,
 ) -> AnomalyMaps:
     """Compare, on the way from the image to noise, the healthy prediction of the image with the image itself.
@@ -96,8 +102,9 @@ def forward_process(
         model_call: (z (B, C, H, W), time (B,), condition) -> (B, C or 2C, H, W) of kind ``prediction``.
         x: (B, C, H, W) in [-1, 1].
         healthy, none: conditions of B rows each.
-        timesteps: strictly decreasing, as for sampling; their number times two are the network calls.
+        timesteps: strictly decreasing, as for sampling; their number times two are the network calls, at most.
         guidance_scale: w in uncond + w (healthy - uncond), 1 more than in the paper.
+        patience: leave an image once no channel's predictions differed more for so many steps; default: never.
         progress: called after each step with its number, from 1, and the number of steps.
 
     Raises:
@@ -106,27 +113,38 @@ def forward_process(
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
     count, channels = x.shape[:2]
     z = x = x.float()
-    both = join_conditions(none, healthy)
     running = _Running.like(x)
-    errors: list[tuple[Tensor, Tensor]] = []
+    rows = torch.arange(count, device=x.device)  # of the images that are not left yet
+    idle = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    of_healthy, of_none = x.new_zeros(2, count, len(rising))  # zeros add nothing to a cosine
+    calls = torch.zeros(count, dtype=torch.long, device=x.device)
     for number, t in enumerate(rising, start=1):
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
-        time = torch.full((2 * count,), schedule.time[t].item(), device=x.device)
+        time = torch.full((2 * len(rows),), schedule.time[t].item(), device=x.device)
+        both = join_conditions(none[rows], healthy[rows])
         output = model_call(torch.cat([z, z]), time, both).float()[:, :channels]
         free, conditional = output.chunk(2)
         steered = free + guidance_scale * (conditional - free)
         x0_none, x0_healthy = (to_x0_eps(prediction, p, z, alpha, sigma)[0].clamp(-1, 1) for p in (free, steered))
-        error = (x0_healthy - x).square()
-        running.add(error, (x0_healthy - x0_none).square().mean(dim=(2, 3)))
-        errors.append((error.mean(dim=(1, 2, 3)), (x0_none - x).square().mean(dim=(1, 2, 3))))
-        if number < len(rising):
-            later = rising[number]
-            eps = (z - alpha * x0_none) / sigma  # that of the clipped prediction
-            z = schedule.alpha[later].item() * x0_none + schedule.sigma[later].item() * eps
+        error = (x0_healthy - x[rows]).square()
+        greater = running.add(rows, error, (x0_healthy - x0_none).square().mean(dim=(2, 3)))
+        of_healthy[rows, number - 1] = error.mean(dim=(1, 2, 3))
+        of_none[rows, number - 1] = (x0_none - x[rows]).square().mean(dim=(1, 2, 3))
+        calls[rows] += 2
         progress(number, len(rising))
-    of_healthy, of_none = (torch.stack(each, dim=1) for each in zip(*errors, strict=True))
+        if number == len(rising):
+            break
+        later = rising[number]
+        eps = (z - alpha * x0_none) / sigma  # that of the clipped prediction
+        z = schedule.alpha[later].item() * x0_none + schedule.sigma[later].item() * eps
+        if patience is not None:
+            idle[rows] = torch.where(greater, 0, idle[rows] + 1)
+            going = (idle[rows] < patience).any(dim=1)
+            rows, z = rows[going], z[going]
+            if not len(rows):
+                break
     cosine = torch.nn.functional.cosine_similarity(of_healthy, of_none, dim=1, eps=1e-12)
-    return AnomalyMaps(running.maps, running.divergence, -cosine, 2 * len(rising))
+    return AnomalyMaps(running.maps, running.divergence, -cosine, calls)
 
 
 @torch.no_grad()
@@ -215,4 +233,5 @@ def _decoded(
 
 def _of_difference(x: Tensor, healthy: Tensor, calls: int) -> AnomalyMaps:
     maps = (healthy - x).square()
-    return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.mean(dim=(1, 2, 3)), calls)
+    each = torch.full((len(x),), calls, device=x.device)
+    return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.mean(dim=(1, 2, 3)), each)

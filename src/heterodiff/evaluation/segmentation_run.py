@@ -108,7 +108,7 @@ def evaluate_anomalies(run: Path) -> Evaluation:
         found.masks, found.unhealthy, found.maps, found.score, truth, test.patients, seen.numpy()
     )
     metrics["settings"] = config.segmentation.model_dump(mode="json")
-    metrics["calls_per_image"] = calls[0]
+    metrics["calls_per_image"] = float(torch.cat(calls).float().mean())
     picture = run / ANOMALIES_PICTURE
     picture.parent.mkdir(exist_ok=True)
     overlays(seen, truth, found).save(picture)
@@ -164,7 +164,7 @@ def segmentation_summary(metrics: dict[str, Any]) -> list[str]:
     area = metrics["healthy"]["false_positive_area"]
     if area["n"]:
         lines.append(f"healthy  {100 * area['mean']:.2f} % of the area of {area['n']} healthy images marked")
-    lines.append(f"calls    {metrics['calls_per_image']} of the network an image")
+    lines.append(f"calls    {metrics['calls_per_image']:.0f} of the network an image")
     return lines
 
 

@@ -63,7 +63,7 @@ def segmentation_section(evaluation: Mapping[str, Any], picture: str) -> str:
         (str(row.get("patient", MISSING)), number(row.get("n"), "{:,}"), percent(row.get("dice")))
         for row in sorted(known, key=lambda row: row["dice"] if is_number(row.get("dice")) else 2.0)[:MAX_PATIENT_ROWS]
     ]
-    calls = number(evaluation.get("calls_per_image"), "{:,}")
+    calls = number(evaluation.get("calls_per_image"), "{:,.0f}")
     return page.section(
         "Anomalies found in test images",
         picture,

@@ -100,17 +100,21 @@ class Segmenter:
         def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
             return unet(z, time, class_labels=condition if conditional else None).sample
 
-        common = (model_call, self.schedule, prediction_of(pipeline.scheduler), x)
+        schedule, prediction, steps = self.schedule, prediction_of(pipeline.scheduler), self.timesteps
+        guidance = settings.guidance_scale
         if settings.method == "partial-noising":
             noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
-            found = partial_noising(*common, none, self.timesteps, noise=noise, progress=progress)
+            found = partial_noising(model_call, schedule, prediction, x, none, steps, noise=noise, progress=progress)
+        elif settings.method == "ddib":
+            arguments = (model_call, schedule, prediction, x, labels, none, steps)
+            found = ddib(*arguments, guidance_scale=guidance, progress=progress)
         else:
-            method = {"forward-process": forward_process, "ddib": ddib}[settings.method]
-            guidance = settings.guidance_scale
-            found = method(*common, labels, none, self.timesteps, guidance_scale=guidance, progress=progress)
+            arguments = (model_call, schedule, prediction, x, labels, none, steps)
+            patience = settings.patience
+            found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
         score = found.score.cpu()
         return AnomalyMaps(
-            found.maps[:, self.channels].cpu(), found.divergence[:, self.channels].cpu(), score, found.calls
+            found.maps[:, self.channels].cpu(), found.divergence[:, self.channels].cpu(), score, found.calls.cpu()
         )
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
