@@ -41,8 +41,15 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert (f - e).abs().max() <= 1e-5 * scale
 
 
+EVERY_DAY = ("unet", "hae-v2")
+
+
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*((variant, "eager") for variant in VARIANTS), ("hae-v2", "aot_eager")]
+    ("variant", "backend"),
+    [
+        *(pytest.param(v, "eager", marks=[pytest.mark.slow] * (v not in EVERY_DAY)) for v in VARIANTS),
+        ("hae-v2", "aot_eager"),
+    ],
 )
 def test_one_graph_and_the_same_outputs_and_gradients(variant, backend):
     model = make(variant)

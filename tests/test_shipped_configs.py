@@ -130,7 +130,15 @@ def test_trains_and_draws(path: Path, tmp_path: Path) -> None:
     assert bool(((images >= 0) & (images <= 1)).all())
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem in LARGE], ids=lambda path: path.stem)
+ALIKE = {"atlas128": "brats128_hae_v2_conservative", "flickr30k_224": "coco_224"}
+"""Of the same networks: one of them is enough for every day."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in ALIKE)) for p in SHIPPED if p.stem in LARGE],
+    ids=lambda path: path.stem,
+)
 def test_large_ones_take_a_step(path: Path, tmp_path: Path) -> None:
     config = _shortened(path, tmp_path)
     result = dry_run(config)

@@ -99,7 +99,16 @@ print(predicted, peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to read a process's peak memory")
-@pytest.mark.parametrize("changes", [{}, {"memory_optimization": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param({key: True}, marks=pytest.mark.slow)
+            for key in ("memory_optimization", "gradient_checkpointing")
+        ),
+    ],
+)
 def test_prediction_is_near_to_what_a_process_takes(changes, tmp_path):
     model = "\n".join(f"  {key}: {value}" for key, value in (MODEL | changes).items())
     path = tmp_path / "run.yaml"

@@ -66,7 +66,10 @@ def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("training wrote no row within a minute")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "killed", training__steps=300, training__checkpoint_every=3)
     config_file = tmp_path / "config.yaml"
