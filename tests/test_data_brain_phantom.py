@@ -169,6 +169,29 @@ def test_a_patient_is_in_one_part_alone() -> None:
         assert test.class_of[row] == whole.class_of[origin]
 
 
+def test_patients_are_kept_by_name() -> None:
+    config = DataConfig(
+        source="brain-phantom",
+        brain_phantom=BrainPhantomConfig(patients=3, slices_per_patient=6),
+        val_fraction=0.25,
+        split_by="image",
+    )
+    known = sorted(patients_of(open_part(config, "train").names))
+    one = config.model_copy(update={"test_patients": (known[1],)})
+    data, test = load_data(one), open_part(one, "test")
+    assert patients_of(test.names) == {known[1]}
+    assert patients_of(data.train.names) == {known[0], known[2]}
+    assert patients_of(data.val.names) <= {known[0], known[2]}
+    assert len(data.val.names) == 3
+    assert load_data(one, data.split_to_dict()).split_to_dict() == data.split_to_dict()
+    with pytest.raises(DataError, match=rf"test_patients: .* has no patient nobody, but {known[0]}, {known[1]}"):
+        open_part(config.model_copy(update={"test_patients": ("nobody",)}), "test")
+    with pytest.raises(DataError, match=r"all patients of .* are kept for testing; train on some"):
+        load_data(config.model_copy(update={"test_patients": tuple(known)}))
+    with pytest.raises(ValueError, match="by name or as a share; leave one out"):
+        DataConfig(source="brain-phantom", test_patients=("p",), test_fraction=0.1)
+
+
 def test_images_of_their_own_are_kept_for_testing_too() -> None:
     config = DataConfig(source="digits", test_fraction=0.3)
     data, test = load_data(config), open_part(config, "test")

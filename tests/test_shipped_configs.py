@@ -86,7 +86,7 @@ def _slices(path: Path, channels: int = 4) -> None:
     mask[::2, 10:14, 8:12] = True
     image = rng.integers(0, 256, (9, channels, 30, 24), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, image=image, mask=mask, patient=np.arange(9) // 3)
+    np.savez(path, image=image, mask=mask, patient=np.repeat([7, 19, 26], 3))
 
 
 def _shortened(path: Path, folder: Path) -> RunConfig:

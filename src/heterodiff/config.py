@@ -178,6 +178,14 @@ class DataConfig(Section):
         description="share of images, or patients, that training never reads, kept for the last measurement; "
         "val_fraction is of the others",
     )
+    test_patients: tuple[str, ...] | None = Field(
+        None, description="patients kept for the last measurement by name, in place of a share of them"
+    )
+    split_by: Literal["patient", "image"] = Field(
+        "patient",
+        description="what val_fraction is a share of, where images belong to patients; with very few patients: image, "
+        "so that all of them are learned from",
+    )
     split_seed: Seed = 0
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     random_crop: Annotated[int, Field(ge=0)] = Field(
@@ -191,6 +199,12 @@ class DataConfig(Section):
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
     volumes: VolumesConfig = Field(VolumesConfig(), description="settings of source `volumes`")
     brain_phantom: BrainPhantomConfig = Field(BrainPhantomConfig(), description="settings of source `brain-phantom`")
+
+    @model_validator(mode="after")
+    def _test_images_are_chosen_in_one_way(self) -> "DataConfig":
+        if self.test_patients and self.test_fraction:
+            raise ValueError("test_patients and test_fraction: patients are kept by name or as a share; leave one out")
+        return self
 
 
 class ModelConfig(Section):

@@ -180,7 +180,9 @@ def _held_out(
 ) -> np.ndarray:
     """Which of the images ``rows`` (N,) are for validation: as saved, as the source says, or drawn."""
     names = [collection.names[row] for row in rows]
-    groups = None if collection.groups is None else [collection.groups[row] for row in rows]
+    groups = None
+    if collection.groups is not None and config.split_by == "patient":
+        groups = [collection.groups[row] for row in rows]
     way_out = "delete the saved split to split again"
     if split is not None:
         mask = apply_split(names, split, collection.where, groups)

@@ -15,6 +15,7 @@ from heterodiff.data.builtin.shapes import open_shapes
 from heterodiff.data.captions import open_captions
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.data.findings import show
 from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
 from heterodiff.data.split import draw_group_split
@@ -71,8 +72,20 @@ def open_source(config: DataConfig) -> Collection:
 
 
 def _is_for_test(collection: Collection, config: DataConfig) -> np.ndarray:
-    """Which images (N,) are kept for the last measurement."""
+    """Which images (N,) are kept for the last measurement.
+
+    Raises:
+        DataError: patients named for it that are not there.
+    """
     groups = collection.names if collection.groups is None else collection.groups
+    if config.test_patients:
+        known = sorted(set(collection.groups or ()))
+        if unknown := sorted(set(config.test_patients).difference(known)):
+            raise DataError(
+                f"data.test_patients: {collection.where} has no patient {show(unknown[0])}, but "
+                f"{', '.join(map(show, known[:10])) or 'images without patients'}"
+            )
+        return np.isin(groups, config.test_patients)
     return draw_group_split([f"test {group}" for group in groups], config.test_fraction, config.split_seed)
 
 
@@ -83,11 +96,14 @@ def open_part(config: DataConfig, part: Literal["train", "test"]) -> Collection:
         DataError: as `open_source`; or no images for testing.
     """
     collection = open_source(config)
-    if config.test_fraction == 0:
+    if config.test_fraction == 0 and not config.test_patients:
         if part == "test":
             raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
         return collection
-    return collection.take(np.flatnonzero(_is_for_test(collection, config) == (part == "test")).tolist())
+    chosen = np.flatnonzero(_is_for_test(collection, config) == (part == "test"))
+    if not len(chosen):
+        raise DataError(f"data.test_patients: all patients of {collection.where} are kept for testing; train on some")
+    return collection.take(chosen.tolist())
 
 
 @dataclass(frozen=True)
