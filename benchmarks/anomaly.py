@@ -1,0 +1,156 @@
+"""Anomalies from image labels alone: how well, on simulated heads and on real slices, and what faster steps cost.
+
+    python -m benchmarks.anomaly --runs runs phantom     train (or go on with) the shipped run, calibrate, evaluate
+    python -m benchmarks.anomaly --runs runs steps       its Dice with 60 of 600 steps, with all, and with patience
+    python -m benchmarks.anomaly --runs runs variants    hae-v2 and unet at 32x32, for the same time, two seeds
+    python -m benchmarks.anomaly --runs runs ms          three real patients, each by a model of the other two
+
+Each takes about an hour on two CPU cores, and goes on where it was interrupted. Writes
+benchmarks/results/anomaly_{phantom,steps,variants,ms}.json and pictures to docs/images.
+"""
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import machine, write_results
+from benchmarks.radar_gestures import ROOT, seconds_of
+from heterodiff.cli import shipped_configs
+from heterodiff.config import SegmentationConfig
+from heterodiff.config_file import load_config
+from heterodiff.data.sources import load_test
+from heterodiff.evaluation.run import image_config, run_data
+from heterodiff.evaluation.segmentation import overlap, patient_interval
+from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies, segmentation_summary
+from heterodiff.memory import keep_freed_memory
+from heterodiff.pipelines.anomaly_masks import calibrate
+from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.pipelines.segment import Segmenter
+from heterodiff.training.start import dry_run, train
+
+DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
+PATIENTS = ("7", "19", "26")
+COMPARED = 64
+"""Test images that are found lesions in with all steps, each of which takes ten times as long."""
+MINUTES = 15
+SEEDS = range(2)
+
+
+def _found(run: Path, overrides: list[str], name: str, picture: str | None = None) -> dict[str, Any]:
+    """Train the shipped configuration ``name`` in ``run``, calibrate and evaluate it."""
+    config = load_config(shipped_configs() / f"{name}.yaml", [f"output={run}", *overrides])
+    train(config)
+    for line in calibrate_run(run):
+        print(line)
+    found = evaluate_anomalies(run)
+    for line in segmentation_summary(found.metrics):
+        print(line, flush=True)
+    if picture:
+        shutil.copy(found.picture, ROOT / "docs" / "images" / f"{picture}.png")
+    return {"training_seconds": seconds_of(run), **found.metrics}
+
+
+def phantom(runs: Path, data: Path) -> dict[str, Any]:
+    """The shipped run on simulated heads."""
+    return _found(runs / "phantom", [], "phantom", "anomaly_phantom")
+
+
+def steps(runs: Path, data: Path) -> dict[str, Any]:
+    """What fewer steps cost, on the same images: calibrated and measured with each number of steps."""
+    run = runs / "phantom"
+    settings, pipeline = load_config(run / "config.yaml").segmentation, load_generation(run)
+    val = run_data(run).val
+    spec = load_spec(run)
+    assert spec is not None
+    test = load_test(image_config(run), spec)
+    assert test.mask is not None
+    held_out, tested = (np.linspace(0, len(part) - 1, COMPARED).astype(int) for part in (val, test.images))
+    truth = np.stack([test.mask(int(row)) for row in tested])
+    ill = truth.any(axis=(1, 2))
+    patients = np.array(test.patients)[tested][ill]
+    unhealthy = val.labels[held_out] != spec.class_names.index(settings.healthy)
+
+    def measure(changed: SegmentationConfig) -> tuple[np.ndarray, dict[str, Any]]:
+        segmenter, start = Segmenter(pipeline, changed), time.perf_counter()
+        known = segmenter.maps(val.batch(held_out)[0])
+        limits = calibrate(known.divergence.numpy(), known.score.numpy(), unhealthy)
+        maps = segmenter.maps(test.images.batch(tested)[0])
+        dice = overlap(segmenter.masks(maps, limits).masks, truth)[0][ill]
+        calls = float(maps.calls.float().mean())
+        return dice, {"dice": float(dice.mean()), "calls": calls, "seconds": time.perf_counter() - start}
+
+    ways = {
+        "all": {"num_inference_steps": settings.depth},
+        "default": {},
+        "patience 10": {"patience": 10},
+        "half": {"num_inference_steps": settings.num_inference_steps // 2},
+    }
+    result: dict[str, Any] = {"images": COMPARED, "unhealthy": int(ill.sum()), **machine()}
+    every, result["all"] = measure(settings.model_copy(update=ways.pop("all")))
+    for name, changes in ways.items():
+        dice, found = measure(settings.model_copy(update=changes))
+        low, high = patient_interval(dice - every, patients)
+        result[name] = {**found, "difference": float((dice - every).mean()), "low": low, "high": high}
+        print(
+            f"{name:12} Dice {100 * found['dice']:.1f} %, {100 * (dice - every).mean():+.1f} points from all",
+            flush=True,
+        )
+    return result
+
+
+def variants(runs: Path, data: Path) -> dict[str, Any]:
+    """The hybrid and the plain U-Net, trained for about the same time."""
+    result: dict[str, Any] = {"minutes": MINUTES, **machine()}
+    for variant in ("unet", "hae-v2"):
+        overrides = [f"model.variant={variant}", "data.image_size=32", "model.patch_size=1"]
+        # A run that was begun keeps its number of steps, however fast the machine is now.
+        begun = runs / f"anomaly_{variant}_0" / "config.yaml"
+        if begun.is_file():
+            count = load_config(begun).training.steps
+        else:
+            timed = dry_run(load_config(shipped_configs() / "phantom.yaml", overrides))
+            count = round(60 * MINUTES / timed.step_seconds)
+        for seed in SEEDS:
+            changes = [*overrides, f"training.seed={seed}", f"training.steps={count}"]
+            found = _found(runs / f"anomaly_{variant}_{seed}", changes, "phantom")
+            result.setdefault(variant, []).append({"steps": count, **found})
+    return result
+
+
+def ms(runs: Path, data: Path) -> dict[str, Any]:
+    """Three real patients, each found lesions in by a model of the other two: whether it works, not how well."""
+    found = {}
+    for patient in PATIENTS:
+        overrides = [f"data.path={data / 'ms_slices.npz'}", f"data.test_patients=[{patient!r}]"]
+        found[patient] = _found(runs / f"ms_{patient}", overrides, "ms_slices", f"anomaly_ms_{patient}")
+    return found
+
+
+MEASURES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "phantom": phantom,
+    "steps": steps,
+    "variants": variants,
+    "ms": ms,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="+", choices=MEASURES, help="what to measure")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--data", type=Path, default=DATA)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    for name in arguments.names:
+        found = MEASURES[name](arguments.runs, arguments.data)
+        print(f"wrote {write_results(f'anomaly_{name}', found)}")
+
+
+if __name__ == "__main__":
+    main()
