@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config_file import load_config, parse_config
 from heterodiff.data.sources import load_test, open_source
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation.segmentation_run import (
@@ -96,6 +96,30 @@ def test_maps_of_a_run_do_not_depend_on_how_many_images_come_together(run: Path)
             alone = segmenter.maps(images[k : k + 1], first=k)
             np.testing.assert_allclose(alone.maps[0], together.maps[k], atol=1e-5)
             np.testing.assert_allclose(alone.score[0], together.score[k], atol=1e-5)
+
+
+def test_settings_of_segmentation_may_change_after_training(run: Path) -> None:
+    before = load_config(run / "config.yaml")
+    try:
+        assert train(settings(run, segmentation__guidance_scale=9), quiet=True).step == 2
+        assert load_config(run / "config.yaml").segmentation.guidance_scale == 9
+    finally:
+        train(before, quiet=True)
+    assert load_config(run / "config.yaml") == before
+
+
+def test_images_may_be_judged_by_the_peak_of_their_map(run: Path) -> None:
+    config = settings(run, segmentation__channels=[1, 2])
+    spec = load_spec(run)
+    assert spec is not None
+    images = load_test(config.data, spec).images.batch(range(3))[0]
+    pipeline = load_generation(run)
+    own = Segmenter(pipeline, config.segmentation).maps(images)
+    peak = Segmenter(pipeline, config.segmentation.model_copy(update={"score": "peak"})).maps(images)
+    np.testing.assert_array_equal(own.maps, peak.maps)
+    expected = [np.quantile(one.mean(axis=0), 0.99) for one in own.maps.numpy()]
+    np.testing.assert_allclose(peak.score, expected, rtol=1e-5)
+    assert not np.allclose(own.score, peak.score)
 
 
 def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:

@@ -298,6 +298,11 @@ class SegmentationConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         3.0, description="1 is unguided; papers that write (1 + w) healthy - w none mean this minus 1"
     )
+    score: Literal["method", "peak"] = Field(
+        "method",
+        description="what an image is judged by: the method's own score (forward-process: the cosine of its errors; "
+        "others: their mean), or the peak of its map, its 99 % quantile",
+    )
     healthy: str = Field("healthy", description="class name of healthy images; all other classes are unhealthy")
     channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="channels whose maps count, from 0; default: all"

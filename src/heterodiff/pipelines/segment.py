@@ -21,6 +21,8 @@ from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.load import read_json
 
 CALIBRATION_FILE = "calibration.json"
+PEAK = 0.99
+"""Quantile of a map that an image is judged by: an anomaly of a hundredth of the area is seen in it."""
 
 Progress = Callable[[int, int], None]
 
@@ -85,7 +87,7 @@ class Segmenter:
 
     @torch.no_grad()
     def maps(self, images: Tensor, first: int = 0, progress: Progress = lambda step, total: None) -> AnomalyMaps:
-        """Anomaly maps of the channels that count, on the CPU.
+        """Anomaly maps of the channels that count, with the scores that images are judged by, on the CPU.
 
         Args:
             images: (B, C, H, W) in [0, 1].
@@ -112,10 +114,10 @@ class Segmenter:
             arguments = (model_call, schedule, prediction, x, labels, none, steps)
             patience = settings.patience
             found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
-        score = found.score.cpu()
-        return AnomalyMaps(
-            found.maps[:, self.channels].cpu(), found.divergence[:, self.channels].cpu(), score, found.calls.cpu()
-        )
+        maps, score = found.maps[:, self.channels].cpu(), found.score.cpu()
+        if settings.score == "peak":
+            score = maps.mean(dim=1).flatten(1).quantile(PEAK, dim=1)
+        return AnomalyMaps(maps, found.divergence[:, self.channels].cpu(), score, found.calls.cpu())
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Masks and decisions of what :meth:`maps` found."""

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "training.tensorboard",
     "codec.path",
     "codec.training",
+    "segmentation",
 )
 """Keys (and sections) that a resumed run may change: they do not alter what is learned."""
 

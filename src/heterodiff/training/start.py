@@ -69,6 +69,8 @@ def train(
         raise RunError(f"--resume {resume}: {folder} holds no run to go on with; set output= to the run's folder")
     current = checkpoint is not None and weights_step(folder) == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
+        if is_main_process():
+            save_config(folder, config)  # how the run is used may have changed
         return TrainingResult(checkpoint.step, None, 0.0)
     if (needed := codec_run(config)) is not None:
         data = load_run_data(needed)
