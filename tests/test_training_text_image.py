@@ -293,8 +293,9 @@ def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
         embeddings = pipeline.encode_text(["a red circle", "a green square above a blue cross"])
         z = torch.randn(1, 6, 4, 4).expand(2, -1, -1, -1)
         time_ = torch.tensor([500.0, 500.0])
-        found = predict(trained.denoiser, pipeline.codec.guess, z, time_, embeddings)
-        swapped = predict(trained.denoiser, pipeline.codec.guess, z, time_, embeddings.flip(0))
+        expected = pipeline.codec.guess(embeddings)
+        found = predict(trained.denoiser, z, time_, embeddings, expected)
+        swapped = predict(trained.denoiser, z, time_, embeddings.flip(0), expected.flip(0))
     torch.testing.assert_close(swapped.flip(0), found, atol=1e-5, rtol=0)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
@@ -327,13 +328,13 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
         z, time_, embeddings = torch.randn(3, 6, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.randn(3, WIDTH)
         beside = z.new_zeros(3, network.config.in_channels - 6, 4, 4)
         without = network(torch.cat([z, beside], dim=1), time_, condition=None).sample
-        guess = recipe.codec.guess
+        zeros, expected = torch.zeros(3, WIDTH), recipe.codec.guess(embeddings)
         torch.testing.assert_close(
-            predict(network, guess, z, time_, torch.zeros(3, WIDTH)), without, atol=1e-5, rtol=1e-5
+            predict(network, z, time_, zeros, recipe.codec.guess(zeros)), without, atol=1e-5, rtol=1e-5
         )
-        found = predict(network, guess, z, time_, embeddings)
+        found = predict(network, z, time_, embeddings, expected)
         assert float((found - without).abs().amax(dim=(1, 2, 3)).min()) > 1e-3
-        swapped = predict(network, guess, z[:1].expand(3, -1, -1, -1), time_[1].expand(3), embeddings)
+        swapped = predict(network, z[:1].expand(3, -1, -1, -1), time_[1].expand(3), embeddings, expected)
         assert float((swapped[0] - swapped[1]).abs().max()) > 1e-3
 
 

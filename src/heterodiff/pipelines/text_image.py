@@ -57,26 +57,20 @@ def no_text_warnings() -> Iterator[None]:
         yield
 
 
-def predict(
-    network: Callable[..., Any],
-    guess: Callable[[Tensor], Tensor],
-    z_t: Tensor,
-    time: Tensor,
-    embeddings: Tensor,
-) -> Tensor:
+def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: Tensor, expected: Tensor) -> Tensor:
     """What training and sampling both ask of the denoiser, which sees what is to be expected beside z_t.
 
     Args:
         network: the denoiser, possibly wrapped.
-        guess: embeddings (B, D) -> z and features to be expected (B, c + f, h, w), see
-            :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
         z_t: (B, c, h, w); time: (B,) network times.
         embeddings: (B, D) of texts or images, of any length; a row of zeros is "no condition".
+        expected: (B, c + f, h, w), z and features to be expected of these embeddings, see
+            :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
 
     Returns:
         (B, c or 2c, h, w), of the kind that the denoiser was trained to predict.
     """
-    return network(torch.cat([z_t, guess(embeddings).to(z_t)], dim=1), time, condition=scaled(embeddings)).sample
+    return network(torch.cat([z_t, expected.to(z_t)], dim=1), time, condition=scaled(embeddings)).sample
 
 
 class TextImagePipeline(DiffusionPipeline):
@@ -340,9 +334,9 @@ class TextImagePipeline(DiffusionPipeline):
             )
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
         denoise = guided_denoiser(
-            lambda z, time, embeddings: predict(self.unet, self.codec.guess, z, time, embeddings),
-            condition,
-            null,
+            lambda z, time, given: predict(self.unet, z, time, *given),
+            (condition, self.codec.guess(condition)),  # once, not at each step
+            (null, self.codec.guess(null)),
             scale,
             schedule.num_train_timesteps,
             self.defaults.guidance_interval,

@@ -106,7 +106,8 @@ class TextImageRecipe(DiffusionRecipe):
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
-        return lambda z, time: predict(network, self.codec.guess, z, time, embeddings)
+        expected = self.codec.guess(embeddings)
+        return lambda z, time: predict(network, z, time, embeddings, expected)
 
     def pipeline(self) -> TextImagePipeline:
         """A pipeline around the networks as they are now."""
@@ -202,8 +203,9 @@ class JointModel(AlignmentModel):
         found = super().forward(images, ids, mask, noise, coin)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
+        expected = self._guess(embeddings)
         losses, _ = self.objective.losses(
-            lambda z, time: predict(self.unet, self._guess, z, time, embeddings), target, t, eps
+            lambda z, time: predict(self.unet, z, time, embeddings, expected), target, t, eps
         )
         return found | {"diffusion": losses}
 
