@@ -186,7 +186,7 @@ def test_patients_are_kept_by_name() -> None:
     assert load_data(one, data.split_to_dict()).split_to_dict() == data.split_to_dict()
     with pytest.raises(DataError, match=rf"test_patients: .* has no patient nobody, but {known[0]}, {known[1]}"):
         open_part(config.model_copy(update={"test_patients": ("nobody",)}), "test")
-    with pytest.raises(DataError, match=r"all patients of .* are kept for testing; train on some"):
+    with pytest.raises(DataError, match=r"all of the images of .* would be kept for testing"):
         load_data(config.model_copy(update={"test_patients": tuple(known)}))
     with pytest.raises(ValueError, match="by name or as a share; leave one out"):
         DataConfig(source="brain-phantom", test_patients=("p",), test_fraction=0.1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heterodiff.cli import main
 from heterodiff.config import RunConfig
 from heterodiff.config_file import load_config, parse_config
 from heterodiff.data.sources import load_test, open_source
@@ -159,9 +160,23 @@ def test_settings_that_do_not_fit_the_run(run: Path, key: str, value: object, me
 
 def test_limits_are_learned_from_healthy_images_and_others(run: Path) -> None:
     """A model without labels finds anomalies, but its limits need some."""
-    other = settings(run, segmentation__method="partial-noising", segmentation__healthy="well").segmentation
-    with pytest.raises(RunError, match=r"of class 'well' and others, found classes healthy, unhealthy; label them"):
-        calibrate_run(run, other)
+    before = load_config(run / "config.yaml")
+    train(settings(run, segmentation__method="partial-noising", segmentation__healthy="well"), quiet=True)
+    try:
+        with pytest.raises(RunError, match=r"of class 'well' and others, found classes healthy, unhealthy; label them"):
+            calibrate_run(run)
+    finally:
+        train(before, quiet=True)
+
+
+@pytest.mark.parametrize("option", [["-n", "4"], ["--data", "folder"], ["--steps", "3"], ["--guidance", "2"]])
+def test_options_that_would_not_count_are_refused(
+    run: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), *option])
+    assert ended.value.code == 1
+    assert f"error: {option[0]}: {run} finds anomalies" in capsys.readouterr().err
 
 
 def test_only_runs_of_images_with_masks_find_anomalies(run: Path, tmp_path: Path) -> None:

@@ -399,6 +399,12 @@ def evaluate(
     from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
 
     if finds_anomalies(run):
+        given = {"-n": number, "--data": data, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(
+                f"{unused[0]}: {run} finds anomalies in the test images that its data settings keep; leave it out, or "
+                "change its segmentation settings and calibrate again"
+            )
         result, summary = evaluate_anomalies(run), segmentation_summary
     elif is_vae(run):
         result, summary = evaluate_vae(run, seed, data), vae_summary

@@ -25,6 +25,14 @@ MAX_TITLE_WIDTH = 600
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MOSAIC_LINE = 0.85  # light grey
 NO_LABELS = {"", "none"}
+GREEN, RED = (0.1, 0.8, 0.2), (0.95, 0.15, 0.1)
+TINT = 0.6
+
+
+def tinted(images: Tensor, masks: Tensor, colour: tuple[float, float, float]) -> Tensor:
+    """RGB images (B, 3, H, W) in [0, 1] with a colour over the pixels of masks (B, H, W) bool."""
+    tint = torch.tensor(colour).view(1, 3, 1, 1)
+    return torch.where(masks[:, None], (1 - TINT) * images + TINT * tint, images)
 
 
 def _cells(channels: int, mosaic: bool) -> tuple[int, int]:

@@ -102,7 +102,11 @@ def open_part(config: DataConfig, part: Literal["train", "test"]) -> Collection:
         return collection
     chosen = np.flatnonzero(_is_for_test(collection, config) == (part == "test"))
     if not len(chosen):
-        raise DataError(f"data.test_patients: all patients of {collection.where} are kept for testing; train on some")
+        which = "none" if part == "test" else "all"
+        raise DataError(
+            f"data.test_patients, data.test_fraction: {which} of the images of {collection.where} would be kept for "
+            "testing; some are to be trained on and some to be tested with"
+        )
     return collection.take(chosen.tolist())
 
 

@@ -95,9 +95,8 @@ def open_volumes(config: DataConfig) -> Collection:
     """Return the slices: float32 (N, C, H, W), each channel of a slice stretched to [0, 1], with patients and masks.
 
     Volumes below ``data.path`` are cut into slices once and kept in ``data.volumes.cache``; a start that was
-    interrupted can be repeated. An npz file holds ``image`` (N, C, H, W), ``patient`` (N,), and, to be
-    learned from, ``mask`` (N, H, W). Slices whose mask is empty are
-    "healthy", all others "unhealthy"; without masks they have no class.
+    interrupted can be repeated. An npz file holds ``image`` (N, C, H, W), ``patient`` (N,) and, to learn from, ``mask``
+    (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
 
     Raises:
         DataError: no path, nothing usable there, or a patient's volumes that cannot be used.
@@ -214,6 +213,8 @@ class ArraySlices:
 
 
 def _open_npz(path: Path, config: DataConfig) -> Collection:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of slices; correct data.path")
     try:
         with zipfile.ZipFile(path) as archive:
             there = {name.removesuffix(".npy") for name in archive.namelist()}

@@ -10,7 +10,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.config import SegmentationConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
@@ -21,15 +20,13 @@ from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation
-from heterodiff.pictures import image_grid
+from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import CONFIG_FILE, load_generation, load_spec
 from heterodiff.pipelines.segment import Segmentation, Segmenter, load_calibration, save_calibration
 
 IMAGES_AT_ONCE = 32
-SHOWN = 12
-FIELDS = ("masks", "unhealthy", "maps", "score")
-GREEN, RED = (0.1, 0.8, 0.2), (0.95, 0.15, 0.1)
+SHOWN, SHOWN_SIDE = 8, 128
 
 
 def finds_anomalies(run: Path) -> bool:
@@ -46,7 +43,7 @@ def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[in
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
-def calibrate_run(run: Path, settings: SegmentationConfig | None = None) -> list[str]:
+def calibrate_run(run: Path) -> list[str]:
     """Learn the limits of masks from the run's validation images and their labels, and keep them in the run.
 
     Returns:
@@ -56,7 +53,7 @@ def calibrate_run(run: Path, settings: SegmentationConfig | None = None) -> list
         HeterodiffError: no usable run, or validation images that do not allow it.
     """
     data = run_data(run)  # says what is missing of the run
-    settings = settings or load_config(run / CONFIG_FILE).segmentation
+    settings = load_config(run / CONFIG_FILE).segmentation
     segmenter = Segmenter(load_generation(run), settings)
     if settings.healthy not in data.spec.class_names:  # of a model without labels; limits are learned from some
         raise RunError(
@@ -100,7 +97,7 @@ def evaluate_anomalies(run: Path) -> Evaluation:
     with progress_tasks() as start:
         maps = _all_maps(segmenter, test.images, start("test images", count))
         parts, calls = zip(*((segmenter.masks(one, calibration), one.calls) for one in maps), strict=True)
-    found = Segmentation(*(np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS))
+    found = Segmentation.join(parts)
     truth = np.stack([test.mask(row) for row in range(count)])
     images = test.images.batch(range(count))[0]
     seen = images[:, segmenter.channels]
@@ -125,17 +122,14 @@ def overlays(images: Tensor, truth: np.ndarray, found: Segmentation) -> Image:
     grey = images[chosen, :1].expand(-1, 3, -1, -1)
     maps = torch.from_numpy(found.maps[chosen]).float()[:, None]
     maps = (maps / maps.quantile(0.995).clamp(min=1e-6)).clamp(0, 1).expand(-1, 3, -1, -1)
-    rows = [grey, _tinted(grey, truth[chosen], GREEN), _tinted(grey, found.mixed_masks[chosen], RED), maps]
-    return image_grid(torch.cat(rows), ["image", "true mask", "found", "anomaly map"], columns=len(chosen))
+    true, marked = (torch.from_numpy(masks[chosen]) for masks in (truth, found.mixed_masks))
+    rows = [grey, tinted(grey, true, GREEN), tinted(grey, marked, RED), maps]
+    names = ["image", "true mask", "found", "anomaly map"]
+    return image_grid(torch.cat(rows), names, columns=len(chosen), min_side=SHOWN_SIDE)
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)] if len(rows) else rows
-
-
-def _tinted(grey: Tensor, masks: np.ndarray, colour: tuple[float, float, float]) -> Tensor:
-    tint = torch.tensor(colour).view(1, 3, 1, 1)
-    return torch.where(torch.from_numpy(masks)[:, None], 0.4 * grey + 0.6 * tint, grey)
 
 
 def segmentation_summary(metrics: dict[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from heterodiff.evaluation.text_image import (
     ways_of,
     write_captions,
 )
+from heterodiff.evaluation.text_image_sections import WAYS
 from heterodiff.evaluation.vae_run import spread
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image, pipeline_kind
@@ -151,7 +152,7 @@ def _pictures(measuring: _Measuring, held_out: CaptionedImages) -> dict[str, Ima
     shown = held_out.spread(SHOWN_PROMPTS)
     prompts, images = [captions[0] for captions in shown.captions], shown.images()
     drawn = measuring.pictures(prompts, "pictures to show")
-    names = [*prompts, *(name for name in drawn for _ in prompts)]
+    names = [*prompts, *(WAYS[name].lower() for name in drawn for _ in prompts)]
     rows = torch.cat([images, *drawn.values()])
     captioned = held_out.spread(SHOWN_CAPTIONS)
     written = measuring.captions(captioned.parts(), len(captioned), "captions to show")

@@ -1,8 +1,8 @@
 """Finding anomalies with a class-conditional model of a run: maps, masks and a decision for every image."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ class Segmentation:
     unhealthy: np.ndarray
     maps: np.ndarray
     score: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["Segmentation"]) -> "Segmentation":
+        """That of all images of ``parts``, in their order."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @property
     def mixed_masks(self) -> np.ndarray:
@@ -103,17 +108,16 @@ class Segmenter:
             return unet(z, time, class_labels=condition if conditional else None).sample
 
         schedule, prediction, steps = self.schedule, prediction_of(pipeline.scheduler), self.timesteps
-        guidance = settings.guidance_scale
         if settings.method == "partial-noising":
             noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
             found = partial_noising(model_call, schedule, prediction, x, none, steps, noise=noise, progress=progress)
-        elif settings.method == "ddib":
-            arguments = (model_call, schedule, prediction, x, labels, none, steps)
-            found = ddib(*arguments, guidance_scale=guidance, progress=progress)
         else:
             arguments = (model_call, schedule, prediction, x, labels, none, steps)
-            patience = settings.patience
-            found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
+            guidance, patience = settings.guidance_scale, settings.patience
+            if settings.method == "ddib":
+                found = ddib(*arguments, guidance_scale=guidance, progress=progress)
+            else:
+                found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
         maps, score = found.maps[:, self.channels].cpu(), found.score.cpu()
         if settings.score == "peak":
             score = maps.mean(dim=1).flatten(1).quantile(PEAK, dim=1)

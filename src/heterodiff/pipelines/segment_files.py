@@ -17,14 +17,13 @@ from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.errors import DataError, RunError
-from heterodiff.pictures import image_grid
+from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.load import CONFIG_FILE, load_generation
 from heterodiff.pipelines.segment import CALIBRATION_FILE, Segmentation, Segmenter, load_calibration
 
 SLICES_AT_ONCE = 16
-SHOWN = 6
-RED = (0.95, 0.15, 0.1)
+SHOWN, SHOWN_SIDE = 6, 128
 DONE_FILE = "scores.json"
 MASK_FILE, MAP_FILE, PICTURE_FILE = "mask.nii.gz", "anomaly.nii.gz", "overlay.png"
 SUMMARY_FILE = "patients.csv"
@@ -144,9 +143,7 @@ def _segment(
         segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first), calibration)
         for first in range(0, len(images), SLICES_AT_ONCE)
     ]
-    found = Segmentation(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("masks", "unhealthy", "maps", "score"))
-    )
+    found = Segmentation.join(parts)
     volumes = to_volumes(found, slices.index, read.image.shape[1:])
     folder.mkdir(parents=True, exist_ok=True)
     reference = load_nifti(patient.volumes[0])
@@ -204,7 +201,7 @@ def _overlay(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:
     order = np.argsort(-area, kind="stable")[:SHOWN] if area.any() else len(index) // 2 + np.arange(SHOWN) - SHOWN // 2
     chosen = np.unique(order.clip(0, len(index) - 1))
     plain = grey[chosen][:, None].expand(-1, 3, -1, -1)
-    marked = torch.from_numpy(found.mixed_masks[chosen])[:, None]
-    tinted = torch.where(marked, 0.4 * plain + 0.6 * torch.tensor(RED).view(1, 3, 1, 1), plain)
+    marked = tinted(plain, torch.from_numpy(found.mixed_masks[chosen]), RED)
     names = [f"slice {z}" for z in index[chosen]]
-    return image_grid(torch.cat([plain, tinted]), [*names, *["found"] * len(names)], columns=len(names))
+    labels = [*names, *["found"] * len(names)]
+    return image_grid(torch.cat([plain, marked]), labels, columns=len(names), min_side=SHOWN_SIDE)

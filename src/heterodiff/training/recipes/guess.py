@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from heterodiff.codecs.cnn import CNNCodec, scaled
 from heterodiff.data.sources import LoadedData
@@ -158,9 +159,7 @@ def seen_features(networks: TextNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
     variances, directions = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
     count = networks.image_codec.config.feature_channels
     strongest = directions[:, -count:] * variances[-count:].clamp(min=1e-6 * float(variances[-1]) + 1e-12).rsqrt()
-    strongest = torch.nn.functional.pad(
-        strongest, (0, count - strongest.shape[1])
-    )  # of a narrow captioner there are few
+    strongest = pad(strongest, (0, count - strongest.shape[1]))  # of a narrow captioner there are few
     return torch.cat([((features(part) - mean) @ strongest).movedim(-1, 1).float() for part in z.split(PART)])
 
 
