@@ -126,6 +126,17 @@ def test_an_embedding_is_read_by_its_direction_in_place_of_a_map() -> None:
     assert written[0] != written[1]
 
 
+def test_what_texts_teach_changes_nothing_of_how_maps_are_read() -> None:
+    touched: dict[str, set[str]] = {}
+    for name, given in (("maps", maps(3)), ("embeddings", embeddings(3))):
+        captioner = small_captioner()
+        captioner.losses(given, *some_captions(9)).sum().backward()
+        touched[name] = {weight for weight, parameter in captioner.named_parameters() if parameter.grad is not None}
+    assert touched["maps"]
+    assert touched["embeddings"]
+    assert not touched["maps"] & touched["embeddings"]
+
+
 def test_every_weight_learns() -> None:
     captioner = small_captioner(dropout=0.1).train()
     captioner.losses(maps(3), *some_captions(20)).sum().backward()
@@ -232,7 +243,7 @@ def test_seeds_and_captions_have_noise_of_their_own() -> None:
 def test_a_caption_depends_on_its_image_its_number_and_the_seed_alone() -> None:
     captioner, latents = small_captioner(), maps(7)
     together = captioner.generate(latents, num_captions=3, seed=5, **SAMPLING)
-    assert len({tuple(ids) for each in together for ids in each}) > 15
+    assert len({tuple(ids) for each in together for ids in each}) > 10
     assert len({len(i) for e in together for i in e}) > 1
     for k, latent in enumerate(latents):
         assert captioner.generate(latent[None], num_captions=3, seed=5, **SAMPLING) == together[k : k + 1]
@@ -362,7 +373,7 @@ def test_a_saved_captioner_writes_the_same(tmp_path: Path) -> None:
     captioner = small_captioner()
     captioner.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", WEIGHTS}
-    assert sum(tensor.shape == (40, 32) for tensor in load_file(tmp_path / WEIGHTS).values()) == 1  # tied
+    assert sum(tensor.shape == (40, 32) for tensor in load_file(tmp_path / WEIGHTS).values()) == 2  # tied, one each
     expected = captioner.generate(maps(3), num_captions=2, **SAMPLING)
     for loaded in (load_captioner(tmp_path), Captioner.from_pretrained(tmp_path, local_files_only=True)):
         assert loaded.generate(maps(3), num_captions=2, **SAMPLING) == expected

@@ -46,13 +46,15 @@ class TiedHead(nn.Module):
 class Captioner(ModelMixin, ConfigMixin):
     """Latent map to caption: GPT-2 with cross-attention over the h * w cells of the map.
 
-    In place of maps it takes embeddings, of images or texts, (B, D) and of any length: 8 tokens each.
+    In place of maps it takes embeddings, of images or texts, (B, D) and of any length: 8 tokens each. These a second
+    GPT-2 reads: one that learned from both would take what texts say for what images show, and misread combinations of
+    words that no training text has.
 
     Args:
         vocabulary_size: of the tokenizer.
         latent_channels, latent_size: C and (h, w) of the map.
         embedding_dim: D.
-        width, layers, num_heads: of the GPT-2; the MLPs have 4 * width.
+        width, layers, num_heads: of each GPT-2; the MLPs have 4 * width.
         max_tokens: longest caption, start and end token included.
         dropout: probability in residual branches, embeddings and attention.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer ([CLS], [SEP] and [PAD]).
@@ -101,14 +103,17 @@ class Captioner(ModelMixin, ConfigMixin):
         }
         config = make_config(GPT2Config, settings)
         self.gpt2 = GPT2LMHeadModel(config)
-        self.gpt2.lm_head = TiedHead(self.gpt2.transformer.wte)
         inner = width // 2
         self.image_features = nn.Sequential(
             nn.Conv2d(latent_channels, inner, 3, padding=1), Residual(inner), nn.Conv2d(inner, width, 1)
         )
         self.image_positions = nn.Parameter(0.02 * torch.randn(math.prod(latent_size), width))
-        self.embedding_projection = nn.Linear(embedding_dim, EMBEDDING_TOKENS * width)
         self.image_norm = nn.LayerNorm(width)
+        self.embedding_projection = nn.Linear(embedding_dim, EMBEDDING_TOKENS * width)
+        self.embedding_norm = nn.LayerNorm(width)
+        self.embedding_gpt2 = GPT2LMHeadModel(config)
+        for gpt2 in (self.gpt2, self.embedding_gpt2):
+            gpt2.lm_head = TiedHead(gpt2.transformer.wte)
 
     def image_tokens(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> tokens (B, h * w, width), row by row; embeddings (B, D) -> (B, 8, width).
@@ -119,7 +124,7 @@ class Captioner(ModelMixin, ConfigMixin):
         expected = (self.config.latent_channels, *self.config.latent_size)
         if latents.ndim == 2 and latents.shape[1] == self.config.embedding_dim:
             found = self.embedding_projection(scaled(latents).to(self.dtype))
-            return self.image_norm(found.unflatten(1, (EMBEDDING_TOKENS, -1)))
+            return self.embedding_norm(found.unflatten(1, (EMBEDDING_TOKENS, -1)))
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise ConfigError(
                 f"captioner: expected latents (B, {', '.join(map(str, expected))}) or embeddings (B, "
@@ -136,7 +141,11 @@ class Captioner(ModelMixin, ConfigMixin):
         """
         if ids.shape[1] > self.config.max_tokens:
             raise ConfigError(f"captions: expected at most {self.config.max_tokens} tokens, found {ids.shape[1]}")
-        return self.gpt2(input_ids=ids, encoder_hidden_states=self.image_tokens(latents), use_cache=False).logits
+        tokens = self.image_tokens(latents)
+        return self._reader(latents)(input_ids=ids, encoder_hidden_states=tokens, use_cache=False).logits
+
+    def _reader(self, latents: Tensor) -> GPT2LMHeadModel:
+        return self.gpt2 if latents.ndim == 4 else self.embedding_gpt2
 
     def losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy of each caption, the mean over its tokens after the first, in nats (B,).
@@ -212,7 +221,7 @@ class Captioner(ModelMixin, ConfigMixin):
         try:
             tokens = self.image_tokens(latents).repeat_interleave(num_captions, dim=0)
             start = torch.full((len(tokens), 1), self.config.bos_token_id, device=tokens.device)
-            written = self.gpt2.generate(
+            written = self._reader(latents).generate(
                 start,
                 attention_mask=torch.ones_like(start),
                 encoder_hidden_states=tokens,
