@@ -1,0 +1,33 @@
+"""The typed configuration of a run: its sections, their keys, defaults and limits."""
+
+from heterodiff.config.base import Section
+from heterodiff.config.data import (
+    BrainPhantomConfig,
+    DataConfig,
+    MicrodopplerConfig,
+    ShapesConfig,
+    VolumesConfig,
+)
+from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
+from heterodiff.config.run import RunConfig
+from heterodiff.config.training import DiffusionConfig, TrainingConfig
+from heterodiff.config.use import SamplingConfig, SegmentationConfig
+
+__all__ = [
+    "AlignmentConfig",
+    "BrainPhantomConfig",
+    "CodecConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "MicrodopplerConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Section",
+    "SegmentationConfig",
+    "ShapesConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "VAEConfig",
+    "VolumesConfig",
+]

@@ -1,0 +1,154 @@
+"""Sections ``model``, ``codec``, ``vae``, ``text`` and ``alignment``: the networks."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from heterodiff.config.base import Fraction, Levels, Positive, Section, UserPath
+from heterodiff.config.training import TrainingConfig
+
+
+class ModelConfig(Section):
+    """The denoiser; see ``heterodiff models`` and the docs of the HAE family."""
+
+    variant: str = "hae-v2"
+    model_channels: Positive = 64
+    channel_mult: Levels | None = Field(None, description="default chosen from the image size")
+    layers_per_block: Positive = 2
+    patch_size: Positive = Field(
+        1, description="see patches of so many pixels a side as one position: 2 costs a fourth (not film-unet)"
+    )
+    attention_resolutions: tuple[Positive, ...] | None = Field(
+        None, description="downsampling factors with attention; default: the last two levels below 32x32"
+    )
+    dropout: Fraction = 0.0
+    num_heads: Positive = 4
+    num_head_channels: Positive | None = None
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    memory_optimization: bool | None = Field(
+        None, description="compute what is cheap again in the backward pass; default: for hae-v2-conservative"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute everything again, block by block")
+
+
+class CodecConfig(Section):
+    """The space in which diffusion happens."""
+
+    kind: Literal["pixels", "kl-vae", "cnn"] = Field(
+        "pixels", description="cnn: the image codec of recipe `text-image`, whose only kind it is"
+    )
+    path: UserPath | None = Field(
+        None,
+        description="the VAE of kind kl-vae: a run of recipe `vae`, or a folder with a diffusers AutoencoderKL; the "
+        "networks of kind cnn: a run of recipe `alignment`, by default the folder alignment of the run",
+    )
+    cache: bool = Field(
+        True, description="encode the images once, at the start of a run, into its folder; false: encode every batch"
+    )
+    posterior: Literal["sample", "mode"] = Field(
+        "sample", description="latents to train on: drawn anew from the posterior each time, or its mean"
+    )
+    statistics: Literal["stored", "measured"] = Field(
+        "stored",
+        description="mean and std that bring latents to unit variance: those stored with the VAE, or measured on the "
+        "training images (for a codec that was trained on other images)",
+    )
+    training: TrainingConfig | None = Field(
+        None,
+        description="where codec.path holds nothing finished: first train a VAE there (section `vae`), or for kind cnn "
+        "the image codec and the text networks (section `alignment`), like this",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_vae(self) -> "CodecConfig":
+        if self.kind == "pixels" and self.training is not None:
+            raise ValueError("codec.training is for a VAE; set codec.kind=kl-vae and codec.path")
+        if self.kind == "kl-vae" and self.path is None:
+            raise ValueError(
+                "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
+            )
+        if self.kind == "pixels" and self.path is not None:
+            raise ValueError("codec.path is a VAE, which kind pixels does not use; set codec.kind=kl-vae")
+        return self
+
+
+class VAEConfig(Section):
+    """The autoencoder that recipe `vae` trains: diffusers' AutoencoderKL, and its losses."""
+
+    init_from: UserPath | None = Field(
+        None, description="start from this VAE (a run, or a diffusers AutoencoderKL) instead of from scratch"
+    )
+    latent_channels: Positive = 4
+    block_out_channels: Levels = Field(
+        (32, 64, 64), description="channels of each level; every level after the first halves height and width"
+    )
+    layers_per_block: Positive = 1
+    mid_block_attention: bool = False
+    kl_weight: Annotated[float, Field(ge=0)] = Field(
+        1e-6, description="of the KL divergence of an image's posterior, summed over its latent, in nats"
+    )
+    structural_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of 1 - SSIM, averaged over scales; 0 leaves it out"
+    )
+    adversarial_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the patch discriminator's verdict, beside its adaptive weight; 0 leaves it out"
+    )
+    adversarial_start: Annotated[int, Field(ge=0)] = Field(
+        2000, description="step at which the patch discriminator begins to train and to count"
+    )
+
+
+class TextConfig(Section):
+    """Of captions: their tokens, the encoder that reads them and the captioner that writes them."""
+
+    encoder: str | None = Field(
+        None,
+        description="a BERT to start from, in place of a small one from scratch: a local folder of transformers, or a "
+        "hub name that is in the local cache",
+    )
+    frozen: bool = Field(False, description="leave the weights of text.encoder as they are; only its projection learns")
+    vocabulary_size: Annotated[int, Field(ge=100, le=200_000)] = Field(
+        8000, description="word pieces learned from the training captions, where text.encoder brings none"
+    )
+    max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
+        64, description="longest text, start and end token included; longer ones are cut, with a warning"
+    )
+    width: Positive = Field(256, description="of the encoder trained from scratch")
+    layers: Positive = 4
+    num_heads: Positive = Field(4, description="of the encoder trained from scratch and of the captioner")
+    dropout: Fraction = 0.0
+    embedding_dim: Positive = Field(512, description="of the vector that stands for a text, and of that for an image")
+    captioner_width: Positive = 256
+    captioner_layers: Positive = 4
+
+
+class AlignmentConfig(Section):
+    """The image codec of recipe `text-image`, and the losses that train it together with the text networks."""
+
+    latent_channels: Positive = 256
+    block_out_channels: Levels | None = Field(
+        None,
+        description="channels of the encoder's stages, each of which halves height and width; default: from 32 up to "
+        "256, as many stages as bring the image to about 8x8",
+    )
+    backbone: UserPath | None = Field(
+        None, description="folder of a pretrained convolutional network of transformers, in place of the stages"
+    )
+    contrastive_weight: Annotated[float, Field(ge=0)] = 1.0
+    reconstruction_weight: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="of the image from its map and from both embeddings, and of the caption from the image"
+    )
+    diffusion_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="of the denoiser, with joint: true")
+    latent_noise: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="std of the noise on the map that the decoder learns to undo, the map's own rms being 1"
+    )
+    captions_per_image: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="captions of each image in a step, where it has several"
+    )
+    joint: bool = Field(
+        False,
+        description="train the denoiser with everything else, not afterwards on stored latents, which is faster",
+    )

@@ -1,0 +1,63 @@
+"""Sections ``sampling`` and ``segmentation``: what a trained model is used for."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from heterodiff.config.base import Positive, Section, Seed
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
+
+    sampler: str = "dpmpp"
+    num_inference_steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 = unguided")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="share of the noise levels, 0 = clean and 1 = pure noise, that is guided"
+    )
+    dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="quantile of |x0| that is scaled back to 1 (Saharia et al. 2022); default: clip only"
+    )
+    candidates: Positive = Field(
+        1,
+        description="recipe text-image: draw so many for each picture and keep the one in which the captioner finds "
+        "the prompt likeliest",
+    )
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> "SamplingConfig":
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, found [{low}, {high}]")
+        return self
+
+
+class SegmentationConfig(Section):
+    """How anomalies are found with a model of healthy and unhealthy images."""
+
+    method: Literal["forward-process", "ddib", "partial-noising"] = Field(
+        "forward-process",
+        description="forward-process: AnoFPDM; ddib: encode, decode as healthy; partial-noising: AnoDDPM, which needs "
+        "no labels in training",
+    )
+    depth: Positive = Field(600, description="noise depth: timesteps below this one are used")
+    num_inference_steps: Positive = Field(60, description="evenly spaced among them; a step takes two network calls")
+    patience: Positive | None = Field(
+        None,
+        description="forward-process: leave an image once healthy and unconditional predictions of no channel differed "
+        "more for so many steps; default: take all steps",
+    )
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        3.0, description="1 is unguided; papers that write (1 + w) healthy - w none mean this minus 1"
+    )
+    score: Literal["method", "peak"] = Field(
+        "method",
+        description="what an image is judged by: the method's own score (forward-process: the cosine of its errors; "
+        "others: their mean), or the peak of its map, its 99 % quantile",
+    )
+    healthy: str = Field("healthy", description="class name of healthy images; all other classes are unhealthy")
+    channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="channels whose maps count, from 0; default: all"
+    )
+    seed: Seed = Field(0, description="of the noise of partial-noising")
