@@ -302,3 +302,27 @@ def test_digits(size):
     images, labels = data.val.batch(range(len(data.val)))
     assert 0 <= images.min() < images.max() <= 1
     assert set(labels.tolist()) == set(range(10))
+
+
+def test_training_on_some_classes_leaves_the_others_for_validation_and_the_saved_split_valid(tmp_path):
+    make_folder(tmp_path, ("healthy", "ill", "worse"), count=10)
+    whole = DataConfig(path=tmp_path, val_fraction=0.3)
+    some = whole.model_copy(update={"train_classes": ("healthy", "worse")})
+    data, every = load_data(some), load_data(whole)
+    assert data.spec == every.spec
+    assert data.val.names == every.val.names
+    assert set(data.train.labels.tolist()) == {0, 2}
+    assert [name for name in every.train.names if "ill" not in name] == list(data.train.names)
+    assert sorted(data.split_to_dict()["train"]) == sorted(every.train.names)
+    same_data(load_data(some, split=data.split_to_dict(), spec=data.spec), data)
+
+
+def test_classes_to_train_on_must_be_there(tmp_path):
+    make_folder(tmp_path, ("healthy", "ill"))
+    with pytest.raises(DataError, match=r"train_classes: .* has no class well; its classes are healthy, ill"):
+        load_data(DataConfig(path=tmp_path, train_classes=("well",)))
+    with pytest.raises(DataError, match=r"train_classes: .* has no class ill; its classes are none"):
+        load_data(DataConfig(path=tmp_path, labels="none", train_classes=("ill",)))
+    split = {"train": [f"healthy/{k}.png" for k in range(5)], "val": [f"ill/{k}.png" for k in range(5)]}
+    with pytest.raises(DataError, match=r"no image of data\.train_classes, ill, is left for training"):
+        load_data(DataConfig(path=tmp_path, train_classes=("ill",)), split=split)

@@ -10,7 +10,7 @@ from PIL import Image
 from heterodiff.cli import main
 from heterodiff.config import RunConfig
 from heterodiff.config_file import load_config, parse_config
-from heterodiff.data.sources import load_test, open_source
+from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation.segmentation_run import (
     calibrate_run,
@@ -36,6 +36,7 @@ def settings(output: Path, **more: object) -> RunConfig:
             "test_fraction": 0.3,
         },
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
+        "diffusion": {},
         "sampling": {"num_inference_steps": 2},
         "segmentation": {"depth": 300, "num_inference_steps": 6},
         "training": {"steps": 2, "batch_size": 8, "warmup_steps": 1, "tensorboard": False},
@@ -167,6 +168,26 @@ def test_limits_are_learned_from_healthy_images_and_others(run: Path) -> None:
             calibrate_run(run)
     finally:
         train(before, quiet=True)
+
+
+def test_healthy_images_alone_are_learned_from_and_judged_by(tmp_path: Path) -> None:
+    """Without any label, and with labels of which the unhealthy ones serve limits and measurement alone."""
+    way = {"segmentation__method": "partial-noising", "diffusion__p_uncond": 1.0}
+    labelled = settings(tmp_path / "labelled", data__train_classes=["healthy"], **way)
+    train(labelled, quiet=True)
+    facts = json.loads((tmp_path / "labelled" / "run.json").read_text())
+    counts = load_data(labelled.data)
+    assert set(counts.train.labels.tolist()) == {0}
+    assert facts["images"] == {"train": len(counts.train), "val": len(counts.val)}
+    phantom = labelled.data.brain_phantom.model_copy(update={"unhealthy": 0.0})
+    unlabelled = settings(tmp_path / "unlabelled", data__labels="none", data__brain_phantom=phantom, **way)
+    train(unlabelled, quiet=True)
+    lines = "\n".join(calibrate_run(tmp_path / "unlabelled"))
+    assert "validation images, taken for healthy" in lines
+    assert "one of twenty of these is judged unhealthy" in lines
+    found = evaluate_anomalies(tmp_path / "unlabelled").metrics
+    assert found["unhealthy"]["dice"]["n"] == 0
+    assert found["calls_per_image"] == 6
 
 
 @pytest.mark.parametrize("option", [["-n", "4"], ["--data", "folder"], ["--steps", "3"], ["--guidance", "2"]])

@@ -112,6 +112,20 @@ def test_calibration_is_saved_and_read() -> None:
     assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+def test_healthy_images_alone_give_a_limit_that_one_of_twenty_exceeds() -> None:
+    generator = np.random.default_rng(0)
+    divergence, score = generator.random((200, 3)), generator.random(200)
+    healthy = np.zeros(200, dtype=bool)
+    found = calibrate(divergence, score, healthy, healthy_alone=True)
+    assert (found.healthy, found.unhealthy) == (200, 0)
+    assert found.errors == (score >= found.score_limit).sum() == 10
+    assert found.largest_divergence == tuple(divergence.max(axis=0))
+    with pytest.raises(DataError, match="found 200 and 0"):
+        calibrate(divergence, score, healthy)
+    with pytest.raises(DataError, match="found 0 and 200"):
+        calibrate(divergence, score, ~healthy, healthy_alone=True)
+
+
 @pytest.mark.parametrize("content", [{}, [], {"largest_divergence": "x"}, None])
 def test_damaged_calibration_is_refused(content: object) -> None:
     with pytest.raises(RunError, match="calibrate again"):

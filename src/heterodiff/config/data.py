@@ -172,6 +172,11 @@ class DataConfig(Section):
         "so that all of them are learned from",
     )
     split_seed: Seed = 0
+    train_classes: tuple[str, ...] | None = Field(
+        None,
+        description="classes that are trained on, such as [healthy]; others are only validated and tested with; "
+        "default: all",
+    )
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     random_crop: Annotated[int, Field(ge=0)] = Field(
         0, description="pad by so many pixels (replicated) and crop back at a random position"

@@ -51,6 +51,7 @@ class LoadedData:
     Attributes:
         latents: set where the sets hold stored latents instead of images.
         captions: of each image where the source has them: label i of ``train`` and ``val`` points at ``captions[i]``.
+        left_out: names of the images of the training part that are not among ``data.train_classes``.
     """
 
     spec: ImageSpec
@@ -60,10 +61,11 @@ class LoadedData:
     warnings: tuple[str, ...]
     latents: LatentsInfo | None = None
     captions: tuple[tuple[str, ...], ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def split_to_dict(self) -> dict[str, list[str]]:
         """Return the names of the training and validation images; JSON-able, read back by ``load_data(split=)``."""
-        return {"train": list(self.train.names), "val": list(self.val.names)}
+        return {"train": [*self.train.names, *self.left_out], "val": list(self.val.names)}
 
 
 def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> LoadedData:
@@ -197,6 +199,16 @@ def _held_out(
     return mask
 
 
+def _trained_on(labels: np.ndarray, class_names: tuple[str, ...], where: str, config: DataConfig) -> np.ndarray:
+    """Which images (N,) are of the classes that are trained on."""
+    if config.train_classes is None:
+        return np.ones(len(labels), dtype=bool)
+    if unknown := [name for name in config.train_classes if name not in class_names]:
+        known = ", ".join(map(show, class_names[:20])) or "none"
+        raise DataError(f"data.train_classes: {where} has no class {show(unknown[0])}; its classes are {known}")
+    return np.isin(labels, [class_names.index(name) for name in config.train_classes])
+
+
 def _range_warnings(
     used: Sequence[Measured], train: Sequence[Measured], spec: ImageSpec, measured_here: bool
 ) -> list[str]:
@@ -238,7 +250,14 @@ def assemble(
         [collection.class_of[row] for row in rows], collection.where, config, spec
     )
     held_out = _held_out(collection, rows, labels, config, split)
-    train = [image for image, out in zip(survey.images, held_out, strict=True) if not out]
+    known_classes = class_names if spec is None else spec.class_names
+    learned = ~held_out & _trained_on(labels, known_classes, collection.where, config)
+    if not learned.any():
+        raise DataError(
+            f"{collection.where}: no image of data.train_classes, {', '.join(map(show, config.train_classes or ()))}, "
+            "is left for training; hold out fewer"
+        )
+    train = [image for image, chosen in zip(survey.images, learned, strict=True) if chosen]
     measured_here = False
     if spec is None:
         value_range = _value_range(train, collection, survey.dtype, config)
@@ -259,7 +278,8 @@ def assemble(
         return ImageDataset(spec, survey.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
 
     skipped = tuple((item.name, item.problem) for item in (*survey.bad, *collection.problems))
-    data = LoadedData(spec, part(~held_out), part(held_out), skipped, tuple(warnings))
+    left_out = tuple(names[i] for i in np.flatnonzero(~held_out & ~learned))
+    data = LoadedData(spec, part(learned), part(held_out), skipped, tuple(warnings), left_out=left_out)
     if collection.captions is None:
         return data
     return with_captions(data, dict(zip(collection.names, collection.captions, strict=True)))

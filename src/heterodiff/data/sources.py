@@ -132,7 +132,7 @@ def load_test(config: DataConfig, spec: ImageSpec) -> TestImages:
         DataError: none are kept, or they cannot be used.
     """
     collection = open_part(config, "test")
-    whole = config.model_copy(update={"val_fraction": 0.0})
+    whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
     images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
     chosen = collection.take([row_of[name] for name in images.names])
@@ -168,6 +168,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
             does not fit; latents that are incomplete or damaged. The message names the files and the way out.
     """
     if config.source == "latents":
+        if config.train_classes is not None:
+            raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
         return load_stored(config, split, spec)
     collection = open_part(config, "train")
     return assemble(collection, survey_images(collection, config, keep=True), config, split, spec)

@@ -55,21 +55,30 @@ def calibrate_run(run: Path) -> list[str]:
     data = run_data(run)  # says what is missing of the run
     settings = load_config(run / CONFIG_FILE).segmentation
     segmenter = Segmenter(load_generation(run), settings)
-    if settings.healthy not in data.spec.class_names:  # of a model without labels; limits are learned from some
+    classes = data.spec.class_names
+    alone = settings.method == "partial-noising"  # which needs no unhealthy images; those without labels are healthy
+    if settings.healthy not in classes and (classes or not alone):
         raise RunError(
             f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "
-            f"{', '.join(data.spec.class_names) or 'none'}; label them, or correct segmentation.healthy"
+            f"{', '.join(classes) or 'none'}; label them, or correct segmentation.healthy"
         )
     with progress_tasks() as start:
         found = list(_all_maps(segmenter, data.val, start("validation images", len(data.val))))
-    labels, known = data.val.labels, data.val.labels >= 0
-    healthy = data.spec.class_names.index(settings.healthy)
+    labels = data.val.labels
+    known = labels >= 0 if classes else np.full(len(labels), True)
+    unhealthy = labels != classes.index(settings.healthy) if classes else ~known
     divergence, score = (torch.cat([getattr(one, name) for one in found]).numpy() for name in ("divergence", "score"))
-    calibration = calibrate(divergence[known], score[known], labels[known] != healthy)
+    calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
     config = image_config(run)
     made = fingerprint(config) if config.source == "volumes" else None
     path = save_calibration(run, calibration, settings, made)
     total = calibration.healthy + calibration.unhealthy
+    if not calibration.unhealthy:
+        return [
+            f"images   {calibration.healthy} validation images, taken for healthy",
+            "decision one of twenty of these is judged unhealthy; with unhealthy ones the limit would be better",
+            f"wrote    {path}",
+        ]
     return [
         f"images   {calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images",
         f"decision {total - calibration.errors} of {total} judged as labelled",

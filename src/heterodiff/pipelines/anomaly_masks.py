@@ -10,6 +10,8 @@ from heterodiff.errors import DataError, RunError
 CANDIDATES = 100
 QUANTILES = (0.905, 0.995)
 """Of the scores of healthy validation images, between which the limit of an image's score is looked for."""
+HEALTHY_QUANTILE = 0.95
+"""Of the scores of healthy validation images, the limit where there are no others: one of twenty is a false alarm."""
 SMOOTHING = 5
 MIN_COMPONENT, AT_SIDE = 40, 128
 """Components of at most so many pixels of a picture of 128x128 are dropped; of the same share in others."""
@@ -20,7 +22,7 @@ class Calibration:
     """What masks need to know of the validation images; no pixel label is in it.
 
     Attributes:
-        largest_divergence: of each channel among unhealthy images.
+        largest_divergence: of each channel among unhealthy images; where there are none, among healthy ones.
         score_limit: images of at least this score are judged unhealthy.
         healthy, unhealthy: how many images of each label it was learned from.
         errors: how many of these it judges wrongly.
@@ -51,20 +53,23 @@ class Calibration:
             raise RunError(f"saved calibration cannot be used ({error!r}); calibrate again") from None
 
 
-def calibrate(divergence: np.ndarray, score: np.ndarray, unhealthy: np.ndarray) -> Calibration:
+def calibrate(
+    divergence: np.ndarray, score: np.ndarray, unhealthy: np.ndarray, healthy_alone: bool = False
+) -> Calibration:
     """Learn from validation images and their labels, as Che et al. 2025 do.
 
     Args:
         divergence: (N, C), see :class:`heterodiff.diffusion.anomaly.AnomalyMaps`.
         score: (N,).
         unhealthy: (N,) bool.
+        healthy_alone: whether healthy images do where there are no others: one of twenty is then judged unhealthy.
 
     Raises:
         DataError: one of the two labels is missing; scores or divergences that are not finite; or unhealthy images that
             score lower than healthy ones, as they do if the labels are the wrong way round.
     """
     count = int(unhealthy.sum())
-    if not 0 < count < len(unhealthy):
+    if not (count > 0 or healthy_alone) or count == len(unhealthy):
         raise DataError(
             f"calibration needs healthy and unhealthy validation images, found {len(unhealthy) - count} and {count}; "
             "hold out more (data.val_fraction)"
@@ -73,6 +78,9 @@ def calibrate(divergence: np.ndarray, score: np.ndarray, unhealthy: np.ndarray) 
         raise DataError(
             "calibration: the model gives scores that are not finite; train it longer or lower the guidance"
         )
+    if count == 0:
+        limit = float(np.quantile(score, HEALTHY_QUANTILE))
+        return Calibration(tuple(map(float, divergence.max(axis=0))), limit, len(score), 0, int((score >= limit).sum()))
     means = score[unhealthy].mean(), score[~unhealthy].mean()
     if means[0] < means[1]:
         raise DataError(
