@@ -18,7 +18,7 @@ from heterodiff.evaluation.segmentation_run import (
     finds_anomalies,
     segmentation_summary,
 )
-from heterodiff.pipelines.anomaly_masks import Calibration
+from heterodiff.pipelines.anomaly_masks import Calibration, drop_small, half_peak_mask, peak_score
 from heterodiff.pipelines.load import load_generation, load_spec
 from heterodiff.pipelines.segment import Segmenter, load_calibration, save_calibration
 from heterodiff.training.start import train
@@ -119,9 +119,21 @@ def test_images_may_be_judged_by_the_peak_of_their_map(run: Path) -> None:
     own = Segmenter(pipeline, config.segmentation).maps(images)
     peak = Segmenter(pipeline, config.segmentation.model_copy(update={"score": "peak"})).maps(images)
     np.testing.assert_array_equal(own.maps, peak.maps)
-    expected = [np.quantile(one.mean(axis=0), 0.99) for one in own.maps.numpy()]
-    np.testing.assert_allclose(peak.score, expected, rtol=1e-5)
+    np.testing.assert_allclose(peak.score, [peak_score(one) for one in own.maps.numpy()], rtol=1e-5)
     assert not np.allclose(own.score, peak.score)
+
+
+def test_masks_may_reach_to_half_the_peak(run: Path) -> None:
+    config = settings(run)
+    spec = load_spec(run)
+    assert spec is not None
+    images = load_test(config.data, spec).images.batch(range(3))[0]
+    half = Segmenter(load_generation(run), config.segmentation.model_copy(update={"threshold": "half-peak"}))
+    maps = half.maps(images)
+    found = half.masks(maps, CALIBRATION)
+    np.testing.assert_array_equal(found.masks, [drop_small(half_peak_mask(one)) for one in maps.maps.numpy()])
+    quantile = Segmenter(load_generation(run), config.segmentation).masks(maps, CALIBRATION)
+    assert (quantile.masks != found.masks).any()
 
 
 def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from heterodiff.errors import DataError, RunError
-from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, calibrate, drop_small
+from heterodiff.pipelines.anomaly_masks import (
+    Calibration,
+    anomaly_mask,
+    calibrate,
+    drop_small,
+    half_peak_mask,
+    peak_score,
+)
 
 
 def slow_quantile(values: np.ndarray, q: float) -> float:
@@ -81,6 +88,42 @@ def test_what_is_small_depends_on_the_picture(side: int, dropped: int, kept: int
     mask[2, :dropped] = True
     mask[8, :kept] = True
     assert drop_small(mask).sum() == kept
+
+
+# --- the peak of a map -------------------------------------------------------------------------------
+
+
+def means_of_5x5(image: np.ndarray) -> np.ndarray:
+    """Literally; beyond the border, the picture mirrored at its edge."""
+    height, width = image.shape
+    result = np.empty((height, width))
+    for row in range(height):
+        for column in range(width):
+            rows = [abs(r) - (r < 0) if r < height else 2 * height - 1 - r for r in range(row - 2, row + 3)]
+            columns = [abs(c) - (c < 0) if c < width else 2 * width - 1 - c for c in range(column - 2, column + 3)]
+            result[row, column] = np.mean([[image[r, c] for c in columns] for r in rows])
+    return result
+
+
+def test_the_peak_is_that_of_the_mean_map_smoothed() -> None:
+    maps = np.random.default_rng(0).random((3, 14, 11))
+    smooth = means_of_5x5(maps.mean(axis=0))
+    assert peak_score(maps) == pytest.approx(smooth.max() / maps.mean())
+    assert peak_score(7 * maps) == pytest.approx(peak_score(maps))
+    np.testing.assert_array_equal(half_peak_mask(maps), smooth >= smooth.max() / 2)
+    assert peak_score(np.zeros((2, 8, 8))) == 0
+    assert peak_score(np.ones((2, 8, 8))) == pytest.approx(1)
+
+
+def test_a_lesion_in_noise_is_marked_and_noise_alone_has_a_low_peak() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.chisquare(1, (4, 64, 64))
+    lesion = np.zeros((64, 64), dtype=bool)
+    lesion[20:30, 30:42] = True
+    ill = noise * (1 + 8 * lesion)
+    assert peak_score(ill) > 3 * peak_score(noise)
+    found = half_peak_mask(ill)
+    assert 2 * (found & lesion).sum() / (found.sum() + lesion.sum()) > 0.9
 
 
 # --- calibration -------------------------------------------------------------------------------------

@@ -54,7 +54,12 @@ class SegmentationConfig(Section):
     score: Literal["method", "peak"] = Field(
         "method",
         description="what an image is judged by: the method's own score (forward-process: the cosine of its errors; "
-        "others: their mean), or the peak of its map, its 99 % quantile",
+        "others: their mean), or how far the peak of its smoothed map stands above the map's mean",
+    )
+    threshold: Literal["quantile", "half-peak"] = Field(
+        "quantile",
+        description="from which value of the smoothed map on a mask marks: a quantile of the map, the lower the more "
+        "the predictions differ, as AnoFPDM does; or half its peak, which suits noisy maps of a short training, too",
     )
     healthy: str = Field("healthy", description="class name of healthy images; all other classes are unhealthy")
     channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(

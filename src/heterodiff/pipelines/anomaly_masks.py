@@ -117,6 +117,38 @@ def anomaly_mask(maps: np.ndarray, divergence: np.ndarray, largest_divergence: n
     return median_filter(maps.mean(axis=0), SMOOTHING) >= limit
 
 
+def _smoothed(maps: np.ndarray) -> np.ndarray:
+    """Mean of the channels' maps (C, H, W), each pixel the mean of the 5x5 around it."""
+    from scipy.ndimage import uniform_filter
+
+    return np.asarray(uniform_filter(maps.mean(axis=0), SMOOTHING))
+
+
+def peak_score(maps: np.ndarray) -> float:
+    """The peak of the smoothed map over the map's mean: how noisy an image or its map is does not count.
+
+    Args:
+        maps: (C, H, W).
+
+    Returns:
+        At least about 1; 0 of a map that is 0 everywhere.
+    """
+    mean = float(maps.mean())
+    return float(_smoothed(maps).max()) / mean if mean != 0 else 0.0
+
+
+def half_peak_mask(maps: np.ndarray) -> np.ndarray:
+    """Return the mask (H, W) bool of one image before components are dropped: its smoothed map from half its peak on.
+
+    Of every image it marks something; which images count is decided apart, as by :func:`peak_score`.
+
+    Args:
+        maps: (C, H, W).
+    """
+    smoothed = _smoothed(maps)
+    return np.asarray(smoothed >= smoothed.max() / 2)
+
+
 def drop_small(mask: np.ndarray, least: int | None = None) -> np.ndarray:
     """Return ``mask`` (H, W) without components of at most ``least`` pixels, neighbours by edge or corner.
 

@@ -16,13 +16,11 @@ from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import ConfigError, RunError
-from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, drop_small
+from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, drop_small, half_peak_mask, peak_score
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.load import read_json
 
 CALIBRATION_FILE = "calibration.json"
-PEAK = 0.99
-"""Quantile of a map that an image is judged by: an anomaly of a hundredth of the area is seen in it."""
 
 Progress = Callable[[int, int], None]
 
@@ -120,14 +118,18 @@ class Segmenter:
                 found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
         maps, score = found.maps[:, self.channels].cpu(), found.score.cpu()
         if settings.score == "peak":
-            score = maps.mean(dim=1).flatten(1).quantile(PEAK, dim=1)
+            score = torch.tensor([peak_score(one) for one in maps.numpy()])
         return AnomalyMaps(maps, found.divergence[:, self.channels].cpu(), score, found.calls.cpu())
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Masks and decisions of what :meth:`maps` found."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
         largest = np.array(calibration.largest_divergence)
-        masks = [drop_small(anomaly_mask(one, d, largest)) for one, d in zip(maps, divergence, strict=True)]
+        if self.settings.threshold == "half-peak":
+            masks = [half_peak_mask(one) for one in maps]
+        else:
+            masks = [anomaly_mask(one, d, largest) for one, d in zip(maps, divergence, strict=True)]
+        masks = [drop_small(mask) for mask in masks]
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
 
 
