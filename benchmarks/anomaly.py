@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import machine, write_results
-from benchmarks.radar_gestures import ROOT, seconds_of
+from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.config import SegmentationConfig
 from heterodiff.config_file import load_config
@@ -32,7 +32,7 @@ from heterodiff.memory import keep_freed_memory
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import load_generation, load_spec
 from heterodiff.pipelines.segment import Segmenter
-from heterodiff.training.start import dry_run, train
+from heterodiff.training.start import dry_run
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
 PATIENTS = ("7", "19", "26")
@@ -45,7 +45,7 @@ SEEDS = range(2)
 def _found(run: Path, overrides: list[str], name: str, picture: str | None = None) -> dict[str, Any]:
     """Train the shipped configuration ``name`` in ``run``, calibrate and evaluate it."""
     config = load_config(shipped_configs() / f"{name}.yaml", [f"output={run}", *overrides])
-    train(config)
+    to_the_end(config)
     for line in calibrate_run(run):
         print(line)
     found = evaluate_anomalies(run)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.measure import write_results
+from benchmarks.runs import to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.config_file import load_config
 from heterodiff.evaluation.generation import evaluate_generation
 from heterodiff.evaluation.run import images_of, run_data
 from heterodiff.pipelines.files import all_classes, draw_classes
 from heterodiff.pipelines.load import load_generation
-from heterodiff.training.start import train
 
 PER_CLASS = 20
 ROWS: list[dict[str, Any]] = [
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, default=Path("runs/digits"))
     run = parser.parse_args().run
-    steps = train(load_config(shipped_configs() / "digits.yaml", [f"output={run}"])).step
+    steps = to_the_end(load_config(shipped_configs() / "digits.yaml", [f"output={run}"]))
     last_row = (run / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
     training = {"steps": steps, "seconds": json.loads(last_row)["seconds"]}
     data, pipeline = run_data(run), load_generation(run)

@@ -7,29 +7,22 @@ which holds other recordings, and writes benchmarks/results/radar_gestures.json 
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
 
 from benchmarks.measure import write_results
+from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.config_file import load_config
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
 from heterodiff.evaluation.run import evaluate_run, summary_lines
 from heterodiff.evaluation.vae_run import evaluate_vae, vae_summary
-from heterodiff.training.start import train
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "radar_gestures" / "png"
 SEEDS = range(3)
 PER_CLASS = 50
-
-
-def seconds_of(run: Path) -> float:
-    """Seconds of training, over all parts of an interrupted run."""
-    return json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])["seconds"]
 
 
 def main() -> None:
@@ -40,7 +33,7 @@ def main() -> None:
     vae, run = (arguments.runs / f"radar_gestures_{name}" for name in ("vae", "latent"))
     unseen = arguments.data / "test"
     overrides = [f"data.path={arguments.data / 'train'}", f"codec.path={vae}", f"output={run}"]
-    train(load_config(shipped_configs() / "radar_gestures_latent.yaml", overrides))
+    to_the_end(load_config(shipped_configs() / "radar_gestures_latent.yaml", overrides))
     print(f"training took {seconds_of(vae):.0f} s for the VAE and {seconds_of(run):.0f} s for the diffusion")
 
     reconstruction = evaluate_vae(vae, data_path=unseen)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import MATRIX_GFLOP, interleaved, machine, matrix_product, ratio, write_results
-from benchmarks.radar_gestures import ROOT, seconds_of
+from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.codecs.cnn import FEATURE_CHANNELS, ImageCodec
 from heterodiff.config import DiffusionConfig, TextConfig
@@ -31,7 +31,6 @@ from heterodiff.pipelines.text_image import TextImagePipeline
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import tokenizer_fingerprint, train_tokenizer
-from heterodiff.training.start import train
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "noto_emoji"
 STEPS, CAPTIONS, CAPTION_TOKENS, LONG_TOKENS, MANY = 50, 3, 30, 60, 16
@@ -112,7 +111,7 @@ def measure_run(name: str, runs: Path, data: Path) -> dict[str, Any]:
     run = runs / name
     overrides = [f"output={run}", *([f"data.path={data}"] if name == "emoji" else [])]
     config = load_config(shipped_configs() / f"{name}.yaml", overrides)
-    train(config)
+    to_the_end(config)
     assert config.codec.path is not None
     found = evaluate_text_image(run)
     for line in text_image_summary(found.metrics):
