@@ -172,7 +172,7 @@ class DataConfig(Section):
         "so that all of them are learned from",
     )
     split_seed: Seed = 0
-    train_classes: tuple[str, ...] | None = Field(
+    train_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="classes that are trained on, such as [healthy]; others are only validated and tested with; "
         "default: all",
