@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text bench-anomaly clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -41,6 +41,9 @@ bench-radar: $(INSTALLED)
 
 bench-text: $(INSTALLED)
 	$(BIN)/python -m benchmarks.text_image
+
+bench-anomaly: $(INSTALLED)
+	$(BIN)/python -m benchmarks.anomaly phantom others steps variants
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -202,7 +202,53 @@ def test_healthy_images_alone_are_learned_from_and_judged_by(tmp_path: Path) -> 
     assert found["calls_per_image"] == 6
 
 
-@pytest.mark.parametrize("option", [["-n", "4"], ["--data", "folder"], ["--steps", "3"], ["--guidance", "2"]])
+def test_other_patients_with_masks_are_measured_in_place_of_the_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Simulated heads of another seed, drawn for the run or read from a file, and heads that it was trained on."""
+    config = settings(run)
+    save_calibration(run, CALIBRATION, config.segmentation)
+    phantom = config.data.brain_phantom.model_copy(update={"seed": 1, "patients": 3})
+    others = config.data.model_copy(update={"brain_phantom": phantom})
+    collection = open_source(others)
+    assert collection.mask is not None
+    path = tmp_path / "others.npz"
+    images = np.stack([collection.read(row) for row in range(12)])
+    masks = np.stack([collection.mask(row) for row in range(12)])
+    np.savez(path, image=images, mask=masks, patient=np.array(collection.groups))
+    drawn = evaluate_anomalies(run, others).metrics
+    assert drawn["n"] == 12
+    assert {row["patient"] for row in drawn["patients"]} <= set(collection.groups or ())
+    assert drawn["data"] == {"path": "brain-phantom", "part": "all", "notes": []}
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), "--data", str(path), "--json"])
+    assert ended.value.code == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["unhealthy"]["dice"]["n"] == drawn["unhealthy"]["dice"]["n"] == masks.any(axis=(1, 2)).sum()
+    assert read["data"]["path"] == str(path)
+    assert str(path) in (run / "report.html").read_text("utf-8")
+
+    note = "note     28 of these 40 images are training images too: they are not held out"
+    known = evaluate_anomalies(run, config.data).metrics
+    trained_on = json.loads((run / "run.json").read_text())["images"]["train"]
+    assert note.replace("28", str(trained_on)) in segmentation_summary(known)
+
+
+def test_other_patients_that_are_not_there_or_have_no_mask(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--data", str(tmp_path / "none")])
+    assert "none: no such folder or npz file; correct --data" in capsys.readouterr().err
+    collection = open_source(settings(run).data)
+    images = np.stack([collection.read(row) for row in range(2)])
+    np.savez(tmp_path / "bare.npz", image=images, patient=np.array(["a", "b"]))
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--data", str(tmp_path / "bare.npz")])
+    assert "bare.npz: no masks to compare with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["-n", "4"], ["--steps", "3"], ["--guidance", "2"]])
 def test_options_that_would_not_count_are_refused(
     run: Path, option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

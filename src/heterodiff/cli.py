@@ -365,8 +365,8 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Real images unseen in training (folder or npz; for a run on texts a folder with captions); default: "
-            "the run's validation split.",
+            help="Real images unseen in training (folder or npz; for a run on texts a folder with captions, for "
+            "one on volumes patients with masks); default: the run's validation split, or its test images.",
         ),
     ] = None,
     augmentation: Annotated[
@@ -394,18 +394,24 @@ def evaluate(
         _print_metrics(study.study, lines, files, as_json)
         return
     from heterodiff.evaluation.run import evaluate_run, summary_lines
-    from heterodiff.evaluation.segmentation_run import evaluate_anomalies, finds_anomalies, segmentation_summary
+    from heterodiff.evaluation.segmentation_run import (
+        evaluate_anomalies,
+        finds_anomalies,
+        other_patients,
+        segmentation_summary,
+    )
     from heterodiff.evaluation.text_image_run import evaluate_text_image, is_text_image, text_image_summary
     from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
 
-    if finds_anomalies(run):
-        given = {"-n": number, "--data": data, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
+    patients = other_patients(run, data) if data else None
+    if finds_anomalies(run, patients):
+        given = {"-n": number, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
         if unused := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
-                f"{unused[0]}: {run} finds anomalies in the test images that its data settings keep; leave it out, or "
-                "change its segmentation settings and calibrate again"
+                f"{unused[0]}: {run} finds anomalies in all test images, as its segmentation settings say; leave it "
+                "out, or change these and calibrate again"
             )
-        result, summary = evaluate_anomalies(run), segmentation_summary
+        result, summary = evaluate_anomalies(run, patients), segmentation_summary
     elif is_vae(run):
         result, summary = evaluate_vae(run, seed, data), vae_summary
     elif is_text_image(run):

@@ -125,13 +125,16 @@ class TestImages:
     mask: Callable[[int], np.ndarray] | None
 
 
-def load_test(config: DataConfig, spec: ImageSpec) -> TestImages:
+def load_test(config: DataConfig, spec: ImageSpec, part: Literal["test", "all"] = "test") -> TestImages:
     """Load the images that a run with the data settings ``config`` never read.
+
+    Args:
+        part: of the images of ``config``: those kept for the last measurement, or all, where it was trained on others.
 
     Raises:
         DataError: none are kept, or they cannot be used.
     """
-    collection = open_part(config, "test")
+    collection = open_source(config) if part == "all" else open_part(config, "test")
     whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
     images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}

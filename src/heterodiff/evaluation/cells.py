@@ -18,6 +18,11 @@ def part_of(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return dict(content)
 
 
+def texts(value: Any) -> list[str]:
+    """A list's items as texts; none where it is no list."""
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
 def number(value: Any, pattern: str = "") -> str:
     """Write a number by ``pattern``, by default in about three digits: 0.0123, 12.3, 12,345, 1.23e+09."""
     if not is_number(value):

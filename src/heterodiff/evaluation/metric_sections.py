@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterodiff.evaluation import page
-from heterodiff.evaluation.cells import MISSING, distance, number, part_of, percent, share_of
+from heterodiff.evaluation.cells import MISSING, distance, number, part_of, percent, share_of, texts
 from heterodiff.evaluation.curves import is_number
 
 MAX_CLASS_ROWS = 100
@@ -21,10 +21,6 @@ EXPLANATIONS = {
     "repeats itself; far above it draws noise.",
     "nearest": "Median pixel distance to the nearest training image. Far below the real value: copies.",
 }
-
-
-def _texts(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
@@ -135,7 +131,7 @@ def _footnote(evaluation: Mapping[str, Any], frechet: Mapping[str, Any]) -> str:
     held_out = part_of(evaluation, "held_out")
     if held_out.get("path"):
         parts.append(f"Held-out images: {held_out['path']} ({held_out.get('part', MISSING)}).")
-        parts += [f"{note}." for note in _texts(held_out.get("notes"))]
+        parts += [f"{note}." for note in texts(held_out.get("notes"))]
     if evaluation.get("features"):
         parts.append(f"Features of the distances: {evaluation['features']}.")
     if frechet.get("note"):
@@ -218,7 +214,7 @@ def augmentation_section(study: Mapping[str, Any], picture: str) -> str:
         shares = (_interval(found.get(name, {})) for found in per_class.values())
         rows.append((name, number(row.get("n"), "{:,}"), *shares))
     path = part_of(study, "held_out").get("path")
-    notes = [*([f"Real images read: {path}"] if path else []), *_texts(study.get("notes"))]
+    notes = [*([f"Real images read: {path}"] if path else []), *texts(study.get("notes"))]
     return page.section(
         "Generated images as training data",
         page.notice(str(study.get("summary", "")), _STUDY_TONES.get(str(study.get("verdict")), "")),

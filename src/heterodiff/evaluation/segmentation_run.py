@@ -10,15 +10,16 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from heterodiff.config import DataConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
 from heterodiff.data.volumes import fingerprint
 from heterodiff.diffusion.anomaly import AnomalyMaps
-from heterodiff.errors import RunError
+from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
-from heterodiff.evaluation.run import Evaluation, image_config, run_data
+from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
@@ -29,11 +30,31 @@ IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
 
 
-def finds_anomalies(run: Path) -> bool:
-    """Whether the run's images have masks to compare with."""
+def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
+    """Whether the run's images, or those ``elsewhere``, have masks to compare with."""
     if not (run / CONFIG_FILE).is_file() or load_config(run / CONFIG_FILE).recipe != "diffusion":
         return False
-    return open_source(image_config(run)).mask is not None
+    return open_source(elsewhere or image_config(run)).mask is not None
+
+
+def other_patients(run: Path, path: Path) -> DataConfig | None:
+    """How the patients at ``path``, a folder of volumes or an npz file of slices, are read as those of the run were.
+
+    ``None`` for a run that was not trained on slices of volumes, real or simulated.
+
+    Raises:
+        DataError: nothing is at ``path``, or no masks, though the run's own images have some.
+    """
+    if not (run / CONFIG_FILE).is_file() or image_config(run).source not in ("volumes", "brain-phantom"):
+        return None
+    if not path.expanduser().exists():
+        raise DataError(f"{path}: no such folder or npz file; correct --data")
+    config = image_config(run)
+    volumes = config.volumes.model_copy(update={"cache": None})
+    found = config.model_copy(update={"source": "volumes", "path": path, "volumes": volumes})
+    if open_source(found).mask is None and finds_anomalies(run):
+        raise DataError(f"{path}: no masks to compare with; `heterodiff segment {run} {path}` finds anomalies without")
+    return found
 
 
 def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
@@ -86,10 +107,13 @@ def calibrate_run(run: Path) -> list[str]:
     ]
 
 
-def evaluate_anomalies(run: Path) -> Evaluation:
+def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
     Writes ``evaluation/segmentation.png``, ``evaluation.json`` and ``report.html`` into the run folder.
+
+    Args:
+        elsewhere: other images, all of which are measured in place of the run's, see :func:`other_patients`.
 
     Raises:
         HeterodiffError: no usable run, not calibrated, or no test images.
@@ -99,7 +123,8 @@ def evaluate_anomalies(run: Path) -> Evaluation:
     spec = load_spec(run)
     if spec is None:
         raise RunError(f"{run}: data.json is missing, so the run's images are not known here")
-    test = load_test(image_config(run), spec)
+    of = elsewhere or image_config(run)
+    test = load_test(of, spec, "all" if elsewhere else "test")
     assert test.mask is not None  # asked before, by `finds_anomalies`
     segmenter = Segmenter(load_generation(run), config.segmentation)
     count = len(test.images)
@@ -113,6 +138,11 @@ def evaluate_anomalies(run: Path) -> Evaluation:
     metrics = evaluate_segmentation(
         found.masks, found.unhealthy, found.maps, found.score, truth, test.patients, seen.numpy()
     )
+    notes = []
+    if elsewhere and (seen_before := count_seen(images, run_data(run).train)):
+        notes.append(f"{seen_before:,} of these {count:,} images are training images too: they are not held out")
+    part = "all" if elsewhere else "kept for testing"
+    metrics["data"] = {"path": str(of.path or of.source), "part": part, "notes": notes}
     metrics["settings"] = config.segmentation.model_dump(mode="json")
     metrics["calls_per_image"] = float(torch.cat(calls).float().mean())
     picture = run / ANOMALIES_PICTURE
@@ -168,6 +198,7 @@ def segmentation_summary(metrics: dict[str, Any]) -> list[str]:
     if area["n"]:
         lines.append(f"healthy  {100 * area['mean']:.2f} % of the area of {area['n']} healthy images marked")
     lines.append(f"calls    {metrics['calls_per_image']:.0f} of the network an image")
+    lines += [f"note     {note}" for note in metrics["data"]["notes"]]
     return lines
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterodiff.evaluation import page
-from heterodiff.evaluation.cells import MISSING, number, part_of, percent
+from heterodiff.evaluation.cells import MISSING, number, part_of, percent, texts
 from heterodiff.evaluation.curves import is_number
 
 MAX_PATIENT_ROWS = 100
@@ -63,14 +63,18 @@ def segmentation_section(evaluation: Mapping[str, Any], picture: str) -> str:
         (str(row.get("patient", MISSING)), number(row.get("n"), "{:,}"), percent(row.get("dice")))
         for row in sorted(known, key=lambda row: row["dice"] if is_number(row.get("dice")) else 2.0)[:MAX_PATIENT_ROWS]
     ]
-    calls = number(evaluation.get("calls_per_image"), "{:,.0f}")
+    words = [METHOD, f"{number(evaluation.get('calls_per_image'), '{:,.0f}')} network calls an image."]
+    measured = part_of(evaluation, "data")
+    if measured.get("part") == "all":
+        words.append(f"All images at {measured.get('path')} were measured.")
+    words += [f"Note: {note}." for note in texts(measured.get("notes"))]
     return page.section(
         "Anomalies found in test images",
         picture,
         page.table(("Metric", *GROUPS.values(), "What it says"), rows, numbers=(1, 2), style="explained"),
         page.table(("By size", "Pixels", "Dice"), by_size, numbers=(1, 2)),
         page.table(("Patient, worst first", "Images with a lesion", "Dice"), by_patient, numbers=(1, 2)),
-        page.paragraph(f"{METHOD} {calls} network calls an image.", "soft"),
+        page.paragraph(" ".join(words), "soft"),
     )
 
 
