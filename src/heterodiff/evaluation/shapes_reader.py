@@ -25,14 +25,14 @@ from heterodiff.data.builtin.shapes import (
     render,
 )
 
-VERSION = "2"
+VERSION = "3"
 """Of network, training and renders: change it with any of them, and stored weights are not used any more."""
 MAX_SIDE = 64
 LAYOUTS = (*PLACES, *RELATIONS)
 THINGS = 2
 NO_SECOND = -1
 PAIRS = 0.6
-TRAIN_RENDERS, STEPS, BATCH_SIZE = 16_000, 500, 64
+TRAIN_RENDERS, STEPS, BATCH_SIZE = 16_000, 800, 64
 TEST_RENDERS = 500
 READ_BATCH = 250
 TRAIN_SEED, TEST_SEED = (20_240_229, 0), (20_240_229, 1)
@@ -145,7 +145,7 @@ class ShapesReader:
     def fit(
         self, steps: int = STEPS, renders: int = TRAIN_RENDERS, progress: Callable[[int], None] = lambda done: None
     ) -> "ShapesReader":
-        """Train on ``renders`` pictures; about half a minute at 64x64 on a CPU core.
+        """Train on ``renders`` pictures; about a minute at 64x64 on a CPU core.
 
         Args:
             progress: called with the number of steps done.
