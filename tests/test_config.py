@@ -49,6 +49,7 @@ def test_overrides_reach_their_section_and_keep_the_rest(tmp_path: Path) -> None
         ("diffusion: {prediction: velocity}", "diffusion.prediction"),
         ("diffusion: {prediction: flow, learn_variance: true}", "learn_variance"),
         ("data: {image_size: [8, 8, 8]}", "data.image_size"),
+        ("segmentation: {smoothing: 4}", "segmentation.smoothing: expected an odd number"),
         ("training: 3", "training"),
         ("- a\n- b", "expected `key: value` lines, found list"),
         ("training: {steps: 1", "not readable as YAML"),

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from heterodiff.cli import main
-from heterodiff.config import RunConfig
+from heterodiff.config import RunConfig, SegmentationConfig
 from heterodiff.config_file import load_config, parse_config
 from heterodiff.data.sources import load_data, load_test, open_source
+from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation.segmentation_run import (
     calibrate_run,
@@ -134,6 +136,27 @@ def test_masks_may_reach_to_half_the_peak(run: Path) -> None:
     np.testing.assert_array_equal(found.masks, [drop_small(half_peak_mask(one)) for one in maps.maps.numpy()])
     quantile = Segmenter(load_generation(run), config.segmentation).masks(maps, CALIBRATION)
     assert (quantile.masks != found.masks).any()
+
+
+def test_small_anomalies_need_less_smoothing(run: Path) -> None:
+    """A single pixel of one image is marked by neither rule, unless it is asked for."""
+    maps = torch.full((1, 1, 32, 32), 0.1)
+    maps[0, 0, 9, 20] = 5
+    found = AnomalyMaps(maps, torch.ones(1, 1), torch.zeros(1), torch.zeros(1))
+    pixel = np.argwhere(maps[0, 0].numpy() > 1)
+    calibration = Calibration((1.0,), 0.0, 1, 1, 0)
+    pipeline = load_generation(run)
+    for threshold in ("quantile", "half-peak"):
+        usual = {"threshold": threshold, "channels": [0]}
+        fine = usual | {"smoothing": 1, "drop_small": 0}
+        masks = [
+            Segmenter(pipeline, SegmentationConfig.model_validate(way)).masks(found, calibration).masks[0]
+            for way in (usual, fine)
+        ]
+        assert masks[0].sum() != 1
+        if threshold == "half-peak":
+            np.testing.assert_array_equal(np.argwhere(masks[1]), pixel)
+        assert masks[1][9, 20]
 
 
 def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:

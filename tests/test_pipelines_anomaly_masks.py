@@ -24,14 +24,18 @@ def slow_quantile(values: np.ndarray, q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def slow_median(image: np.ndarray) -> np.ndarray:
-    padded = np.pad(image, 2, mode="symmetric")
+def slow_median(image: np.ndarray, side: int) -> np.ndarray:
+    padded = np.pad(image, side // 2, mode="symmetric")
     rows, columns = image.shape
-    return np.array([[sorted(padded[i : i + 5, j : j + 5].ravel())[12] for j in range(columns)] for i in range(rows)])
+    squares = [[padded[i : i + side, j : j + side] for j in range(columns)] for i in range(rows)]
+    return np.array([[sorted(square.ravel())[side**2 // 2] for square in row] for row in squares])
 
 
-@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.3, 0.824), (1.0, 1.0), (5.0, 0.5)])
-def test_mask_is_that_of_the_formula(shares: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("shares", "side"),
+    [((0.0, 0.0), 5), ((0.3, 0.824), 5), ((1.0, 1.0), 5), ((5.0, 0.5), 5), ((0.3, 0.8), 1), ((0.3, 0.8), 3)],
+)
+def test_mask_is_that_of_the_formula(shares: tuple[float, float], side: int) -> None:
     maps = np.random.default_rng(0).gamma(1.0, size=(2, 20, 24))
     maps[:, 5:12, 8:15] += 3
     largest = np.array([0.5, 2.0])
@@ -39,8 +43,9 @@ def test_mask_is_that_of_the_formula(shares: tuple[float, float]) -> None:
     for one, share in zip(maps, shares, strict=True):
         r = round(100 * min(max(share, 0), 1))
         limits.append(slow_quantile(one, 0.98 - 0.0008 * r))
-    expected = slow_median((maps[0] + maps[1]) / 2) >= sum(limits) / 2
-    found = anomaly_mask(maps, np.array(shares) * largest, largest)
+    expected = slow_median((maps[0] + maps[1]) / 2, side) >= sum(limits) / 2
+    default = {} if side == 5 else {"smoothing": side}
+    found = anomaly_mask(maps, np.array(shares) * largest, largest, **default)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -93,24 +98,30 @@ def test_what_is_small_depends_on_the_picture(side: int, dropped: int, kept: int
 # --- the peak of a map -------------------------------------------------------------------------------
 
 
-def means_of_5x5(image: np.ndarray) -> np.ndarray:
+def means_of_squares(image: np.ndarray, side: int) -> np.ndarray:
     """Literally; beyond the border, the picture mirrored at its edge."""
     height, width = image.shape
+    near = range(-(side // 2), side // 2 + 1)
     result = np.empty((height, width))
     for row in range(height):
         for column in range(width):
-            rows = [abs(r) - (r < 0) if r < height else 2 * height - 1 - r for r in range(row - 2, row + 3)]
-            columns = [abs(c) - (c < 0) if c < width else 2 * width - 1 - c for c in range(column - 2, column + 3)]
+            rows = [abs(r) - (r < 0) if r < height else 2 * height - 1 - r for r in (row + k for k in near)]
+            columns = [abs(c) - (c < 0) if c < width else 2 * width - 1 - c for c in (column + k for k in near)]
             result[row, column] = np.mean([[image[r, c] for c in columns] for r in rows])
     return result
 
 
-def test_the_peak_is_that_of_the_mean_map_smoothed() -> None:
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_the_peak_is_that_of_the_mean_map_smoothed(side: int) -> None:
     maps = np.random.default_rng(0).random((3, 14, 11))
-    smooth = means_of_5x5(maps.mean(axis=0))
-    assert peak_score(maps) == pytest.approx(smooth.max() / maps.mean())
-    assert peak_score(7 * maps) == pytest.approx(peak_score(maps))
-    np.testing.assert_array_equal(half_peak_mask(maps), smooth >= smooth.max() / 2)
+    smooth = means_of_squares(maps.mean(axis=0), side)
+    default = {} if side == 5 else {"smoothing": side}
+    assert peak_score(maps, **default) == pytest.approx(smooth.max() / maps.mean())
+    assert peak_score(7 * maps, **default) == pytest.approx(peak_score(maps, **default))
+    np.testing.assert_array_equal(half_peak_mask(maps, **default), smooth >= smooth.max() / 2)
+
+
+def test_a_map_without_a_peak() -> None:
     assert peak_score(np.zeros((2, 8, 8))) == 0
     assert peak_score(np.ones((2, 8, 8))) == pytest.approx(1)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from heterodiff.config.base import Positive, Section, Seed
 
@@ -61,8 +61,23 @@ class SegmentationConfig(Section):
         description="from which value of the smoothed map on a mask marks: a quantile of the map, the lower the more "
         "the predictions differ, as AnoFPDM does; or half its peak, which suits noisy maps of a short training, too",
     )
+    smoothing: Positive = Field(
+        5, description="side in pixels of the square over which maps are smoothed; 1: not at all, for small anomalies"
+    )
+    drop_small: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="components of masks of at most so many pixels are dropped; default: 40 of 128x128, and the same "
+        "share of other sizes",
+    )
     healthy: str = Field("healthy", description="class name of healthy images; all other classes are unhealthy")
     channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="channels whose maps count, from 0; default: all"
     )
     seed: Seed = Field(0, description="of the noise of partial-noising")
+
+    @field_validator("smoothing")
+    @classmethod
+    def _square_has_a_middle(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"expected an odd number, so that the square has a middle pixel, found {value}")
+        return value

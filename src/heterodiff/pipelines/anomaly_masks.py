@@ -97,7 +97,9 @@ def calibrate(
     )
 
 
-def anomaly_mask(maps: np.ndarray, divergence: np.ndarray, largest_divergence: np.ndarray) -> np.ndarray:
+def anomaly_mask(
+    maps: np.ndarray, divergence: np.ndarray, largest_divergence: np.ndarray, smoothing: int = SMOOTHING
+) -> np.ndarray:
     """Return the mask (H, W) bool of one image before components are dropped.
 
     Of each channel the quantile 0.98 - 0.08 D / Dmax of its map, in hundredths of D / Dmax, is taken: the stronger the
@@ -106,6 +108,7 @@ def anomaly_mask(maps: np.ndarray, divergence: np.ndarray, largest_divergence: n
     Args:
         maps: (C, H, W).
         divergence, largest_divergence: (C,).
+        smoothing: another side of the median's square.
     """
     from scipy.ndimage import median_filter
 
@@ -114,38 +117,40 @@ def anomaly_mask(maps: np.ndarray, divergence: np.ndarray, largest_divergence: n
     )
     quantiles = 0.98 - 0.0008 * np.round(100 * share)
     limit = np.mean([np.quantile(one, q) for one, q in zip(maps, quantiles, strict=True)])
-    return median_filter(maps.mean(axis=0), SMOOTHING) >= limit
+    return median_filter(maps.mean(axis=0), smoothing) >= limit
 
 
-def _smoothed(maps: np.ndarray) -> np.ndarray:
-    """Mean of the channels' maps (C, H, W), each pixel the mean of the 5x5 around it."""
+def _smoothed(maps: np.ndarray, smoothing: int) -> np.ndarray:
+    """Mean of the channels' maps (C, H, W), each pixel the mean of the square around it."""
     from scipy.ndimage import uniform_filter
 
-    return np.asarray(uniform_filter(maps.mean(axis=0), SMOOTHING))
+    return np.asarray(uniform_filter(maps.mean(axis=0), smoothing))
 
 
-def peak_score(maps: np.ndarray) -> float:
+def peak_score(maps: np.ndarray, smoothing: int = SMOOTHING) -> float:
     """The peak of the smoothed map over the map's mean: how noisy an image or its map is does not count.
 
     Args:
         maps: (C, H, W).
+        smoothing: side of the square that a pixel of the smoothed map is the mean of.
 
     Returns:
         At least about 1; 0 of a map that is 0 everywhere.
     """
     mean = float(maps.mean())
-    return float(_smoothed(maps).max()) / mean if mean != 0 else 0.0
+    return float(_smoothed(maps, smoothing).max()) / mean if mean != 0 else 0.0
 
 
-def half_peak_mask(maps: np.ndarray) -> np.ndarray:
+def half_peak_mask(maps: np.ndarray, smoothing: int = SMOOTHING) -> np.ndarray:
     """Return the mask (H, W) bool of one image before components are dropped: its smoothed map from half its peak on.
 
     Of every image it marks something; which images count is decided apart, as by :func:`peak_score`.
 
     Args:
         maps: (C, H, W).
+        smoothing: see there.
     """
-    smoothed = _smoothed(maps)
+    smoothed = _smoothed(maps, smoothing)
     return np.asarray(smoothed >= smoothed.max() / 2)
 
 

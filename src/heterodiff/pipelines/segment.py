@@ -118,18 +118,18 @@ class Segmenter:
                 found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
         maps, score = found.maps[:, self.channels].cpu(), found.score.cpu()
         if settings.score == "peak":
-            score = torch.tensor([peak_score(one) for one in maps.numpy()])
+            score = torch.tensor([peak_score(one, settings.smoothing) for one in maps.numpy()])
         return AnomalyMaps(maps, found.divergence[:, self.channels].cpu(), score, found.calls.cpu())
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Masks and decisions of what :meth:`maps` found."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
-        largest = np.array(calibration.largest_divergence)
+        largest, smoothing = np.array(calibration.largest_divergence), self.settings.smoothing
         if self.settings.threshold == "half-peak":
-            masks = [half_peak_mask(one) for one in maps]
+            masks = [half_peak_mask(one, smoothing) for one in maps]
         else:
-            masks = [anomaly_mask(one, d, largest) for one, d in zip(maps, divergence, strict=True)]
-        masks = [drop_small(mask) for mask in masks]
+            masks = [anomaly_mask(one, d, largest, smoothing) for one, d in zip(maps, divergence, strict=True)]
+        masks = [drop_small(mask, self.settings.drop_small) for mask in masks]
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
 
 
