@@ -11,6 +11,7 @@ benchmarks/results/anomaly_{phantom,others,steps,variants,ms}.json and pictures 
 """
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -33,13 +34,14 @@ from heterodiff.memory import keep_freed_memory
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import load_generation, load_spec
 from heterodiff.pipelines.segment import Segmenter
-from heterodiff.training.start import dry_run
+from heterodiff.training.start import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
 PATIENTS = ("7", "19", "26")
 COMPARED = 40
 """Test images with a lesion that are segmented with all steps, each of which takes ten times as long."""
-MINUTES = 8
+VARIANTS = ("unet", "hae-v2")
+MINUTES, TIMED_STEPS = 10, 10
 SEEDS = range(2)
 OTHER_SEED, OTHER_PATIENTS = 1, 24
 
@@ -118,26 +120,35 @@ def steps(runs: Path, data: Path) -> dict[str, Any]:
 
 
 def variants(runs: Path, data: Path) -> dict[str, Any]:
-    """The hybrid and the plain U-Net, trained for about the same time."""
+    """The hybrid and the plain U-Net, trained for the same time as both are timed beside each other at the start."""
+    shared = ["data.image_size=32", "model.patch_size=1", "data.test_fraction=0.1"]
+    shared.append("segmentation.num_inference_steps=13")  # measuring should not take longer
+    plan = runs / "anomaly_variants.json"
+    if not plan.is_file():  # what was begun keeps its number of steps, however fast the machine is later
+        seconds = _step_seconds({name: [*shared, f"model.variant={name}"] for name in VARIANTS})
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_text(json.dumps({name: round(60 * MINUTES / one) for name, one in seconds.items()}))
     result: dict[str, Any] = {"minutes": MINUTES, **machine()}
-    for variant in ("unet", "hae-v2"):
-        overrides = [f"model.variant={variant}", "data.image_size=32", "model.patch_size=1"]
-        overrides += [
-            "data.test_fraction=0.1",
-            "segmentation.num_inference_steps=13",
-        ]  # measuring should not take longer
-        # A run that was begun keeps its number of steps, however fast the machine is now.
-        begun = runs / f"anomaly_{variant}_0" / "config.yaml"
-        if begun.is_file():
-            count = load_config(begun).training.steps
-        else:
-            timed = dry_run(load_config(shipped_configs() / "phantom.yaml", overrides))
-            count = round(60 * MINUTES / timed.step_seconds)
-        for seed in SEEDS:
-            changes = [*overrides, f"training.seed={seed}", f"training.steps={count}"]
+    for seed in SEEDS:
+        for variant, count in json.loads(plan.read_text()).items():
+            changes = [*shared, f"model.variant={variant}", f"training.seed={seed}", f"training.steps={count}"]
             found = _found(runs / f"anomaly_{variant}_{seed}", changes, "phantom")
             result.setdefault(variant, []).append({"steps": count, **found})
     return result
+
+
+def _step_seconds(ways: dict[str, list[str]]) -> dict[str, float]:
+    """Median seconds of a training step of each, one of each in turn."""
+    trainers = {
+        name: trial(load_config(shipped_configs() / "phantom.yaml", overrides))[0] for name, overrides in ways.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(TIMED_STEPS):
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.step_once()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
 
 
 def ms(runs: Path, data: Path) -> dict[str, Any]:
