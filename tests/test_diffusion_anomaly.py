@@ -38,18 +38,21 @@ def pictures() -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("depth", [1, 7, 30])
-def test_every_step_agrees_with_the_literal_method(network: Callable[..., Tensor], depth: int) -> None:
+@pytest.mark.parametrize(("depth", "channels"), [(1, None), (7, None), (30, None), (7, [1]), (7, [1, 0])])
+def test_every_step_agrees_with_the_literal_method(
+    network: Callable[..., Tensor], depth: int, channels: list[int] | None
+) -> None:
     x = pictures()
     with torch.no_grad():
-        found = forward_process(network, SCHEDULE, "epsilon", x, HEALTHY, NONE, range(depth)[::-1], guidance_scale=3.0)
+        common = (network, SCHEDULE, "epsilon", x, HEALTHY, NONE, range(depth)[::-1])
+        found = forward_process(*common, guidance_scale=3.0, channels=channels)
 
         def noise_of(z: np.ndarray, t: int, label: int) -> np.ndarray:
             sent = torch.from_numpy(z).float()[None]
             return network(sent, torch.tensor([float(t)]), torch.tensor([label]))[0].double().numpy()
 
         for k in range(COUNT):
-            expected = literal_forward_process(noise_of, x[k].double().numpy(), depth, w=2.0)
+            expected = literal_forward_process(noise_of, x[k].double().numpy(), depth, w=2.0, count=channels)
             np.testing.assert_allclose(found.maps[k], expected["map"], atol=1e-4)
             np.testing.assert_allclose(found.divergence[k], expected["divergence"], atol=1e-4, rtol=1e-4)
             np.testing.assert_allclose(-found.score[k], expected["cosine"], atol=1e-4)
@@ -128,6 +131,18 @@ def test_an_image_is_left_once_nothing_grew_for_so_many_steps() -> None:
         assert found.calls.tolist() == [2 * steps for steps in taken]
         assert len(set(taken)) == COUNT
     assert forward_process(*common, timesteps, patience=30).calls.tolist() == [60] * COUNT
+
+
+def test_patience_asks_the_channels_that_count() -> None:
+    """A channel that does not count parts until the last step; the one that counts, never."""
+
+    def parting(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        grown = torch.where(labels == 0, time / 1000, 0)[:, None, None, None]
+        return torch.cat([grown.expand_as(z[:, :1]) * 0.1, torch.zeros_like(z[:, 1:])], dim=1)
+
+    common = (parting, SCHEDULE, "epsilon", pictures() * 0.5, HEALTHY, NONE, noising_timesteps(600, 30))
+    assert forward_process(*common, patience=3).calls.tolist() == [60] * COUNT
+    assert forward_process(*common, patience=3, channels=[1]).calls.tolist() == [8] * COUNT
 
 
 METHODS = ("forward-process", "ddib", "partial-noising")

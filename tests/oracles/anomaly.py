@@ -9,13 +9,20 @@ Network = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def literal_forward_process(
-    network: Network, x: np.ndarray, depth: int, w: float, healthy: int = 0, none: int = -1
+    network: Network,
+    x: np.ndarray,
+    depth: int,
+    w: float,
+    healthy: int = 0,
+    none: int = -1,
+    count: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every timestep of 0 .. depth - 1 on the linear schedule of 1,000.
 
     Args:
         x: (C, H, W) in [-1, 1].
         w: as in the papers, eps = (1 + w) eps_healthy - w eps_none.
+        count: channels that count; default: all.
 
     Returns:
         map (C, H, W), divergence (C,), end (C,), cosine ().
@@ -23,6 +30,7 @@ def literal_forward_process(
     betas = np.linspace(1e-4, 0.02, 1000)
     a = np.cumprod(1 - betas)
     x_t, squares, divergences, h, u = x.copy(), [], [], [], []
+    chosen = list(range(len(x))) if count is None else count
     for t in range(depth):
         eps_none = network(x_t, t, none)
         eps_healthy = network(x_t, t, healthy)
@@ -30,14 +38,16 @@ def literal_forward_process(
         eps_guided = (1 + w) * eps_healthy - w * eps_none
         x0_healthy = np.clip((x_t - np.sqrt(1 - a[t]) * eps_guided) / np.sqrt(a[t]), -1, 1)
         squares.append((x0_healthy - x) ** 2)
-        divergences.append([np.mean((x0_healthy[m] - x0_none[m]) ** 2) for m in range(len(x))])
-        h.append(np.mean((x0_healthy - x) ** 2))
-        u.append(np.mean((x0_none - x) ** 2))
+        divergences.append([np.mean((x0_healthy[m] - x0_none[m]) ** 2) for m in chosen])
+        h.append(np.mean((x0_healthy[chosen] - x[chosen]) ** 2))
+        u.append(np.mean((x0_none[chosen] - x[chosen]) ** 2))
         eps = (x_t - np.sqrt(a[t]) * x0_none) / np.sqrt(1 - a[t])
         x_t = np.sqrt(a[t + 1]) * x0_none + np.sqrt(1 - a[t + 1]) * eps
     all_divergences = np.array(divergences)  # (L, C)
     end = all_divergences.argmax(axis=0)
-    maps = np.stack([np.mean([squares[t][m] for t in range(max(1, end[m]))], axis=0) for m in range(len(x))])
+    maps = np.stack(
+        [np.mean([squares[t][m] for t in range(max(1, last))], axis=0) for m, last in zip(chosen, end, strict=True)]
+    )
     return {
         "map": maps,
         "divergence": all_divergences.max(axis=0),

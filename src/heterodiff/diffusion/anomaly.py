@@ -30,7 +30,7 @@ def _silent(step: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class AnomalyMaps:
-    """What a method says of images (B, C, H, W).
+    """What a method says of C chosen channels of images (B, *, H, W).
 
     Attributes:
         maps: (B, C, H, W) squared difference of each channel, in units of the network's [-1, 1].
@@ -90,6 +90,7 @@ def forward_process(
     *,
     guidance_scale: float = 3.0,
     patience: int | None = None,
+    channels: Sequence[int] | None = None,
     progress: Progress = _silent,
 ) -> AnomalyMaps:
     """Compare, on the way from the image to noise, the healthy prediction of the image with the image itself.
@@ -105,31 +106,34 @@ def forward_process(
         timesteps: strictly decreasing, as for sampling; their number times two are the network calls, at most.
         guidance_scale: w in uncond + w (healthy - uncond), 1 more than in the paper.
         patience: leave an image once no channel's predictions differed more for so many steps; default: never.
+        channels: that count, for maps, score and patience; default: all.
         progress: called after each step with its number, from 1, and the number of steps.
 
     Raises:
         ConfigError: timesteps outside the schedule or not decreasing.
     """
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
-    count, channels = x.shape[:2]
+    count = len(x)
     z = x = x.float()
-    running = _Running.like(x)
+    chosen = list(range(x.shape[1]) if channels is None else channels)
+    seen = x[:, chosen]
+    running = _Running.like(seen)
     rows = torch.arange(count, device=x.device)  # of the images that are not left yet
-    idle = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    idle = torch.zeros(seen.shape[:2], dtype=torch.long, device=x.device)
     of_healthy, of_none = x.new_zeros(2, count, len(rising))  # zeros add nothing to a cosine
     calls = torch.zeros(count, dtype=torch.long, device=x.device)
     for number, t in enumerate(rising, start=1):
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
         time = torch.full((2 * len(rows),), schedule.time[t].item(), device=x.device)
         both = join_conditions(none[rows], healthy[rows])
-        output = model_call(torch.cat([z, z]), time, both).float()[:, :channels]
+        output = model_call(torch.cat([z, z]), time, both).float()[:, : x.shape[1]]
         free, conditional = output.chunk(2)
         steered = free + guidance_scale * (conditional - free)
         x0_none, x0_healthy = (to_x0_eps(prediction, p, z, alpha, sigma)[0].clamp(-1, 1) for p in (free, steered))
-        error = (x0_healthy - x[rows]).square()
-        greater = running.add(rows, error, (x0_healthy - x0_none).square().mean(dim=(2, 3)))
+        error = (x0_healthy[:, chosen] - seen[rows]).square()
+        greater = running.add(rows, error, (x0_healthy - x0_none)[:, chosen].square().mean(dim=(2, 3)))
         of_healthy[rows, number - 1] = error.mean(dim=(1, 2, 3))
-        of_none[rows, number - 1] = (x0_none - x[rows]).square().mean(dim=(1, 2, 3))
+        of_none[rows, number - 1] = (x0_none[:, chosen] - seen[rows]).square().mean(dim=(1, 2, 3))
         calls[rows] += 2
         progress(number, len(rising))
         if number == len(rising):
@@ -158,6 +162,7 @@ def ddib(
     timesteps: Sequence[int],
     *,
     guidance_scale: float = 3.0,
+    channels: Sequence[int] | None = None,
     progress: Progress = _silent,
 ) -> AnomalyMaps:
     """Encode ``x`` without condition, decode it guided to healthy, and square the difference.
@@ -171,7 +176,7 @@ def ddib(
     z = invert(free, schedule, prediction, x, timesteps, num_iterations=0)
     decoded = _decoded(steered, schedule, prediction, z, timesteps, progress)
     branches = 1 if guidance_scale in (0, 1) else 2
-    return _of_difference(x, decoded, (1 + branches) * len(timesteps))
+    return _of_difference(x, decoded, channels, (1 + branches) * len(timesteps))
 
 
 @torch.no_grad()
@@ -184,6 +189,7 @@ def partial_noising(
     timesteps: Sequence[int],
     *,
     noise: Tensor,
+    channels: Sequence[int] | None = None,
     progress: Progress = _silent,
 ) -> AnomalyMaps:
     """Noise ``x`` to the first of ``timesteps``, denoise it without condition, and square the difference.
@@ -191,12 +197,14 @@ def partial_noising(
     AnoDDPM (Wyatt et al. 2022), for models that were trained on healthy images alone.
 
     Args:
-        noise: (B, C, H, W) standard normal, of which the difference depends.
+        noise: (B, C, H, W) standard normal, on which the difference depends.
+        channels: as :func:`forward_process`.
     """
     x, start = x.float(), max(timesteps)
     z = schedule.alpha[start].item() * x + schedule.sigma[start].item() * noise
     free = guided_denoiser(model_call, none, none, 1.0, schedule.num_train_timesteps)
-    return _of_difference(x, _decoded(free, schedule, prediction, z, timesteps, progress), len(timesteps))
+    decoded = _decoded(free, schedule, prediction, z, timesteps, progress)
+    return _of_difference(x, decoded, channels, len(timesteps))
 
 
 def noising_timesteps(depth: int, count: int) -> list[int]:
@@ -231,7 +239,7 @@ def _decoded(
     )
 
 
-def _of_difference(x: Tensor, healthy: Tensor, calls: int) -> AnomalyMaps:
-    maps = (healthy - x).square()
+def _of_difference(x: Tensor, healthy: Tensor, channels: Sequence[int] | None, calls: int) -> AnomalyMaps:
+    maps = (healthy - x).square()[:, slice(None) if channels is None else list(channels)]
     each = torch.full((len(x),), calls, device=x.device)
     return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.mean(dim=(1, 2, 3)), each)

@@ -105,21 +105,23 @@ class Segmenter:
         def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
             return unet(z, time, class_labels=condition if conditional else None).sample
 
-        schedule, prediction, steps = self.schedule, prediction_of(pipeline.scheduler), self.timesteps
+        network = (model_call, self.schedule, prediction_of(pipeline.scheduler))
+        guidance, steps = settings.guidance_scale, self.timesteps
+        common: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
             noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
-            found = partial_noising(model_call, schedule, prediction, x, none, steps, noise=noise, progress=progress)
+            found = partial_noising(*network, x, none, steps, noise=noise, **common)
+        elif settings.method == "ddib":
+            found = ddib(*network, x, labels, none, steps, guidance_scale=guidance, **common)
         else:
-            arguments = (model_call, schedule, prediction, x, labels, none, steps)
-            guidance, patience = settings.guidance_scale, settings.patience
-            if settings.method == "ddib":
-                found = ddib(*arguments, guidance_scale=guidance, progress=progress)
-            else:
-                found = forward_process(*arguments, guidance_scale=guidance, patience=patience, progress=progress)
-        maps, score = found.maps[:, self.channels].cpu(), found.score.cpu()
+            patience = settings.patience
+            found = forward_process(
+                *network, x, labels, none, steps, guidance_scale=guidance, patience=patience, **common
+            )
+        maps, score = found.maps.cpu(), found.score.cpu()
         if settings.score == "peak":
             score = torch.tensor([peak_score(one, settings.smoothing) for one in maps.numpy()])
-        return AnomalyMaps(maps, found.divergence[:, self.channels].cpu(), score, found.calls.cpu())
+        return AnomalyMaps(maps, found.divergence.cpu(), score, found.calls.cpu())
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Masks and decisions of what :meth:`maps` found."""
