@@ -96,6 +96,44 @@ def test_a_patient_may_not_be_there_twice(tmp_path: Path) -> None:
         find_patients(tmp_path, TWO)
 
 
+def scan(root: Path, name: str, session: str) -> None:
+    for kind in ("T1w", "mask"):
+        write(root / session / "anat" / f"{name}_{kind}.nii.gz", voxels())
+
+
+def test_scans_of_a_patient_belong_together(tmp_path: Path) -> None:
+    """As in ATLAS v2.0: each scan has a name of its own, and says whose it is."""
+    scan(tmp_path / "R001" / "sub-r001s001", "sub-r001s001", "ses-1")
+    scan(tmp_path / "R001" / "sub-r001s001", "sub-r001s001", "ses-2")
+    scan(tmp_path / "R002" / "sub-r002s001", "sub-r002s001", "ses-1")
+    found = find_patients(tmp_path, LAYOUTS["atlas"], needs_mask=True)
+    assert [one.name for one in found] == ["sub-r001s001/ses-1", "sub-r001s001/ses-2", "sub-r002s001/ses-1"]
+    assert [one.patient for one in found] == ["sub-r001s001", "sub-r001s001", "sub-r002s001"]
+
+
+def test_without_sub_folders_each_folder_is_a_patient(tmp_path: Path) -> None:
+    patient(tmp_path, "b")
+    patient(tmp_path / "site1", "a")
+    assert [one.patient for one in find_patients(tmp_path, TWO)] == ["b", "site1/a"]
+
+
+def test_a_scan_may_not_be_there_twice(tmp_path: Path) -> None:
+    scan(tmp_path / "raw" / "sub-1", "sub-1", "ses-1")
+    scan(tmp_path / "copy" / "sub-1", "sub-1", "ses-1")
+    message = "patient sub-1/ses-1 is there twice, as copy/sub-1/ses-1/anat and raw/sub-1/ses-1/anat; rename"
+    with pytest.raises(DataError, match=message):
+        find_patients(tmp_path, LAYOUTS["atlas"])
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    patient(tmp_path / "elsewhere", "b")
+    patient(tmp_path / "data", "a")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "c").symlink_to(tmp_path / "elsewhere" / "b")  # the same patient by another name
+    assert [one.name for one in find_patients(tmp_path / "data", TWO)] == ["a", "b"]
+
+
 def test_masks_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
     patient(tmp_path, mask=False)
     assert find_patients(tmp_path, TWO)[0].mask is None
@@ -142,6 +180,12 @@ def test_number_types_and_a_last_axis_of_one(tmp_path: Path, dtype: Any) -> None
     np.testing.assert_allclose(found, content)
 
 
+def with_header(path: Path, header: nibabel.Nifti1Header) -> bytes:
+    """The file with another header, as nibabel would not write it."""
+    content = gzip.decompress(path.read_bytes())
+    return gzip.compress(header.binaryblock + content[len(header.binaryblock) :])
+
+
 def broken(root: Path, how: str) -> None:
     folder = patient(root)
     t1 = folder / "p1_t1.nii.gz"
@@ -157,6 +201,16 @@ def broken(root: Path, how: str) -> None:
         write(t1, content)
     elif how == "empty":
         write(t1, np.zeros(SHAPE, np.float32))
+    elif how == "z-scored":
+        inside = content > 90
+        write(t1, np.where(inside, (content - content[inside].mean()) / content[inside].std(), 0))
+    elif how == "negative mask":
+        write(folder / "p1_seg.nii.gz", -lesion().astype(np.int16))
+    elif how in ("zeros", "no number"):
+        file = nibabel.load(t1)
+        for key in ("srow_x", "srow_y", "srow_z"):
+            file.header[key] = 0 if how == "zeros" else np.nan
+        t1.write_bytes(with_header(t1, file.header))
     elif how == "mask":
         write(folder / "p1_seg.nii.gz", lesion() * 0.3)
     elif how == "truncated":
@@ -176,7 +230,14 @@ def broken(root: Path, how: str) -> None:
         ("nan", r"p1_t1\.nii\.gz: 1 voxels are NaN or infinite"),
         ("inf", r"p1_t1\.nii\.gz: 1 voxels are NaN or infinite"),
         ("empty", r"p1_t1\.nii\.gz: an empty volume, every voxel is 0"),
-        ("mask", r"p1_seg\.nii\.gz: a mask has whole numbers, found 0\.3"),
+        (
+            "z-scored",
+            r"p1_t1\.nii\.gz: [2-4]\d% of its voxels are below 0, as after z-scoring.*use the volumes from before",
+        ),
+        ("mask", r"p1_seg\.nii\.gz: a mask has whole numbers from 0 up, found 0\.3"),
+        ("negative mask", r"p1_seg\.nii\.gz: a mask has whole numbers from 0 up, found -1"),
+        ("zeros", r"p1_t1\.nii\.gz: its affine cannot be used.*found \[\[0\.0, .*correct sform or qform"),
+        ("no number", r"p1_t1\.nii\.gz: its affine cannot be used.*found \[\[nan, .*correct sform or qform"),
         ("truncated", r"p1_t1\.nii\.gz: cannot be read to its end"),
         ("no gzip", r"p1_t1\.nii\.gz: not a NIfTI file that can be read"),
         ("no nifti", r"p1_t1\.nii\.gz: not a NIfTI file that can be read"),
@@ -187,6 +248,14 @@ def test_what_is_wrong_is_said(tmp_path: Path, how: str, message: str) -> None:
     (found,) = find_patients(tmp_path, TWO)
     with pytest.raises(DataError, match=message):
         read_patient(found)
+
+
+def test_little_below_0_is_no_error(tmp_path: Path) -> None:
+    """Interpolation undershoots around edges: many voxels, but hardly any of the intensity."""
+    content = voxels(1)
+    content[:3] = -2
+    patient(tmp_path, t1=content)
+    read_patient(find_patients(tmp_path, TWO)[0])
 
 
 def test_without_nibabel_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -11,6 +12,7 @@ import pytest
 
 from heterodiff.config import DataConfig
 from heterodiff.config_file import parse_config
+from heterodiff.data.findings import BadImage
 from heterodiff.data.nifti import Patient
 from heterodiff.data.slices import (
     from_pictures,
@@ -156,6 +158,46 @@ def test_splits_keep_patients_together(tmp_path: Path) -> None:
     assert data.spec.class_names == ("healthy", "unhealthy")
 
 
+def test_scans_of_a_patient_stay_together(tmp_path: Path) -> None:
+    for folder in patients(tmp_path / "made", 4).iterdir():
+        for session in ("ses-1", "ses-2"):
+            shutil.copytree(folder, tmp_path / "data" / f"sub-{folder.name[1:]}" / session / "anat")
+    config = settings(tmp_path / "data", val_fraction=0.3, test_patients=["sub-1"])
+    found = open_volumes(config)
+    assert found.names[0].startswith("sub-0/ses-1/")
+    assert len({*found.names}) == len(found.names)
+    assert found.groups == tuple(name.split("/")[0] for name in found.names)
+    data = load_data(config)
+    test = load_test(config, data.spec)
+    assert {*test.patients} == {"sub-1"}
+    parts = [{name.split("/")[0] for name in names} for names in (data.train.names, data.val.names)]
+    assert [len(part) for part in parts] == [2, 1]
+    assert not parts[0] & parts[1]
+
+
+def test_progress_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command prints as JSON must stay JSON."""
+    open_volumes(settings(patients(tmp_path / "data", 4)))
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "patient 4 of 4: p3" in printed.err
+
+
+@pytest.mark.parametrize("kept_bytes", [-100, 0])
+def test_kept_files_that_were_cut_off(tmp_path: Path, kept_bytes: int) -> None:
+    config = settings(patients(tmp_path / "data"))
+    found = open_volumes(config)
+    assert found.mask is not None
+    for path in (tmp_path / "data_slices" / fingerprint(config)).glob("p1_*.npy"):
+        path.write_bytes(path.read_bytes()[:kept_bytes])
+    row = next(row for row, name in enumerate(found.names) if name.startswith("p1/"))
+    found.mask(0)
+    with pytest.raises(DataError, match=r"p1_.*\.mask\.npy: kept slices cannot be read.*delete the folder"):
+        found.mask(row)
+    with pytest.raises(BadImage, match=r"p1_.*\.image\.npy: kept slices cannot be read.*delete the folder"):
+        found.read(row)
+
+
 def test_slices_are_made_once(tmp_path: Path) -> None:
     config = settings(patients(tmp_path / "data"))
     open_volumes(config)
@@ -261,6 +303,8 @@ def test_slices_of_an_npz_file(tmp_path: Path) -> None:
         ({"patient": np.arange(5)}, r"'patient' has the shape \(5,\), expected \(6,\)"),
         ({"image": np.zeros((6, 20, 14))}, r"'image' has the shape \(6, 20, 14\), expected \(N, C, H, W\)"),
         ({"image": np.full((6, 2, 20, 14), np.nan)}, "'image' holds NaN"),
+        ({"mask": np.full((6, 20, 14), -1)}, "'mask': a mask has whole numbers from 0 up, found -1"),
+        ({"mask": np.full((6, 20, 14), 0.3)}, r"'mask': a mask has whole numbers from 0 up, found 0\.3"),
         ({"z": np.zeros(6, int)}, "share a number in 'z'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Patients as NIfTI volumes: which files belong to which, and reading them in one orientation."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,8 @@ from heterodiff.errors import DataError
 SUFFIXES = (".nii", ".nii.gz")
 AFFINE_TOLERANCE = 1e-3
 """Millimetres by which affines of a patient's volumes may differ: headers store them in single precision."""
+MOST_NEGATIVE = 0.1
+"""Share of a volume's intensity that may lie below 0: interpolation leaves little there, z-scoring half."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class PatientFiles:
-    """Where a patient's volumes are.
+    """Where the volumes of a patient are, or of one of its scans.
 
     Attributes:
-        name: of the patient, its folder relative to the data folder.
+        name: of the scan, unique: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
         volumes: file of each modality, in the order of the channels.
         mask: file of the mask, where there is one.
     """
@@ -47,6 +50,11 @@ class PatientFiles:
     name: str
     volumes: tuple[Path, ...]
     mask: Path | None
+
+    @property
+    def patient(self) -> str:
+        """Whose scan it is: ``sub-*`` where its name starts so, else the whole name."""
+        return self.name.split("/")[0] if self.name.startswith("sub-") else self.name
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def _stem(path: Path) -> str:
 
 
 def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[PatientFiles]:
-    """List the patients below ``root``: every folder that holds volumes.
+    """List the scans of patients below ``root``: every folder that holds volumes. Links are followed.
 
     Args:
         needs_mask: whether a patient without a mask is an error.
@@ -81,7 +89,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
         DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
     """
     folders: dict[Path, list[Path]] = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(_files_below(root)):
         if is_nifti(path) and not path.name.startswith("."):
             folders.setdefault(path.parent, []).append(path)
     if not folders:
@@ -89,14 +97,36 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
     patients = [_patient_of(root, folder, files, layout, needs_mask) for folder, files in folders.items()]
     seen: dict[str, str] = {}
     for patient in patients:
-        short = Path(patient.name).name.casefold()
-        if short in seen:
+        short = patient.name if patient.name.startswith("sub-") else Path(patient.name).name
+        place = patient.volumes[0].parent.relative_to(root).as_posix()
+        if short.casefold() in seen:
             raise DataError(
-                f"{root}: patient {Path(patient.name).name} is there twice, as {seen[short]} and {patient.name}; "
+                f"{root}: patient {short} is there twice, as {seen[short.casefold()]} and {place}; "
                 "rename or remove one, so that no patient is both trained on and tested with"
             )
-        seen[short] = patient.name
+        seen[short.casefold()] = place
     return patients
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files below ``root``, through links too, which may lead back: each folder is entered once."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (Path(folder, name) for name in names)
+
+
+def _scan_name(root: Path, folder: Path) -> str:
+    parts = folder.relative_to(root).parts
+    first = next((number for number, part in enumerate(parts) if part.startswith("sub-")), None)
+    if first is None:
+        return "/".join(parts) or root.name
+    return "/".join(part for part in parts[first:] if part != "anat")
 
 
 def _wanted(layout: Layout) -> str:
@@ -122,8 +152,7 @@ def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, nee
     if len(masks) > 1 or (needs_mask and not masks):
         there = ", ".join(path.name for path in masks) or "none"
         raise DataError(f"{folder}: expected one mask {layout.mask}.nii[.gz], found {there}; see data.volumes.mask")
-    name = folder.relative_to(root).as_posix() if folder != root else root.name
-    return PatientFiles(name, tuple(volumes), masks[0] if masks else None)
+    return PatientFiles(_scan_name(root, folder), tuple(volumes), masks[0] if masks else None)
 
 
 def load_nifti(path: Path) -> Any:
@@ -150,7 +179,8 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the voxels (X, Y, Z) float32 and the affine (4, 4) of a volume, in canonical orientation.
 
     Raises:
-        DataError: unreadable or truncated, not three axes, no voxels, or values that are not finite.
+        DataError: unreadable or truncated, not three axes, no voxels, an affine that cannot be used, or values that are
+            not finite.
     """
     file = load_nifti(path)
     shape = tuple(file.shape)
@@ -163,6 +193,11 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     if 0 in shape:
         raise DataError(f"{path}: a volume without voxels ({'x'.join(map(str, shape))})")
+    if not np.isfinite(file.affine).all() or np.linalg.matrix_rank(file.affine[:3, :3]) < 3:
+        raise DataError(
+            f"{path}: its affine cannot be used: expected finite numbers that span three axes, found "
+            f"{file.affine[:3].tolist()}; correct sform or qform in its header"
+        )
     import nibabel
 
     try:
@@ -180,8 +215,8 @@ def read_patient(files: PatientFiles) -> Patient:
     """Read all volumes of a patient.
 
     Raises:
-        DataError: as :func:`read_voxels`; volumes that differ in shape or affine, an empty volume, or a mask whose
-            values are not whole numbers.
+        DataError: as :func:`read_voxels`; volumes that differ in shape or affine, an empty volume, one with
+            much below 0, or a mask whose values are not whole numbers from 0 up.
     """
     volumes: list[np.ndarray] = []
     first_affine: np.ndarray | None = None
@@ -203,15 +238,35 @@ def read_patient(files: PatientFiles) -> Patient:
             )
         if path != files.mask and voxels.min() == voxels.max():
             raise DataError(f"{path}: an empty volume, every voxel is {voxels.flat[0]:g}")
+        if path != files.mask:
+            _refuse_negative(path, voxels)
         volumes.append(voxels)
     mask = None
     if files.mask:
         labels = volumes.pop()
-        if (labels != np.round(labels)).any():
-            wrong = labels[labels != np.round(labels)][0]
-            raise DataError(
-                f"{files.mask}: a mask has whole numbers, found {wrong:g}; it may have been resampled without nearest "
-                "neighbours"
-            )
+        if problem := label_problem(labels):
+            raise DataError(f"{files.mask}: {problem}")
         mask = labels > 0
     return Patient(np.stack(volumes), mask)
+
+
+def _refuse_negative(path: Path, voxels: np.ndarray) -> None:
+    """Foreground is what is above 0: of a z-scored volume, half of the tissue would be lost without a word."""
+    below = voxels < 0
+    share = -voxels[below].sum(dtype=np.float64) / np.abs(voxels).sum(dtype=np.float64)
+    if share > MOST_NEGATIVE and not below.all():  # where all are, no slice shows any brain, which is said later
+        raise DataError(
+            f"{path}: {below.mean():.0%} of its voxels are below 0, as after z-scoring, and would count as background; "
+            "expected background at 0 and tissue above it; use the volumes from before z-scoring"
+        )
+
+
+def label_problem(labels: np.ndarray) -> str | None:
+    """Why ``labels`` are no mask, if they are none."""
+    wrong = labels[~((labels >= 0) & (labels == np.round(labels)))]
+    if not wrong.size:
+        return None
+    return (
+        f"a mask has whole numbers from 0 up, found {wrong[0]:g}; give what is healthy the label 0, and resample masks "
+        "by nearest neighbours"
+    )

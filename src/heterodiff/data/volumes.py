@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from heterodiff.config import DataConfig, VolumesConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.decode import read_member
 from heterodiff.data.findings import BadImage
-from heterodiff.data.nifti import LAYOUTS, Layout, PatientFiles, find_patients, read_patient
+from heterodiff.data.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.resize import Size
 from heterodiff.data.slices import PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
 from heterodiff.errors import DataError
@@ -50,9 +51,10 @@ def fingerprint(config: DataConfig) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Slices of one patient as they are kept."""
+    """Slices of one scan of a patient as they are kept."""
 
     name: str
+    patient: str
     image: Path
     mask: Path | None
     unhealthy: tuple[bool, ...] | None
@@ -64,6 +66,13 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def _kept(path: Path, index: int) -> np.ndarray:
+    try:
+        return np.array(_mapped(path)[index])
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise BadImage(f"{path}: kept slices cannot be read ({error}); delete the folder to make them again") from None
+
+
 @dataclass(frozen=True)
 class SliceReader:
     """Row ``i`` is slice ``rows[i][1]`` of the array in file ``rows[i][0]``."""
@@ -72,12 +81,7 @@ class SliceReader:
 
     def __call__(self, row: int) -> np.ndarray:
         path, index = self.rows[row]
-        try:
-            return stretch_slice(np.array(_mapped(path)[index], dtype=np.float32))
-        except (OSError, ValueError, IndexError) as error:
-            raise BadImage(
-                f"{path}: kept slices cannot be read ({error}); delete the folder to make them again"
-            ) from None
+        return stretch_slice(_kept(path, index).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,10 @@ class MaskReader:
 
     def __call__(self, row: int) -> np.ndarray:
         path, index = self.rows[row]
-        return np.array(_mapped(path)[index], dtype=bool)
+        try:
+            return _kept(path, index).astype(bool)
+        except BadImage as reason:  # no image is bad here, and callers expect none
+            raise DataError(str(reason)) from None
 
 
 def open_volumes(config: DataConfig) -> Collection:
@@ -131,7 +138,7 @@ def open_volumes(config: DataConfig) -> Collection:
         class_of=tuple(CLASSES[one.unhealthy[k]] if labelled and one.unhealthy else None for one, k in rows),
         read=SliceReader(tuple((one.image, k) for one, k in rows)),
         value_range=(0.0, 1.0),
-        groups=tuple(one.name for one, _ in rows),
+        groups=tuple(one.patient for one, _ in rows),
         mask=MaskReader(tuple((one.mask, k) for one, k in rows if one.mask)) if with_mask else None,
     )
 
@@ -160,7 +167,7 @@ def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int
         fits = False
     if not fits:
         if total >= PROGRESS_FROM:
-            print(f"slicing  patient {number} of {total}: {patient.name}", flush=True)
+            print(f"slicing  patient {number} of {total}: {patient.name}", file=sys.stderr, flush=True)
         slices = slice_patient(read_patient(patient), config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
         content = {
             "stamp": stamp,
@@ -180,7 +187,8 @@ def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int
                 f"{folder}: slices cannot be kept here ({error.strerror}); name another folder in data.volumes.cache"
             ) from None
     unhealthy = content["unhealthy"]
-    return _Stored(patient.name, image, mask, None if unhealthy is None else tuple(unhealthy), tuple(content["index"]))
+    ill = None if unhealthy is None else tuple(unhealthy)
+    return _Stored(patient.name, patient.patient, image, mask, ill, tuple(content["index"]))
 
 
 def _write(path: Path, array: np.ndarray | None) -> None:
@@ -239,6 +247,8 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
             raise DataError(f"{path}: '{name}' has the shape {found}, expected {expected}")
     if not np.isfinite(image).all():
         raise DataError(f"{path}: 'image' holds NaN or infinite values; repair it")
+    if mask is not None and (problem := label_problem(mask)):
+        raise DataError(f"{path}: 'mask': {problem}")
     groups = tuple(str(value) for value in patient)
     z = arrays.get("z", np.arange(count))
     names = tuple(f"{group}/{int(index):04d}" for group, index in zip(groups, z, strict=True))
