@@ -41,7 +41,6 @@ def some() -> dict[str, np.ndarray]:
     unhealthy = np.array([True, True, False, True, True, False])
     score = np.array([0.9, 0.8, 0.3, 0.7, 0.4, 0.1])
     maps = masks * 0.5 + truth * 0.25
-    images = np.stack([truth * 0.6 + 0.1, truth * 0.0 + 0.3], axis=1)
     return {
         "masks": masks,
         "unhealthy": unhealthy,
@@ -49,7 +48,7 @@ def some() -> dict[str, np.ndarray]:
         "score": score,
         "truth": truth,
         "patients": np.array(["a", "a", "b", "b", "b", "c"]),
-        "images": images,
+        "foreground": np.full(truth.shape, True),
     }
 
 
@@ -73,7 +72,6 @@ def test_all_numbers_of_a_case_that_is_counted_by_hand() -> None:
     assert sum(row["dice"]["n"] for row in found["sizes"]) == 4
     assert found["sizes"][0]["pixels"][0] == 4
     assert found["sizes"][-1]["pixels"][1] == 36
-    assert found["threshold"]["dice"] == pytest.approx(1)
 
 
 def slow_average_precision(truth: np.ndarray, values: np.ndarray) -> float:
@@ -87,11 +85,21 @@ def slow_average_precision(truth: np.ndarray, values: np.ndarray) -> float:
     return total
 
 
-def test_auprc_is_the_area_over_recall() -> None:
-    case = some()
-    case["maps"] = np.round(np.random.default_rng(0).random(case["truth"].shape) + case["truth"], 2)
+def test_auprc_is_the_area_over_recall_of_the_foreground() -> None:
+    case, rng = some(), np.random.default_rng(0)
+    case["maps"] = np.round(rng.random(case["truth"].shape) + case["truth"], 2)
+    case["foreground"] = rng.random(case["truth"].shape) < 0.7
     found = evaluate_segmentation(**case)
-    assert found["mixed"]["auprc"] == pytest.approx(slow_average_precision(case["truth"].ravel(), case["maps"].ravel()))
+    truth, maps = (case[name][case["foreground"]] for name in ("truth", "maps"))
+    assert found["mixed"]["auprc"] == pytest.approx(slow_average_precision(truth, maps))
+
+
+def test_an_image_that_is_labelled_unhealthy_counts_as_that_without_a_pixel_of_its_lesion() -> None:
+    case = some()
+    found = evaluate_segmentation(**case, ill=np.array([True] * 5 + [False]))
+    assert (found["image"]["unhealthy"], found["image"]["precision"]) == (5, 1)
+    assert found["healthy"]["false_positive_area"]["n"] == 1
+    assert found["unhealthy"]["dice"]["n"] == 4
 
 
 def test_interval_resamples_patients_not_slices() -> None:
@@ -106,14 +114,39 @@ def test_interval_resamples_patients_not_slices() -> None:
     assert patient_interval(values, patients) == (low, high)
 
 
+EVERYWHERE = np.full((2, SIDE, SIDE), True)
+LESIONS = np.stack([square(2, 2, 5), square(5, 5, 4)])
+
+
 def test_threshold_takes_the_best_of_channels_and_their_mean() -> None:
-    truth = np.stack([square(2, 2, 5), square(5, 5, 4)])
     rng = np.random.default_rng(0)
     noise = rng.random((2, 2, SIDE, SIDE)) * 0.4
     noise[:, 1] = 0.4 - noise[:, 0]  # in their mean only the lesion is left
-    found = threshold_baseline(noise + 0.1 * truth[:, None], truth)
-    assert found["of"] == "mean of channels"
+    found = threshold_baseline(noise + 0.1 * LESIONS[:, None], LESIONS, EVERYWHERE)
+    assert found["of"] == "mean of channels, above"
     assert found["dice"] == pytest.approx(1)
+    assert found["auprc"] == pytest.approx(1)
+
+
+def test_threshold_finds_dark_lesions_inside_the_foreground() -> None:
+    foreground = np.stack([square(1, 1, 9)] * 2)
+    images = np.where(foreground, 0.6, 0.0)[:, None] - 0.3 * LESIONS[:, None]
+    found = threshold_baseline(images, LESIONS, foreground)
+    assert found["of"] == "channel 0, below"
+    assert found["dice"] == pytest.approx(1)
+    assert 0.3 < found["threshold"] <= 0.6
+
+
+def test_threshold_is_smoothed_and_rid_of_small_components_as_masks_are() -> None:
+    """Single bright pixels beside a lesion: told apart by what is around them, or by their size."""
+    images = 0.1 + 0.5 * LESIONS[:, None]
+    images[:, :, [0, 0, 10, 10], [0, 10, 0, 10]] = 0.9
+    plain = overlap(images[:, 0] > 0.5, LESIONS)[0].mean()
+    dropped = threshold_baseline(images, LESIONS, EVERYWHERE, smoothing=1, least=2)
+    smoothed = threshold_baseline(images, LESIONS, EVERYWHERE, smoothing=3, least=0)
+    assert dropped["dice"] == pytest.approx(1)
+    assert plain < smoothed["dice"] < 1
+    assert smoothed["of"] == "channel 0, smoothed, above"
 
 
 @pytest.mark.parametrize("kind", ["healthy", "unhealthy"])
@@ -122,4 +155,4 @@ def test_images_of_one_kind_alone(kind: str) -> None:
     found = evaluate_segmentation(**case)
     assert found["image"]["auroc"] is None
     assert found[kind if kind == "unhealthy" else "mixed"]["dice"]["n"] == len(case["truth"])
-    assert ("threshold" in found) == (kind == "unhealthy")
+    assert ("sizes" in found) == (kind == "unhealthy")

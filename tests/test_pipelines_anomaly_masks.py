@@ -121,6 +121,14 @@ def test_the_peak_is_that_of_the_mean_map_smoothed(side: int) -> None:
     np.testing.assert_array_equal(half_peak_mask(maps, **default), smooth >= smooth.max() / 2)
 
 
+def test_a_map_of_almost_nothing_is_not_marked_everywhere() -> None:
+    maps = np.zeros((1, 16, 16))
+    assert not half_peak_mask(maps).any()
+    maps[0, 3, 3:5] = 1  # less than any quantile leaves above it
+    assert not anomaly_mask(maps, np.ones(1), np.ones(1)).any()
+    assert anomaly_mask(maps, np.ones(1), np.ones(1), smoothing=1).sum() == 2
+
+
 def test_a_map_without_a_peak() -> None:
     assert peak_score(np.zeros((2, 8, 8))) == 0
     assert peak_score(np.ones((2, 8, 8))) == pytest.approx(1)
@@ -184,6 +192,21 @@ def test_healthy_images_alone_give_a_limit_that_one_of_twenty_exceeds() -> None:
 def test_damaged_calibration_is_refused(content: object) -> None:
     with pytest.raises(RunError, match="calibrate again"):
         Calibration.from_dict(content)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["largest_divergence", "score_limit", "healthy"])
+def test_a_calibration_that_is_not_finite_is_refused(key: str, value: float) -> None:
+    content = Calibration((0.5, 0.5), 0.1, 3, 2, 1).to_dict()
+    with pytest.raises(RunError, match="calibrate again"):
+        Calibration.from_dict(content | {key: [0.5, value] if key == "largest_divergence" else value})
+
+
+def test_a_calibration_of_other_channels_is_refused() -> None:
+    found = Calibration((0.5, 0.5), 0.1, 3, 2, 1)
+    assert Calibration.from_dict(found.to_dict(), 2) == found
+    with pytest.raises(RunError, match="expected 4 channels, found 2; calibrate again"):
+        Calibration.from_dict(found.to_dict(), 4)
 
 
 def test_labels_the_wrong_way_round_are_found() -> None:

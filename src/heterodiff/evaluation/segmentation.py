@@ -7,10 +7,12 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from heterodiff.evaluation.bootstrap import percentile_interval
+from heterodiff.pipelines.anomaly_masks import drop_small
 
 SMOOTHING = 1e-6
 RESAMPLES = 2_000
-THRESHOLDS = 200
+THRESHOLDS = 50
+MOST_PIXELS = 50_000_000
 SIZES = ("small", "medium", "large")
 
 
@@ -37,30 +39,56 @@ def _mean(values: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
     return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
-def _overlaps(found: np.ndarray, truth: np.ndarray, maps: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+def _overlaps(
+    found: np.ndarray, truth: np.ndarray, maps: np.ndarray, foreground: np.ndarray, patients: np.ndarray
+) -> dict[str, Any]:
     dice, iou = overlap(found, truth)
     result: dict[str, Any] = {"dice": _mean(dice, patients), "iou": _mean(iou, patients)}
-    if truth.any():
-        result["auprc"] = float(average_precision_score(truth.ravel(), maps.ravel()))
+    if (area := _precision_recall_area(truth, maps, foreground)) is not None:
+        result["auprc"] = area
     return result
 
 
-def threshold_baseline(images: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """The best Dice of a threshold of a channel, or of their mean: chosen on the truth itself, in its favour.
+def _precision_recall_area(truth: np.ndarray, values: np.ndarray, foreground: np.ndarray) -> float | None:
+    """Of the foreground's pixels; of images evenly spread where all have more than fifty million."""
+    every = truth.size // MOST_PIXELS + 1
+    truth, values = (part[::every][foreground[::every]] for part in (truth, values))
+    return float(average_precision_score(truth, values)) if truth.any() else None
+
+
+def threshold_baseline(
+    images: np.ndarray, truth: np.ndarray, foreground: np.ndarray, smoothing: int = 5, least: int | None = None
+) -> dict[str, Any]:
+    """The best Dice of an intensity threshold, chosen on the truth itself, in its favour.
+
+    What is above or below a limit is marked, of a channel or of their mean, smoothed by a mean or as it is, within
+    the foreground; small components are dropped as of the masks it is compared with.
 
     Args:
         images: (N, C, H, W) in [0, 1], all with a lesion.
-        truth: (N, H, W) bool.
+        truth, foreground: (N, H, W) bool.
+        smoothing: side in pixels of the square of the mean.
+        least: see :func:`heterodiff.pipelines.anomaly_masks.drop_small`.
+
+    Returns:
+        ``dice``, ``of`` (in words), ``threshold`` in [0, 1], and ``auprc`` of the same values.
     """
-    seen = {f"channel {channel}": images[:, channel] for channel in range(images.shape[1])}
-    if len(seen) > 1:
-        seen["mean of channels"] = images.mean(axis=1)
-    best: dict[str, Any] = {"dice": 0.0, "of": "", "threshold": 0.0}
-    for name, values in seen.items():
-        for threshold in np.linspace(0, 1, THRESHOLDS, endpoint=False):
-            dice = float(overlap(values > threshold, truth)[0].mean())
-            if dice > best["dice"]:
-                best = {"dice": dice, "of": name, "threshold": float(threshold)}
+    from scipy.ndimage import uniform_filter
+
+    channels = {f"channel {channel}": images[:, channel] for channel in range(images.shape[1])}
+    if len(channels) > 1:
+        channels["mean of channels"] = images.mean(axis=1)
+    best: dict[str, Any] = {"dice": 0.0, "of": "", "threshold": 0.0, "auprc": None}
+    for name, plain in channels.items():
+        smooth = uniform_filter(plain, (1, smoothing, smoothing))
+        for of, values in ((name, plain), (f"{name}, smoothed", smooth)):
+            for sign, side in ((1, "above"), (-1, "below")):
+                for threshold in np.linspace(0, 1, THRESHOLDS, endpoint=False):
+                    marked = (sign * values > sign * threshold) & foreground
+                    dice = float(overlap(np.stack([drop_small(one, least) for one in marked]), truth)[0].mean())
+                    if dice > best["dice"]:
+                        area = _precision_recall_area(truth, sign * values, foreground)
+                        best = {"dice": dice, "of": f"{of}, {side}", "threshold": float(threshold), "auprc": area}
     return best
 
 
@@ -85,43 +113,44 @@ def evaluate_segmentation(
     maps: np.ndarray,
     score: np.ndarray,
     truth: np.ndarray,
+    foreground: np.ndarray,
     patients: Sequence[str],
-    images: np.ndarray,
+    ill: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Compare what was found with true masks.
 
     Args:
         masks: (N, H, W) bool, before images judged healthy are emptied.
         unhealthy: (N,) bool, decision for each image.
-        maps: (N, H, W).
+        maps: (N, H, W), smoothed as for masks.
         score: (N,) the higher, the more anomalous.
-        truth: (N, H, W) bool.
+        truth, foreground: (N, H, W) bool; the foreground's pixels count for AUPRC.
         patients: of each image; intervals resample them.
-        images: (N, C, H, W) in [0, 1] of the channels that count, for the threshold.
+        ill: (N,) bool, the label of each image; default: whether its true mask has any pixel.
 
     Returns:
         Ready for JSON: ``mixed`` (all images; masks of those judged healthy are empty) and ``unhealthy`` (those with a
         lesion, masks as they are), each with ``dice``, ``iou``, ``auprc``; ``patients``; ``sizes``; ``image``
-        (``auroc``, ``precision``, ``recall``, ``accuracy``); ``healthy`` (``false_positive_area``); ``threshold``.
+        (``auroc``, ``precision``, ``recall``, ``accuracy``); ``healthy`` (``false_positive_area``).
     """
     of = np.asarray(patients)
-    ill = np.asarray(truth.any(axis=(1, 2)))
+    shown = np.asarray(truth.any(axis=(1, 2)))  # a lesion of few pixels may be lost where images are made smaller
+    ill = shown if ill is None else ill
     mixed = masks & unhealthy[:, None, None]
     result: dict[str, Any] = {
         "n": len(truth),
-        "mixed": _overlaps(mixed, truth, maps, of),
-        "unhealthy": _overlaps(masks[ill], truth[ill], maps[ill], of[ill]),
+        "mixed": _overlaps(mixed, truth, maps, foreground, of),
+        "unhealthy": _overlaps(masks[shown], truth[shown], maps[shown], foreground[shown], of[shown]),
         "healthy": {"false_positive_area": _mean(mixed[~ill].mean(axis=(1, 2)), of[~ill])},
         "image": _decisions(unhealthy, score, ill),
     }
     dice = overlap(masks, truth)[0]
-    if ill.any():
-        result["sizes"] = _by_size(dice[ill], truth[ill].sum(axis=(1, 2)), of[ill])
-        result["threshold"] = threshold_baseline(images[ill], truth[ill])
+    if shown.any():
+        result["sizes"] = _by_size(dice[shown], truth[shown].sum(axis=(1, 2)), of[shown])
     result["patients"] = [
         {"patient": str(patient), "n": int(chosen.sum()), "dice": float(dice[chosen].mean()) if chosen.any() else None}
         for patient in np.unique(of)
-        for chosen in [(of == patient) & ill]
+        for chosen in [(of == patient) & shown]
     ]
     return result
 

@@ -20,7 +20,7 @@ from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
-from heterodiff.evaluation.segmentation import evaluate_segmentation
+from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import CONFIG_FILE, load_generation, load_spec
@@ -28,6 +28,10 @@ from heterodiff.pipelines.segment import Segmentation, Segmenter, load_calibrati
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
+COMPARED = 300
+"""Images at most, evenly spread over those with a lesion, that the intensity threshold is chosen and measured on."""
+FOREGROUND = 0.025
+"""Mean of all channels, in [0, 1], above which a pixel is not background (Che et al. 2025)."""
 
 
 def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
@@ -84,11 +88,12 @@ def calibrate_run(run: Path) -> list[str]:
             f"{', '.join(classes) or 'none'}; label them, or correct segmentation.healthy"
         )
     with progress_tasks() as start:
-        found = list(_all_maps(segmenter, data.val, start("validation images", len(data.val))))
+        every = _all_maps(segmenter, data.val, start("validation images", len(data.val)))
+        found = [(one.divergence, one.score) for one in every]
     labels = data.val.labels
     known = labels >= 0 if classes else np.full(len(labels), True)
     unhealthy = labels != classes.index(settings.healthy) if classes else ~known
-    divergence, score = (torch.cat([getattr(one, name) for one in found]).numpy() for name in ("divergence", "score"))
+    divergence, score = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
     config = image_config(run)
     made = fingerprint(config) if config.source == "volumes" else None
@@ -126,49 +131,79 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     of = elsewhere or image_config(run)
     test = load_test(of, spec, "all" if elsewhere else "test")
     assert test.mask is not None  # asked before, by `finds_anomalies`
-    segmenter = Segmenter(load_generation(run), config.segmentation)
-    count = len(test.images)
+    settings, count = config.segmentation, len(test.images)
+    segmenter = Segmenter(load_generation(run), settings)
     with progress_tasks() as start:
         maps = _all_maps(segmenter, test.images, start("test images", count))
-        parts, calls = zip(*((segmenter.masks(one, calibration), one.calls) for one in maps), strict=True)
-    found = Segmentation.join(parts)
+        found = [(segmenter.masks(one, calibration), segmenter.smoothed(one), one.calls) for one in maps]
+    every = Segmentation.join([part for part, _, _ in found])
+    smoothed = np.concatenate([part for _, part, _ in found])
+    foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in _parts(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
-    images = test.images.batch(range(count))[0]
-    seen = images[:, segmenter.channels]
+    ill = np.asarray(truth.any(axis=(1, 2)))
+    if settings.healthy in spec.class_names:
+        labels = test.images.labels
+        ill = np.where(labels >= 0, labels != spec.class_names.index(settings.healthy), ill)
     metrics = evaluate_segmentation(
-        found.masks, found.unhealthy, found.maps, found.score, truth, test.patients, seen.numpy()
+        every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
     )
-    notes = []
-    if elsewhere and (seen_before := count_seen(images, run_data(run).train)):
-        notes.append(f"{seen_before:,} of these {count:,} images are training images too: they are not held out")
-    part = "all" if elsewhere else "kept for testing"
-    metrics["data"] = {"path": str(of.path or of.source), "part": part, "notes": notes}
-    metrics["settings"] = config.segmentation.model_dump(mode="json")
-    metrics["calls_per_image"] = float(torch.cat(calls).float().mean())
+    if compared := _spread(np.flatnonzero(truth.any(axis=(1, 2))), COMPARED):
+        images = test.images.batch(compared)[0].numpy()
+        of_threshold = (images, truth[compared], foreground[compared], settings.smoothing, settings.drop_small)
+        metrics["threshold"] = {"n": len(compared), **threshold_baseline(*of_threshold)}
+    metrics["data"] = {
+        "path": str(of.path or of.source),
+        "part": "all" if elsewhere else "kept for testing",
+        "notes": _seen_in_training(run, test.images) if elsewhere else [],
+    }
+    metrics["settings"] = settings.model_dump(mode="json")
+    metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls in found]).float().mean())
     picture = run / ANOMALIES_PICTURE
     picture.parent.mkdir(exist_ok=True)
-    overlays(seen, truth, found).save(picture)
+    rows = _shown(truth)
+    first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
+    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(picture)
     (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 
-def overlays(images: Tensor, truth: np.ndarray, found: Segmentation) -> Image:
-    """Some images with a lesion and some without, as a row each: first channel, true mask, found mask, map."""
+def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
+    """A note on those of ``images`` that the run was trained on."""
+    seen = count_seen((image for part in _parts(images) for image in part), run_data(run).train)
+    return [f"{seen:,} of these {len(images):,} images are training images too: they are not held out"] if seen else []
+
+
+def _parts(images: ImageDataset) -> Iterator[Tensor]:
+    for first in range(0, len(images), IMAGES_AT_ONCE):
+        yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
+
+
+def _shown(truth: np.ndarray) -> list[int]:
+    """Numbers of some images with a lesion and of some without."""
     ill = np.asarray(truth.any(axis=(1, 2)))
-    with_lesion, without = np.flatnonzero(ill), np.flatnonzero(~ill)
-    few = min(len(without), SHOWN // 4)
-    chosen = np.concatenate([_spread(with_lesion, SHOWN - few), _spread(without, few)])
-    grey = images[chosen, :1].expand(-1, 3, -1, -1)
-    maps = torch.from_numpy(found.maps[chosen]).float()[:, None]
-    maps = (maps / maps.quantile(0.995).clamp(min=1e-6)).clamp(0, 1).expand(-1, 3, -1, -1)
-    true, marked = (torch.from_numpy(masks[chosen]) for masks in (truth, found.mixed_masks))
-    rows = [grey, tinted(grey, true, GREEN), tinted(grey, marked, RED), maps]
+    few = min(int((~ill).sum()), SHOWN // 4)
+    return [*_spread(np.flatnonzero(ill), SHOWN - few), *_spread(np.flatnonzero(~ill), few)]
+
+
+def overlays(images: Tensor, truth: np.ndarray, maps: np.ndarray, marked: np.ndarray) -> Image:
+    """A column for each image: as it is, true mask, found mask, map.
+
+    Args:
+        images: (N, 1, H, W) in [0, 1].
+        truth, marked: (N, H, W) bool.
+        maps: (N, H, W).
+    """
+    grey = images.expand(-1, 3, -1, -1)
+    bright = torch.from_numpy(maps).float()[:, None]
+    bright = (bright / bright.quantile(0.995).clamp(min=1e-6)).clamp(0, 1).expand(-1, 3, -1, -1)
+    true, found = (torch.from_numpy(masks) for masks in (truth, marked))
+    rows = [grey, tinted(grey, true, GREEN), tinted(grey, found, RED), bright]
     names = ["image", "true mask", "found", "anomaly map"]
-    return image_grid(torch.cat(rows), names, columns=len(chosen), min_side=SHOWN_SIDE)
+    return image_grid(torch.cat(rows), names, columns=len(images), min_side=SHOWN_SIDE)
 
 
-def _spread(rows: np.ndarray, count: int) -> np.ndarray:
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)] if len(rows) else rows
+def _spread(rows: np.ndarray, count: int) -> list[int]:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
 
 
 def segmentation_summary(metrics: dict[str, Any]) -> list[str]:
@@ -187,8 +222,8 @@ def segmentation_summary(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"masks      {row['size']} lesions, {low} to {high} pixels: Dice {_interval(row['dice'])}")
     if threshold := metrics.get("threshold"):
         lines.append(
-            f"compare  the best threshold ({threshold['of']} above {threshold['threshold']:.2f}): "
-            f"Dice {100 * threshold['dice']:.1f} %"
+            f"compare  the best threshold ({threshold['of']} {threshold['threshold']:.2f}): "
+            f"Dice {100 * threshold['dice']:.1f} %, AUPRC {_percent(threshold['auprc'])}"
         )
     image = metrics["image"]
     if image["auroc"] is not None:

@@ -12,12 +12,12 @@ GROUPS = {"unhealthy": "Images with a lesion", "mixed": "All images"}
 EXPLANATIONS = {
     "dice": "Overlap of found and true masks: 2 |both| / (|found| + |true|); two empty masks agree wholly.",
     "iou": "|both| / |either|.",
-    "auprc": "Area under precision and recall over all pixels' values of the map; no limit is chosen.",
+    "auprc": "Area under precision and recall over the foreground's pixels of the smoothed map; no limit is chosen.",
 }
 TITLES = {"dice": "Dice", "iou": "IoU", "auprc": "AUPRC"}
 METHOD = (
-    "Masks and limits were learned from image labels alone. All images: masks of those judged healthy are emptied. "
-    "Images with a lesion: masks as they are. Intervals: 95 % of resamples of patients. Not a medical device."
+    "The model and its limits were learned from image labels alone. All images: masks of those judged healthy are "
+    "emptied. Images with a lesion: masks as they are. Intervals: 95 % of resamples of patients. Not a medical device."
 )
 
 
@@ -49,8 +49,11 @@ def segmentation_section(evaluation: Mapping[str, Any], picture: str) -> str:
     ]
     threshold = part_of(evaluation, "threshold")
     if threshold:
-        text = f"Dice of {threshold.get('of', MISSING)} above {number(threshold.get('threshold'), '{:.2f}')}"
-        rows.append(("Best threshold", percent(threshold.get("dice")), "", f"{text}, chosen on the true masks."))
+        text = f"Dice of {threshold.get('of', MISSING)} {number(threshold.get('threshold'), '{:.2f}')}"
+        area = f"its AUPRC is {percent(threshold.get('auprc'))}"
+        rows.append(
+            ("Best threshold", percent(threshold.get("dice")), "", f"{text}, chosen on the true masks; {area}.")
+        )
     sizes = evaluation.get("sizes")
     by_size = [
         (f"{row.get('size', MISSING)} lesions", _range(row.get("pixels")), _interval(part_of(row, "dice")))

@@ -39,18 +39,26 @@ class Calibration:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: Any) -> "Calibration":
+    def from_dict(cls, content: Any, channels: int | None = None) -> "Calibration":
         """Read what :meth:`to_dict` wrote.
 
+        Args:
+            channels: how many are compared, where that is known.
+
         Raises:
-            RunError: keys are missing or unknown, or values have the wrong type.
+            RunError: keys are missing, values have the wrong type or are not finite, or other channels.
         """
         try:
             largest = tuple(float(value) for value in content["largest_divergence"])
             limit = float(content["score_limit"])
-            return cls(largest, limit, *(int(content[key]) for key in ("healthy", "unhealthy", "errors")))
-        except (KeyError, TypeError, ValueError) as error:
+            counts = [int(content[key]) for key in ("healthy", "unhealthy", "errors")]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RunError(f"saved calibration cannot be used ({error!r}); calibrate again") from None
+        if not np.isfinite([*largest, limit]).all():
+            raise RunError(f"saved calibration: expected finite limits, found {[*largest, limit]}; calibrate again")
+        if channels is not None and len(largest) != channels:
+            raise RunError(f"saved calibration: expected {channels} channels, found {len(largest)}; calibrate again")
+        return cls(largest, limit, *counts)
 
 
 def calibrate(
@@ -97,34 +105,40 @@ def calibrate(
     )
 
 
+def smoothed_map(maps: np.ndarray, threshold: str, smoothing: int = SMOOTHING) -> np.ndarray:
+    """Mean (H, W) of the channels' maps, each pixel from the square around it: what masks are marked in.
+
+    Args:
+        maps: (C, H, W).
+        threshold: ``quantile``, for which the median of the square is taken, or ``half-peak``, for which its mean.
+        smoothing: side of the square in pixels.
+    """
+    from scipy.ndimage import median_filter, uniform_filter
+
+    smooth = {"quantile": median_filter, "half-peak": uniform_filter}[threshold]
+    return np.asarray(smooth(maps.mean(axis=0), smoothing))
+
+
 def anomaly_mask(
     maps: np.ndarray, divergence: np.ndarray, largest_divergence: np.ndarray, smoothing: int = SMOOTHING
 ) -> np.ndarray:
     """Return the mask (H, W) bool of one image before components are dropped.
 
     Of each channel the quantile 0.98 - 0.08 D / Dmax of its map, in hundredths of D / Dmax, is taken: the stronger the
-    anomaly, the more is marked. Their mean is the limit of the mean map, smoothed by a median of 5x5 pixels.
+    anomaly, the more is marked. Their mean is the limit of the smoothed map.
 
     Args:
         maps: (C, H, W).
         divergence, largest_divergence: (C,).
-        smoothing: another side of the median's square.
+        smoothing: see :func:`smoothed_map`.
     """
-    from scipy.ndimage import median_filter
-
     share = np.clip(
         np.divide(divergence, largest_divergence, where=largest_divergence > 0, out=np.ones(len(maps))), 0, 1
     )
     quantiles = 0.98 - 0.0008 * np.round(100 * share)
     limit = np.mean([np.quantile(one, q) for one, q in zip(maps, quantiles, strict=True)])
-    return median_filter(maps.mean(axis=0), smoothing) >= limit
-
-
-def _smoothed(maps: np.ndarray, smoothing: int) -> np.ndarray:
-    """Mean of the channels' maps (C, H, W), each pixel the mean of the square around it."""
-    from scipy.ndimage import uniform_filter
-
-    return np.asarray(uniform_filter(maps.mean(axis=0), smoothing))
+    smooth = smoothed_map(maps, "quantile", smoothing)
+    return (smooth >= limit) & (smooth > 0)  # a map that is zero at its quantile would be marked everywhere
 
 
 def peak_score(maps: np.ndarray, smoothing: int = SMOOTHING) -> float:
@@ -138,7 +152,7 @@ def peak_score(maps: np.ndarray, smoothing: int = SMOOTHING) -> float:
         At least about 1; 0 of a map that is 0 everywhere.
     """
     mean = float(maps.mean())
-    return float(_smoothed(maps, smoothing).max()) / mean if mean != 0 else 0.0
+    return float(smoothed_map(maps, "half-peak", smoothing).max()) / mean if mean != 0 else 0.0
 
 
 def half_peak_mask(maps: np.ndarray, smoothing: int = SMOOTHING) -> np.ndarray:
@@ -150,8 +164,8 @@ def half_peak_mask(maps: np.ndarray, smoothing: int = SMOOTHING) -> np.ndarray:
         maps: (C, H, W).
         smoothing: see there.
     """
-    smoothed = _smoothed(maps, smoothing)
-    return np.asarray(smoothed >= smoothed.max() / 2)
+    smooth = smoothed_map(maps, "half-peak", smoothing)
+    return (smooth >= smooth.max() / 2) & (smooth > 0)
 
 
 def drop_small(mask: np.ndarray, least: int | None = None) -> np.ndarray:

@@ -15,8 +15,15 @@ from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noi
 from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
-from heterodiff.errors import ConfigError, RunError
-from heterodiff.pipelines.anomaly_masks import Calibration, anomaly_mask, drop_small, half_peak_mask, peak_score
+from heterodiff.errors import CheckpointError, ConfigError, RunError
+from heterodiff.pipelines.anomaly_masks import (
+    Calibration,
+    anomaly_mask,
+    drop_small,
+    half_peak_mask,
+    peak_score,
+    smoothed_map,
+)
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.load import read_json
 
@@ -123,6 +130,12 @@ class Segmenter:
             score = torch.tensor([peak_score(one, settings.smoothing) for one in maps.numpy()])
         return AnomalyMaps(maps, found.divergence.cpu(), score, found.calls.cpu())
 
+    def smoothed(self, found: AnomalyMaps) -> np.ndarray:
+        """Means of the channels' maps of what :meth:`maps` found, (B, H, W), smoothed as for masks."""
+        return np.stack(
+            [smoothed_map(one, self.settings.threshold, self.settings.smoothing) for one in found.maps.numpy()]
+        )
+
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Masks and decisions of what :meth:`maps` found."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
@@ -142,6 +155,9 @@ def save_calibration(
 
     Args:
         preprocessing: fingerprint of how slices were made of volumes, where they were.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     path = run / CALIBRATION_FILE
     content: dict[str, Any] = {
@@ -149,24 +165,39 @@ def save_calibration(
         "preprocessing": preprocessing,
         **calibration.to_dict(),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room, or copy the run") from None
     return path
 
 
-def load_calibration(run: Path, settings: SegmentationConfig) -> Calibration:
+def load_calibration(run: Path, settings: SegmentationConfig, channels: int | None = None) -> Calibration:
     """Read the calibration of the run for ``settings``.
 
+    Args:
+        channels: how many are compared, where that is known.
+
     Raises:
-        RunError: there is none, or it was made with other settings.
+        RunError: there is none, it is damaged, or it was made with other settings or for other channels.
     """
     path = run / CALIBRATION_FILE
     way_out = f"run `heterodiff segment {run} --calibrate`"
     if not path.is_file():
         raise RunError(f"{run}: not calibrated yet, so there are no limits for masks; {way_out}")
-    content = read_json(path)
-    stored = content.pop("settings", None) if isinstance(content, dict) else None
+    try:
+        content = read_json(path)
+    except CheckpointError as error:
+        raise RunError(f"{error}; {way_out}") from None
+    stored = content.pop("settings", None)
     wanted = settings.model_dump(mode="json")
     if stored != wanted:
-        other = [key for key in wanted if not isinstance(stored, dict) or stored.get(key) != wanted[key]]
+        stored = stored if isinstance(stored, dict) else {}
+        other = [key for key in (*wanted, *stored) if stored.get(key, ...) != wanted.get(key, ...)]
         raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
-    return Calibration.from_dict(content)
+    try:
+        return Calibration.from_dict(content, channels)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
