@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -10,12 +13,13 @@ import pytest
 from PIL import Image
 
 from heterodiff.cli import main
-from heterodiff.config import RunConfig
+from heterodiff.config import RunConfig, SegmentationConfig
 from heterodiff.config_file import parse_config
 from heterodiff.data.nifti import LAYOUTS, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import slice_patient
 from heterodiff.data.volumes import fingerprint
 from heterodiff.errors import DataError, RunError
+from heterodiff.pipelines import segment_files
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.segment import Segmentation, save_calibration
 from heterodiff.pipelines.segment_files import save_like, segment_folder, to_volumes
@@ -47,10 +51,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def write_patient(root: Path, name: str, affine: np.ndarray) -> None:
+def write_patient(root: Path, name: str, affine: np.ndarray) -> Path:
     (root / name).mkdir(parents=True)
     for kind, content in zip(("flair", "t1"), head(), strict=True):
         nibabel.save(nibabel.Nifti1Image(content, affine), root / name / f"{name}_{kind}.nii.gz")
+    return root
+
+
+def command(*arguments: object) -> int | str | None:
+    """Exit code of ``heterodiff segment``."""
+    with pytest.raises(SystemExit) as ended:
+        main(["segment", *map(str, arguments)])
+    return ended.value.code
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -78,8 +90,8 @@ def test_results_lie_on_their_volumes(run: Path, tmp_path: Path) -> None:
     for name in ("LPS", "oblique"):
         write_patient(tmp_path / "data", name, AFFINES[name])
     told: list[str] = []
-    rows = segment_folder(run, tmp_path / "data", tmp_path / "out", told.append)
-    assert len(rows) == len(told) == 2
+    rows, problems = segment_folder(run, tmp_path / "data", tmp_path / "out", told.append)
+    assert (len(rows), len(told), problems) == (2, 2, [])
     with (tmp_path / "out" / "patients.csv").open() as file:
         assert [row["patient"] for row in csv.DictReader(file)] == sorted(row["patient"] for row in rows)
     for row in rows:
@@ -115,28 +127,203 @@ def test_patients_that_are_done_are_left(run: Path, tmp_path: Path) -> None:
     assert [line.rsplit(", ")[1] for line in told[2:]] == ["done", "done before"]
 
 
+@pytest.mark.parametrize("name", ["mask.nii.gz", "anomaly.nii.gz", "overlay.png"])
+@pytest.mark.parametrize("emptied", [True, False])
+def test_files_that_are_lost_are_made_again(run: Path, tmp_path: Path, name: str, emptied: bool) -> None:
+    data, out = write_patient(tmp_path / "data", "a", np.eye(4)), tmp_path / "out"
+    first = segment_folder(run, data, out)
+    size = (out / "a" / name).stat().st_size
+    if emptied:
+        (out / "a" / name).write_bytes(b"")
+    else:
+        (out / "a" / name).unlink()
+    assert segment_folder(run, data, out) == first
+    assert (out / "a" / name).stat().st_size == size
+    assert len(list((out / "a").iterdir())) == 4  # with scores.json, and nothing unfinished
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_no_mask_is_half_written_or_beside_scores_of_another(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The power fails while a patient whose volumes have changed is written."""
+    data, out = write_patient(tmp_path / "data", "a", np.eye(4)), tmp_path / "out"
+    segment_folder(run, data, out)
+    nibabel.save(nibabel.Nifti1Image(head(5)[0], np.eye(4)), data / "a" / "a_flair.nii.gz")
+    save = nibabel.save
+    saved: list[Path] = []
+
+    def failing(image: Any, path: Path) -> None:
+        if len(saved) == at:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(image, path)
+
+    monkeypatch.setattr(nibabel, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        segment_folder(run, data, out)
+    monkeypatch.undo()
+    assert not (out / "a" / "scores.json").exists()
+    for kind in ("mask", "anomaly"):
+        assert nibabel.load(out / "a" / f"{kind}.nii.gz").get_fdata().shape == SHAPE
+    told: list[str] = []
+    segment_folder(run, data, out, told.append)
+    assert told[0].endswith(", done")
+
+
 def test_from_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_patient(tmp_path / "data", "a", np.eye(4))
-    with pytest.raises(SystemExit) as ended:
-        main(["segment", str(run), str(tmp_path / "data"), "--out", str(tmp_path / "out")])
-    assert ended.value.code == 0
+    data = write_patient(tmp_path / "data", "a", np.eye(4))
+    assert command(run, data, "--out", tmp_path / "out") == 0
     assert "masks and maps of 1 patients" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        main(["segment", str(run)])
-    assert ended.value.code == 1
+    assert command(run) == 1
     assert "--calibrate" in capsys.readouterr().err
 
 
+def test_a_patient_that_cannot_be_used_is_left_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        data = write_patient(tmp_path / "data", name, np.eye(4))
+    damaged, lost = data / "a" / "a_t1.nii.gz", data / "c" / "c_t1.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    lost.unlink()
+    lost.symlink_to("nowhere.nii.gz")
+    assert command(run, data, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert f"1 of 4  a: left out, {damaged}: " in said.out
+    assert "masks and maps of 2 patients" in said.out
+    first, second = said.err.strip().splitlines()[-2:]
+    assert first.startswith(f"error: {damaged}: cannot be read to its end")
+    assert second.startswith(f"error: {lost}: cannot be read (No such file")
+    with (tmp_path / "out" / "patients.csv").open() as file:
+        assert [row["patient"] for row in csv.DictReader(file)] == ["b", "d"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_finished_patients(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    for name in ("a", "b"):
+        data = write_patient(tmp_path / "data", name, np.eye(4))
+    segment = segment_files._segment
+
+    def stopped(patient: Any, *arguments: Any) -> dict[str, Any]:
+        if patient.name == "b":
+            os.kill(os.getpid(), number)
+        return segment(patient, *arguments)
+
+    monkeypatch.setattr(segment_files, "_segment", stopped)
+    assert command(run, data, "--out", tmp_path / "out") == 128 + number
+    monkeypatch.undo()
+    said = f"stopped by {number.name}; finished patients are kept, the same command goes on\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert not (tmp_path / "out" / "b").exists()
+    assert command(run, data, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("done before") == 1
+
+
+def test_names_that_are_no_utf8(run: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"p\xe9")
+    data, out = write_patient(tmp_path / "data", name, np.eye(4)), tmp_path / "out"
+    told: list[str] = []
+    first = segment_folder(run, data, out, told.append)
+    assert segment_folder(run, data, out, told.append) == first
+    assert all(line.isprintable() for line in told)
+    assert b"p\xe9," in (out / "patients.csv").read_bytes()
+
+
+def test_where_masks_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    data, out = write_patient(tmp_path / "data", "a", np.eye(4)), tmp_path / "out"
+    (tmp_path / "link").symlink_to(data)
+    for inside in (data, data / "masks", tmp_path / "link" / "masks"):
+        with pytest.raises(RunError, match=r"lies in the folder of patients .*; choose an --out elsewhere"):
+            segment_folder(run, data, inside)
+    assert [path.name for path in data.iterdir()] == ["a"]
+    segment_folder(run, data, tmp_path)  # which holds the patients, but not among them
+    out.write_bytes(b"")
+    for where in (out, out / "below"):
+        with pytest.raises(RunError, match=r"out.*: cannot be written: .* choose another --out"):
+            segment_folder(run, data, where)
+    out.unlink()
+    out.mkdir()
+    (out / "a").write_bytes(b"")
+    with pytest.raises(RunError, match=r"a: cannot be written: File exists"):
+        segment_folder(run, data, out)
+    (out / "a").unlink()
+    (out / "patients.csv").mkdir()
+    with pytest.raises(RunError, match=r"out: cannot be written: Is a directory"):
+        segment_folder(run, data, out)
+
+
+def test_folders_are_looked_at_before_calibrating(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("heterodiff.evaluation.segmentation_run.calibrate_run", lambda run: pytest.fail("calibrated"))
+    data = write_patient(tmp_path / "data", "a", np.eye(4))
+    for folder, out, message in (
+        (tmp_path / "nowhere", tmp_path / "out", "no such folder of patients"),
+        (data, data / "out", "lies in the folder of patients"),
+    ):
+        assert command(run, folder, "--out", out, "--calibrate") == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"settings": {', r"not readable as JSON.*run `heterodiff segment .* --calibrate`"),
+        ("[]", r"expected a JSON object, found list; run `heterodiff segment .* --calibrate`"),
+        (
+            {"settings": settings(Path(), Path()).segmentation.model_dump(mode="json") | {"later": 1}},
+            r"calibration\.json: calibrated with another segmentation\.later; run `heterodiff segment",
+        ),
+        (
+            {"score_limit": float("nan")},
+            r"calibration\.json: saved calibration: expected finite limits.*calibrate again",
+        ),
+        ({"largest_divergence": [1.0]}, r"calibration\.json: .*expected 2 channels, found 1; calibrate again"),
+    ],
+)
+def test_a_damaged_calibration_is_refused(run: Path, tmp_path: Path, content: Any, message: str) -> None:
+    data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "calibration.json"
+    before = path.read_text()
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
+    try:
+        with pytest.raises(RunError, match=message):
+            segment_folder(run, data, tmp_path / "out")
+    finally:
+        path.write_text(before)
+
+
+def test_a_calibration_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_calibration(tmp_path, CALIBRATION, SegmentationConfig())
+    before = path.read_text()
+
+    def full(self: Path, *_: object) -> None:
+        self.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"calibration\.json: cannot be written: No space"):
+        save_calibration(tmp_path, CALIBRATION, SegmentationConfig(depth=10))
+    assert path.read_text() == before
+
+
 def test_other_preprocessing_is_refused(run: Path, tmp_path: Path) -> None:
-    path = run / "calibration.json"
+    data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "calibration.json"
     content = path.read_text()
     path.write_text(json.dumps(json.loads(content) | {"preprocessing": "0123456789abcdef"}))
     try:
         with pytest.raises(RunError, match=r"made in another way.*0123456789abcdef.*train and calibrate again"):
-            segment_folder(run, tmp_path, tmp_path / "out")
+            segment_folder(run, data, tmp_path / "out")
         path.unlink()
         with pytest.raises(RunError, match="not calibrated yet"):
-            segment_folder(run, tmp_path, tmp_path / "out")
+            segment_folder(run, data, tmp_path / "out")
     finally:
         path.write_text(content)
 
@@ -151,5 +338,6 @@ def test_what_cannot_be_segmented(run: Path, tmp_path: Path) -> None:
     dark[0, 0, 0] = -50
     for kind in ("flair", "t1"):
         nibabel.save(nibabel.Nifti1Image(dark, np.eye(4)), tmp_path / "data" / "a" / f"a_{kind}.nii.gz")
-    with pytest.raises(DataError, match="no slice shows enough of the brain"):
-        segment_folder(run, tmp_path / "data", tmp_path / "out")
+    rows, (problem,) = segment_folder(run, tmp_path / "data", tmp_path / "out")
+    assert rows == []
+    assert "no slice shows enough of the brain" in problem

@@ -333,19 +333,35 @@ def segment(
 ) -> None:
     """Find anomalies with a run of healthy and unhealthy images: masks, anomaly maps, scores. Not a medical device."""
     from heterodiff.evaluation.segmentation_run import calibrate_run
-    from heterodiff.pipelines.segment_files import segment_folder
+    from heterodiff.pipelines.segment_files import prepare_folders, segment_folder
+    from heterodiff.training.interrupt import Interrupted, StopRequest
 
     if data is None and not calibrate:
         raise ConfigError(f"name a folder of patients, or prepare the run: heterodiff segment {run} --calibrate")
+    folder = out or run / "segmented"
     if calibrate:
+        if data is not None:
+            prepare_folders(run, data, folder)  # what is wrong with them is said before calibrating, which takes long
         for line in calibrate_run(run):
             typer.echo(line)
     if data is None:
         typer.echo(f"next     heterodiff evaluate {run}")
         return
-    folder = out or run / "segmented"
-    rows = segment_folder(run, data, folder, lambda line: typer.echo(f"patient  {line}"))
+    request = StopRequest()
+    try:
+        with request.listening():
+            rows, problems = segment_folder(
+                run, data, folder, lambda line: typer.echo(f"patient  {line}"), lambda *_: request.raise_if_asked()
+            )
+    except (Interrupted, KeyboardInterrupt):
+        stopped_by = signal.Signals(request.signal or signal.SIGINT)
+        typer.echo(f"stopped by {stopped_by.name}; finished patients are kept, the same command goes on", err=True)
+        raise typer.Exit(128 + stopped_by) from None
     typer.echo(f"wrote    masks and maps of {len(rows)} patients in {folder}")
+    for problem in problems:
+        typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from heterodiff.config import DataConfig
+from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import load_config
+from heterodiff.data.findings import printable
 from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.errors import DataError, RunError
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
-from heterodiff.pipelines.load import CONFIG_FILE, load_generation
-from heterodiff.pipelines.segment import CALIBRATION_FILE, Segmentation, Segmenter, load_calibration
+from heterodiff.pipelines.load import CONFIG_FILE, load_generation, read_json
+from heterodiff.pipelines.segment import CALIBRATION_FILE, Progress, Segmentation, Segmenter, load_calibration
 
 SLICES_AT_ONCE = 16
 SHOWN, SHOWN_SIDE = 6, 128
@@ -44,21 +46,70 @@ class Volumes:
 
 
 def segment_folder(
-    run: Path, data: Path, out: Path, report: Callable[[str], None] = lambda line: None
-) -> list[dict[str, Any]]:
+    run: Path,
+    data: Path,
+    out: Path,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda step, total: None,
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Find anomalies in all patients below ``data``, one after the other; patients that are done already are left.
+
+    A patient whose volumes cannot be used does not stop the others.
 
     Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
     shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all.
 
     Args:
         report: gets a line about each patient.
+        progress: called after each step of a few slices; what it raises stops the work, and finished patients are kept.
 
     Returns:
-        the rows of ``patients.csv``.
+        the rows of ``patients.csv``, and what is wrong with the patients that are missing in it.
 
     Raises:
-        HeterodiffError: a run that was not trained on volumes or is not calibrated, or volumes that cannot be used.
+        HeterodiffError: a run that was not trained on volumes or is not calibrated, or folders that cannot be used.
+    """
+    config, patients = prepare_folders(run, data, out)
+    layout, segmenter = layout_of(config.data.volumes), Segmenter(load_generation(run), config.segmentation)
+    channels = segmenter.pipeline.unet.config.in_channels
+    if len(layout.modalities) != channels:
+        raise RunError(
+            f"{run}: its images have {channels} channels, but data.volumes names {len(layout.modalities)} modalities "
+            f"({', '.join(layout.modalities)}); it cannot segment volumes"
+        )
+    calibration = load_calibration(run, config.segmentation, len(segmenter.channels))
+    check_preprocessing(run, config.data)
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for number, patient in enumerate(patients, 1):
+        place, folder = f"{number} of {len(patients)}  {printable(patient.name)}", out / patient.name
+        try:
+            key = _key(run, patient)
+            row, state = _done(folder, key), "done before"
+            if row is None:
+                row, state = _segment(patient, folder, segmenter, calibration, config.data, key, progress), "done"
+        except DataError as error:
+            problems.append(str(error))
+            report(f"{place}: left out, {printable(str(error))}")
+            continue
+        rows.append(row)
+        report(f"{place}: {row['mask_ml']:.2f} ml marked, {state}")
+    # Names that are no UTF-8 are written as they are on disk.
+    with (
+        _writing(out),
+        (out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows, problems
+
+
+def prepare_folders(run: Path, data: Path, out: Path) -> tuple[RunConfig, list[PatientFiles]]:
+    """Return the run's configuration and the patients below ``data``, and make the folder ``out``.
+
+    Raises:
+        HeterodiffError: a run that was not trained on volumes, no patients, or ``out`` where it cannot be.
     """
     config = load_config(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else None
     if config is None:
@@ -70,43 +121,36 @@ def segment_folder(
         )
     if not data.is_dir():
         raise DataError(f"{data}: no such folder of patients")
-    check_preprocessing(run, config.data)
-    calibration = load_calibration(run, config.segmentation)
-    segmenter = Segmenter(load_generation(run), config.segmentation)
-    layout, channels = layout_of(config.data.volumes), segmenter.pipeline.unet.config.in_channels
-    if len(layout.modalities) != channels:
+    if out.resolve().is_relative_to(data.resolve()):
         raise RunError(
-            f"{run}: its images have {channels} channels, but data.volumes names {len(layout.modalities)} modalities "
-            f"({', '.join(layout.modalities)}); it cannot segment volumes"
+            f"{out}: lies in the folder of patients {data}, where masks would be taken for patients at the next start; "
+            "choose an --out elsewhere"
         )
-    patients = find_patients(data, layout)
-    rows = []
-    for number, patient in enumerate(patients, 1):
-        folder = out / patient.name
-        key = _key(run, patient)
-        row = _done(folder, key)
-        state = "done before"
-        if row is None:
-            row, state = _segment(patient, folder, segmenter, calibration, config.data, key), "done"
-        rows.append(row)
-        report(f"{number} of {len(patients)}  {patient.name}: {row['mask_ml']:.2f} ml marked, {state}")
-    with (out / SUMMARY_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
+    patients = find_patients(data, layout_of(config.data.volumes))
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return config, patients
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a :class:`RunError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be written: {error.strerror or error}; make room or choose another --out"
+        ) from None
 
 
 def check_preprocessing(run: Path, config: DataConfig) -> None:
     """Refuse volumes that would be cut into other slices than the run was calibrated with.
 
     Raises:
-        RunError: not calibrated, or calibrated with other preprocessing.
+        RunError: calibrated with other preprocessing.
     """
     path = run / CALIBRATION_FILE
-    if not path.is_file():
-        return  # `load_calibration` says so
-    found = json.loads(path.read_text("utf-8")).get("preprocessing")
+    found = read_json(path).get("preprocessing")
     if found != fingerprint(config):
         raise RunError(
             f"{path}: slices were made in another way (fingerprint {found}, now {fingerprint(config)}), so limits and "
@@ -117,21 +161,36 @@ def check_preprocessing(run: Path, config: DataConfig) -> None:
 def _key(run: Path, patient: PatientFiles) -> str:
     """What the result for a patient depends on: settings, limits and weights of the run, and the patient's files."""
     files = [*sorted((run / "unet").glob("*")), *patient.volumes]
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    try:
+        stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    except OSError as error:  # such as a link to nowhere
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); copy it again") from None
     content = json.dumps([(run / CALIBRATION_FILE).read_text("utf-8"), stamps])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _done(folder: Path, key: str) -> dict[str, Any] | None:
+    """The patient's row, if all its files are there with the sizes they were written with."""
     try:
         content = json.loads((folder / DONE_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+        found = content["key"], content["sizes"]
+        return content["patient"] if found == (key, _sizes(folder)) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content.get("patient") if isinstance(content, dict) and content.get("key") == key else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in (MASK_FILE, MAP_FILE, PICTURE_FILE)}
 
 
 def _segment(
-    patient: PatientFiles, folder: Path, segmenter: Segmenter, calibration: Calibration, config: DataConfig, key: str
+    patient: PatientFiles,
+    folder: Path,
+    segmenter: Segmenter,
+    calibration: Calibration,
+    config: DataConfig,
+    key: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     read = read_patient(PatientFiles(patient.name, patient.volumes, None))
     size = config.image_size or DEFAULT_SIZE
@@ -140,16 +199,12 @@ def _segment(
         raise DataError(f"{patient.volumes[0].parent}: no slice shows enough of the brain to be judged")
     images = torch.from_numpy(np.stack([stretch_slice(image) for image in slices.image]))
     parts = [
-        segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first), calibration)
+        segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first, progress), calibration)
         for first in range(0, len(images), SLICES_AT_ONCE)
     ]
     found = Segmentation.join(parts)
     volumes = to_volumes(found, slices.index, read.image.shape[1:])
-    folder.mkdir(parents=True, exist_ok=True)
     reference = load_nifti(patient.volumes[0])
-    save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
-    save_like(folder / MAP_FILE, volumes.map, reference)
-    _overlay(images[:, segmenter.channels[0]], found, slices.index).save(folder / PICTURE_FILE)
     row = {
         "patient": patient.name,
         "slices": len(slices.index),
@@ -162,9 +217,17 @@ def _segment(
         {"slice": int(z), "score": float(score), "unhealthy": bool(ill)}
         for z, score, ill in zip(slices.index, found.score, found.unhealthy, strict=True)
     ]
-    temporary = folder / f"{DONE_FILE}.tmp"
-    temporary.write_text(json.dumps({"key": key, "patient": row, "slices": of_slices}, indent=1) + "\n", "utf-8")
-    temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
+    picture = _overlay(images[:, segmenter.channels[0]], found, slices.index)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DONE_FILE).unlink(missing_ok=True)  # first: it does not hold for what is written now
+        save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
+        save_like(folder / MAP_FILE, volumes.map, reference)
+        picture.save(folder / PICTURE_FILE)
+        content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
+        temporary = folder / f"{DONE_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
     return row
 
 
@@ -182,7 +245,10 @@ def to_volumes(found: Segmentation, index: np.ndarray, shape: tuple[int, ...]) -
 
 
 def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
-    """Write a volume in canonical orientation as a NIfTI file with shape, affine and orientation of ``reference``."""
+    """Write a volume in canonical orientation as a NIfTI file with shape, affine and orientation of ``reference``.
+
+    The file is there completely or not at all.
+    """
     import nibabel
 
     own = nibabel.io_orientation(reference.affine)
@@ -192,7 +258,9 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
     header.set_data_dtype(voxels.dtype)
     header.set_slope_inter(1, 0)
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), reference.affine, header)
-    nibabel.save(image, path)
+    temporary = path.with_name(f".unfinished.{path.name}")  # nibabel goes by the suffix, and hidden it is no volume
+    nibabel.save(image, temporary)
+    temporary.replace(path)
 
 
 def _overlay(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:
