@@ -32,7 +32,7 @@ from heterodiff.evaluation.segmentation import overlap, patient_interval
 from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies, segmentation_summary
 from heterodiff.memory import keep_freed_memory
 from heterodiff.pipelines.anomaly_masks import calibrate
-from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.pipelines.load import load_generation, load_spec, read_json
 from heterodiff.pipelines.segment import Segmenter
 from heterodiff.training.start import trial
 
@@ -82,7 +82,7 @@ def steps(runs: Path, data: Path) -> dict[str, Any]:
     val = run_data(run).val
     spec = load_spec(run)
     assert spec is not None
-    test = load_test(image_config(run), spec)
+    test = load_test(image_config(run), spec, split=read_json(run / "split.json"))
     assert test.mask is not None
     truth = np.stack([test.mask(row) for row in range(len(test.images))])
     ill = np.flatnonzero(truth.any(axis=(1, 2)))

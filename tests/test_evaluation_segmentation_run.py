@@ -112,7 +112,7 @@ def test_settings_of_segmentation_may_change_after_training(run: Path) -> None:
     assert load_config(run / "config.yaml") == before
 
 
-def test_images_may_be_judged_by_the_peak_of_their_map(run: Path) -> None:
+def test_images_may_be_judged_by_the_peak_of_their_map_or_by_how_far_predictions_part(run: Path) -> None:
     config = settings(run, segmentation__channels=[1, 2])
     spec = load_spec(run)
     assert spec is not None
@@ -123,6 +123,8 @@ def test_images_may_be_judged_by_the_peak_of_their_map(run: Path) -> None:
     np.testing.assert_array_equal(own.maps, peak.maps)
     np.testing.assert_allclose(peak.score, [peak_score(one) for one in own.maps.numpy()], rtol=1e-5)
     assert not np.allclose(own.score, peak.score)
+    parting = Segmenter(pipeline, config.segmentation.model_copy(update={"score": "divergence"})).maps(images)
+    np.testing.assert_allclose(parting.score, own.divergence.numpy().mean(axis=1), rtol=1e-6)
 
 
 def test_masks_may_reach_to_half_the_peak(run: Path) -> None:
@@ -255,6 +257,31 @@ def test_other_patients_with_masks_are_measured_in_place_of_the_runs(
     known = evaluate_anomalies(run, config.data).metrics
     trained_on = json.loads((run / "run.json").read_text())["images"]["train"]
     assert note.replace("28", str(trained_on)) in segmentation_summary(known)
+
+
+def test_test_images_stay_those_of_the_training(run: Path) -> None:
+    """Whatever the settings say since, or which patients came or went."""
+    path, split = run / "split.json", json.loads((run / "split.json").read_text())
+    config, spec = load_config(run / "config.yaml").data, load_spec(run)
+    assert spec is not None
+    every = open_source(config).names
+    assert sorted([*split["train"], *split["val"], *split["test"]]) == sorted(every)
+    more = config.model_copy(
+        update={"brain_phantom": config.brain_phantom.model_copy(update={"patients": 20}), "test_fraction": 0.5}
+    )
+    assert set(load_test(more, spec).images.names) != set(split["test"])
+    assert set(load_test(more, spec, split=split).images.names) == set(split["test"])
+    fewer = config.model_copy(update={"brain_phantom": config.brain_phantom.model_copy(update={"patients": 2})})
+    with pytest.raises(DataError, match=r"of the 12 images that the saved split keeps for testing are missing"):
+        load_test(fewer, spec, split=split)
+    leaking = split | {"test": [*split["test"][1:], split["train"][0]]}
+    try:
+        path.write_text(json.dumps(leaking))
+        save_calibration(run, CALIBRATION, load_config(run / "config.yaml").segmentation)
+        with pytest.raises(DataError, match="are both in 'test' and in 'train' or 'val'"):
+            evaluate_anomalies(run)
+    finally:
+        path.write_text(json.dumps(split))
 
 
 def test_other_patients_that_are_not_there_or_have_no_mask(

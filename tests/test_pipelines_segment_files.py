@@ -14,11 +14,12 @@ from PIL import Image
 
 from heterodiff.cli import main
 from heterodiff.config import RunConfig, SegmentationConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config_file import load_config, parse_config
 from heterodiff.data.nifti import LAYOUTS, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import slice_patient
 from heterodiff.data.volumes import fingerprint
 from heterodiff.errors import DataError, RunError
+from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies
 from heterodiff.pipelines import segment_files
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.segment import Segmentation, save_calibration
@@ -47,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("volumes")
     config = settings(folder / "run", patients(folder / "data"))
     train(config, quiet=True)
-    save_calibration(folder / "run", CALIBRATION, config.segmentation, fingerprint(config.data))
+    save_calibration(folder / "run", CALIBRATION, config.segmentation)
     return folder / "run"
 
 
@@ -315,17 +316,54 @@ def test_a_calibration_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatc
 
 
 def test_other_preprocessing_is_refused(run: Path, tmp_path: Path) -> None:
-    data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "calibration.json"
-    content = path.read_text()
-    path.write_text(json.dumps(json.loads(content) | {"preprocessing": "0123456789abcdef"}))
+    """When segmenting, calibrating, evaluating and going on with the training."""
+    data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "data.json"
+    content, config = path.read_text(), load_config(run / "config.yaml")
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 2})})
+    for other in ("0123456789abcdef", None):
+        path.write_text(json.dumps(json.loads(content) | {"preprocessing": other}))
+        try:
+            for use in (
+                lambda: segment_folder(run, data, tmp_path / "out"),
+                lambda: calibrate_run(run),
+                lambda: evaluate_anomalies(run),
+                lambda: train(longer, quiet=True),
+            ):
+                with pytest.raises(RunError, match=rf"{other or 'unknown'}, .* of {fingerprint(config.data)}: cut or"):
+                    use()
+        finally:
+            path.write_text(content)
+
+
+def test_limits_hold_for_the_weights_they_were_learned_with(run: Path, tmp_path: Path) -> None:
+    data = write_patient(tmp_path / "data", "a", np.eye(4))
+    weights = next((run / "unet").glob("*.safetensors"))
+    before, calibration = weights.read_bytes(), (run / "calibration.json").read_text()
     try:
-        with pytest.raises(RunError, match=r"made in another way.*0123456789abcdef.*train and calibrate again"):
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(RunError, match=r"before the run was trained further.*--calibrate"):
             segment_folder(run, data, tmp_path / "out")
-        path.unlink()
+        weights.write_bytes(before)
+        (run / "calibration.json").unlink()
         with pytest.raises(RunError, match="not calibrated yet"):
             segment_folder(run, data, tmp_path / "out")
     finally:
-        path.write_text(content)
+        weights.write_bytes(before)
+        (run / "calibration.json").write_text(calibration)
+
+
+def test_masks_are_shown_whatever_the_window_of_the_volume(run: Path, tmp_path: Path) -> None:
+    data = write_patient(tmp_path / "data", "a", np.eye(4))
+    for path in sorted((data / "a").iterdir()):
+        image = nibabel.load(path)
+        voxels = np.asarray(image.dataobj)
+        header = image.header.copy()
+        header["cal_max"] = 1500
+        nibabel.save(nibabel.Nifti1Image(voxels, image.affine, header), path)
+    segment_folder(run, data, tmp_path / "out")
+    for name in ("mask", "anomaly"):
+        header = nibabel.load(tmp_path / "out" / "a" / f"{name}.nii.gz").header
+        assert (header["cal_min"], header["cal_max"]) == (0, 0)
 
 
 def test_what_cannot_be_segmented(run: Path, tmp_path: Path) -> None:

@@ -51,10 +51,11 @@ class SegmentationConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         3.0, description="1 is unguided; papers that write (1 + w) healthy - w none mean this minus 1"
     )
-    score: Literal["method", "peak"] = Field(
+    score: Literal["method", "divergence", "peak"] = Field(
         "method",
         description="what an image is judged by: the method's own score (forward-process: the cosine of its errors; "
-        "others: their mean), or how far the peak of its smoothed map stands above the map's mean",
+        "others: their mean); how far the predictions part at most, mean of the channels; or how far the peak of its "
+        "smoothed map stands above the map's mean",
     )
     threshold: Literal["quantile", "half-peak"] = Field(
         "quantile",

@@ -52,6 +52,7 @@ class LoadedData:
         latents: set where the sets hold stored latents instead of images.
         captions: of each image where the source has them: label i of ``train`` and ``val`` points at ``captions[i]``.
         left_out: names of the images of the training part that are not among ``data.train_classes``.
+        for_test: names of the images that are in neither set, kept for the last measurement.
     """
 
     spec: ImageSpec
@@ -62,10 +63,12 @@ class LoadedData:
     latents: LatentsInfo | None = None
     captions: tuple[tuple[str, ...], ...] = ()
     left_out: tuple[str, ...] = ()
+    for_test: tuple[str, ...] = ()
 
     def split_to_dict(self) -> dict[str, list[str]]:
-        """Return the names of the training and validation images; JSON-able, read back by ``load_data(split=)``."""
-        return {"train": [*self.train.names, *self.left_out], "val": list(self.val.names)}
+        """Return the names of the images of each part; JSON-able, read back by ``load_data(split=)``."""
+        split = {"train": [*self.train.names, *self.left_out], "val": list(self.val.names)}
+        return split | ({"test": list(self.for_test)} if self.for_test else {})
 
 
 def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> LoadedData:

@@ -1,7 +1,7 @@
 """The sources of images by name, and loading them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
 from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
-from heterodiff.data.split import draw_group_split
+from heterodiff.data.split import draw_group_split, saved_test
 from heterodiff.data.survey import survey_images
 from heterodiff.data.volumes import open_volumes
 from heterodiff.errors import DataError, unknown_name
@@ -71,12 +71,16 @@ def open_source(config: DataConfig) -> Collection:
     return _SOURCES[config.source](config)
 
 
-def _is_for_test(collection: Collection, config: DataConfig) -> np.ndarray:
-    """Which images (N,) are kept for the last measurement.
+def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
+    """Which images (N,) are kept for the last measurement: as saved, by name, or drawn.
 
     Raises:
-        DataError: patients named for it that are not there.
+        DataError: images saved or patients named for it that are not there.
     """
+    if split is not None:
+        saved = saved_test(collection.names, split, collection.where, collection.groups)
+        if saved is not None:
+            return saved
     groups = collection.names if collection.groups is None else collection.groups
     if config.test_patients:
         known = sorted(set(collection.groups or ()))
@@ -89,18 +93,26 @@ def _is_for_test(collection: Collection, config: DataConfig) -> np.ndarray:
     return draw_group_split([f"test {group}" for group in groups], config.test_fraction, config.split_seed)
 
 
-def open_part(config: DataConfig, part: Literal["train", "test"]) -> Collection:
+def open_part(config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None) -> Collection:
     """List the images to train on and to validate with (``train``), or those kept for the last measurement (``test``).
 
+    Args:
+        split: a saved ``LoadedData.split_to_dict()``, whose test images stay those whatever was added since.
+
     Raises:
-        DataError: as `open_source`; or no images for testing.
+        DataError: as `open_source`; no images for testing, or not all that were saved as such.
     """
-    collection = open_source(config)
+    return _part_of(open_source(config), config, part, split)
+
+
+def _part_of(
+    collection: Collection, config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None
+) -> Collection:
     if config.test_fraction == 0 and not config.test_patients:
         if part == "test":
             raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
         return collection
-    chosen = np.flatnonzero(_is_for_test(collection, config) == (part == "test"))
+    chosen = np.flatnonzero(_is_for_test(collection, config, split) == (part == "test"))
     if not len(chosen):
         which = "none" if part == "test" else "all"
         raise DataError(
@@ -125,16 +137,22 @@ class TestImages:
     mask: Callable[[int], np.ndarray] | None
 
 
-def load_test(config: DataConfig, spec: ImageSpec, part: Literal["test", "all"] = "test") -> TestImages:
+def load_test(
+    config: DataConfig,
+    spec: ImageSpec,
+    part: Literal["test", "all"] = "test",
+    split: dict[str, Any] | None = None,
+) -> TestImages:
     """Load the images that a run with the data settings ``config`` never read.
 
     Args:
         part: of the images of ``config``: those kept for the last measurement, or all, where it was trained on others.
+        split: of the run, whose test images stay those whatever was added since.
 
     Raises:
         DataError: none are kept, or they cannot be used.
     """
-    collection = open_source(config) if part == "all" else open_part(config, "test")
+    collection = open_source(config) if part == "all" else open_part(config, "test", split)
     whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
     images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
@@ -174,5 +192,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
         if config.train_classes is not None:
             raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
         return load_stored(config, split, spec)
-    collection = open_part(config, "train")
-    return assemble(collection, survey_images(collection, config, keep=True), config, split, spec)
+    every = open_source(config)
+    collection = _part_of(every, config, "train", split)
+    data = assemble(collection, survey_images(collection, config, keep=True), config, split, spec)
+    used = set(collection.names)
+    return replace(data, for_test=tuple(name for name in every.names if name not in used))

@@ -53,6 +53,37 @@ def _names(split: dict[str, Any], part: str) -> list[str]:
     return names
 
 
+def saved_test(
+    names: Sequence[str], split: dict[str, Any], where: str, groups: Sequence[str] | None = None
+) -> np.ndarray | None:
+    """Return the mask (N,) of the images that the saved ``split`` keeps for testing; ``None`` where it names none.
+
+    Args:
+        groups: (N,) of each image, such as its patient, who may not be in another part too.
+
+    Raises:
+        DataError: the split is malformed, images are missing, or a group is in another part too.
+    """
+    if not (isinstance(split, dict) and "test" in split):
+        return None
+    kept = set(_names(split, "test"))
+    if missing := sorted(kept - set(names)):
+        raise DataError(
+            f"{where}: {len(missing):,} of the {len(kept):,} images that the saved split keeps for testing are "
+            f"missing, such as {show(missing[0])}; restore them"
+        )
+    mask = np.array([name in kept for name in names], dtype=bool)
+    if groups is not None:
+        others = {*_names(split, "train"), *_names(split, "val")}
+        tested = {group for group, out in zip(groups, mask, strict=True) if out}
+        if both := tested & {group for group, name in zip(groups, names, strict=True) if name in others}:
+            raise DataError(
+                f"saved split: images of {show(min(both))} are both in 'test' and in 'train' or 'val', so what is "
+                "learned of one would be tested on the other; restore the split as it was written"
+            )
+    return mask
+
+
 def apply_split(
     names: Sequence[str], split: dict[str, Any], where: str, groups: Sequence[str] | None = None
 ) -> np.ndarray:

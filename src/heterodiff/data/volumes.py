@@ -49,6 +49,13 @@ def fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(preprocessing(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def known_fingerprint(config: DataConfig) -> str | None:
+    """That of the slices of ``config``; ``None`` of slices that were not made here, such as those in an npz file."""
+    if config.source != "volumes" or config.path is None or config.path.suffix.lower() == ".npz":
+        return None
+    return fingerprint(config)
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Slices of one scan of a patient as they are kept."""

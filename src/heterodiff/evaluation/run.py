@@ -16,12 +16,21 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.latents import read_index
 from heterodiff.data.sources import load_data
+from heterodiff.data.volumes import known_fingerprint
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
-from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, load_generation, load_spec, read_json
+from heterodiff.pipelines.load import (
+    CONFIG_FILE,
+    DATA_FILE,
+    SPLIT_FILE,
+    check_preprocessing,
+    load_generation,
+    load_spec,
+    read_json,
+)
 
 MAX_REAL_IMAGES = 10_000
 
@@ -62,6 +71,7 @@ def run_data(run: Path) -> LoadedData:
     needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
+    check_preprocessing(run, known_fingerprint(load_config(run / CONFIG_FILE).data))
     return load_data(image_config(run), split=read_json(run / SPLIT_FILE), spec=load_spec(run))
 
 

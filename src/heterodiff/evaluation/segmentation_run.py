@@ -14,7 +14,7 @@ from heterodiff.config import DataConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
-from heterodiff.data.volumes import fingerprint
+from heterodiff.data.volumes import known_fingerprint
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.progress import progress_tasks
@@ -23,7 +23,14 @@ from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
-from heterodiff.pipelines.load import CONFIG_FILE, load_generation, load_spec
+from heterodiff.pipelines.load import (
+    CONFIG_FILE,
+    SPLIT_FILE,
+    check_preprocessing,
+    load_generation,
+    load_spec,
+    read_json,
+)
 from heterodiff.pipelines.segment import Segmentation, Segmenter, load_calibration, save_calibration
 
 IMAGES_AT_ONCE = 32
@@ -95,9 +102,7 @@ def calibrate_run(run: Path) -> list[str]:
     unhealthy = labels != classes.index(settings.healthy) if classes else ~known
     divergence, score = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
-    config = image_config(run)
-    made = fingerprint(config) if config.source == "volumes" else None
-    path = save_calibration(run, calibration, settings, made)
+    path = save_calibration(run, calibration, settings)
     total = calibration.healthy + calibration.unhealthy
     if not calibration.unhealthy:
         return [
@@ -126,10 +131,13 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     config = load_config(run / CONFIG_FILE)
     calibration = load_calibration(run, config.segmentation)
     spec = load_spec(run)
-    if spec is None:
-        raise RunError(f"{run}: data.json is missing, so the run's images are not known here")
+    if spec is None or not (run / SPLIT_FILE).is_file():
+        raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
     of = elsewhere or image_config(run)
-    test = load_test(of, spec, "all" if elsewhere else "test")
+    made = known_fingerprint(of)
+    if made or not elsewhere:
+        check_preprocessing(run, made)
+    test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=read_json(run / SPLIT_FILE))
     assert test.mask is not None  # asked before, by `finds_anomalies`
     settings, count = config.segmentation, len(test.images)
     segmenter = Segmenter(load_generation(run), settings)

@@ -147,6 +147,24 @@ def pipeline_kind(folder: Path) -> str:
     return str(read_json(folder / INDEX_FILE).get("_class_name"))
 
 
+def check_preprocessing(run: Path, made: str | None) -> None:
+    """Refuse slices of volumes that were made in another way than those the run was trained on.
+
+    Args:
+        made: :func:`heterodiff.data.volumes.known_fingerprint` of the slices.
+
+    Raises:
+        RunError: they were.
+    """
+    trained = read_json(run / DATA_FILE).get("preprocessing")
+    if trained != made:
+        raise RunError(
+            f"{run / DATA_FILE}: the run was trained on slices of fingerprint {trained or 'unknown'}, these are of "
+            f"{made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the settings and "
+            "version of the training, or train again"
+        )
+
+
 def load_spec(run: Path) -> ImageSpec | None:
     """What the run in folder ``run`` remembers about its images; None for a folder that was not trained here.
 

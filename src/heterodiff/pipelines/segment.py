@@ -1,5 +1,6 @@
 """Finding anomalies with a class-conditional model of a run: maps, masks and a decision for every image."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -125,10 +126,12 @@ class Segmenter:
             found = forward_process(
                 *network, x, labels, none, steps, guidance_scale=guidance, patience=patience, **common
             )
-        maps, score = found.maps.cpu(), found.score.cpu()
+        maps, divergence, score = found.maps.cpu(), found.divergence.cpu(), found.score.cpu()
+        if settings.score == "divergence":
+            score = divergence.mean(dim=1)
         if settings.score == "peak":
             score = torch.tensor([peak_score(one, settings.smoothing) for one in maps.numpy()])
-        return AnomalyMaps(maps, found.divergence.cpu(), score, found.calls.cpu())
+        return AnomalyMaps(maps, divergence, score, found.calls.cpu())
 
     def smoothed(self, found: AnomalyMaps) -> np.ndarray:
         """Means of the channels' maps of what :meth:`maps` found, (B, H, W), smoothed as for masks."""
@@ -148,13 +151,16 @@ class Segmenter:
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
 
 
-def save_calibration(
-    run: Path, calibration: Calibration, settings: SegmentationConfig, preprocessing: str | None = None
-) -> Path:
-    """Write ``calibration.json`` into the run's folder, with the settings that it holds for.
+def _weights(run: Path) -> str:
+    """Sixteen letters that change with the network's weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted((run / "unet").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
-    Args:
-        preprocessing: fingerprint of how slices were made of volumes, where they were.
+
+def save_calibration(run: Path, calibration: Calibration, settings: SegmentationConfig) -> Path:
+    """Write ``calibration.json`` into the run's folder, with the settings and weights that it holds for.
 
     Raises:
         RunError: the file cannot be written.
@@ -162,7 +168,7 @@ def save_calibration(
     path = run / CALIBRATION_FILE
     content: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
-        "preprocessing": preprocessing,
+        "weights": _weights(run),
         **calibration.to_dict(),
     }
     temporary = path.with_name(f"{path.name}.tmp")
@@ -181,7 +187,7 @@ def load_calibration(run: Path, settings: SegmentationConfig, channels: int | No
         channels: how many are compared, where that is known.
 
     Raises:
-        RunError: there is none, it is damaged, or it was made with other settings or for other channels.
+        RunError: there is none, it is damaged, or it was made with other settings or weights, or for other channels.
     """
     path = run / CALIBRATION_FILE
     way_out = f"run `heterodiff segment {run} --calibrate`"
@@ -197,6 +203,8 @@ def load_calibration(run: Path, settings: SegmentationConfig, channels: int | No
         stored = stored if isinstance(stored, dict) else {}
         other = [key for key in (*wanted, *stored) if stored.get(key, ...) != wanted.get(key, ...)]
         raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
+    if content.get("weights") != _weights(run):
+        raise RunError(f"{path}: calibrated before the run was trained further, so its limits do not fit; {way_out}")
     try:
         return Calibration.from_dict(content, channels)
     except RunError as error:

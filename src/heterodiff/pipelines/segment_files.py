@@ -21,7 +21,7 @@ from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.errors import DataError, RunError
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
-from heterodiff.pipelines.load import CONFIG_FILE, load_generation, read_json
+from heterodiff.pipelines.load import CONFIG_FILE, check_preprocessing, load_generation
 from heterodiff.pipelines.segment import CALIBRATION_FILE, Progress, Segmentation, Segmenter, load_calibration
 
 SLICES_AT_ONCE = 16
@@ -78,7 +78,7 @@ def segment_folder(
             f"({', '.join(layout.modalities)}); it cannot segment volumes"
         )
     calibration = load_calibration(run, config.segmentation, len(segmenter.channels))
-    check_preprocessing(run, config.data)
+    check_preprocessing(run, fingerprint(config.data))
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, patient in enumerate(patients, 1):
@@ -141,21 +141,6 @@ def _writing(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder}: cannot be written: {error.strerror or error}; make room or choose another --out"
         ) from None
-
-
-def check_preprocessing(run: Path, config: DataConfig) -> None:
-    """Refuse volumes that would be cut into other slices than the run was calibrated with.
-
-    Raises:
-        RunError: calibrated with other preprocessing.
-    """
-    path = run / CALIBRATION_FILE
-    found = read_json(path).get("preprocessing")
-    if found != fingerprint(config):
-        raise RunError(
-            f"{path}: slices were made in another way (fingerprint {found}, now {fingerprint(config)}), so limits and "
-            "model do not fit; train and calibrate again with this version and these settings"
-        )
 
 
 def _key(run: Path, patient: PatientFiles) -> str:
@@ -257,6 +242,7 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
     header = reference.header.copy()
     header.set_data_dtype(voxels.dtype)
     header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # viewers would show a mask in the window of the volume: black
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), reference.affine, header)
     temporary = path.with_name(f".unfinished.{path.name}")  # nibabel goes by the suffix, and hidden it is no volume
     nibabel.save(image, temporary)

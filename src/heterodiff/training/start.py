@@ -16,9 +16,10 @@ import heterodiff
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
+from heterodiff.data.volumes import known_fingerprint
 from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
 from heterodiff.models.variants import VARIANTS
-from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, load_spec, read_json
+from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.codec_stage import check_denoiser, codec_run, resting_keys
 from heterodiff.training.latents import prepare_latents, stored_latents
@@ -153,6 +154,7 @@ def load_run_data(config: RunConfig) -> LoadedData:
         captions = image_captions(config.data) if config.codec.kind == "cnn" else None
         return latents if captions is None else with_captions(latents, captions)
     if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
+        check_preprocessing(folder, known_fingerprint(config.data))
         return load_data(config.data, split=read_json(folder / SPLIT_FILE), spec=load_spec(folder))
     return load_data(config.data)
 
@@ -175,7 +177,8 @@ def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list
 def _write_facts(folder: Path, config: RunConfig, data: LoadedData, trainer: Trainer) -> None:
     if not (folder / SPLIT_FILE).is_file():
         write_json(folder / SPLIT_FILE, data.split_to_dict())
-    write_json(folder / DATA_FILE, {"spec": data.spec.to_dict(), "train": len(data.train), "val": len(data.val)})
+    facts = {"spec": data.spec.to_dict(), "train": len(data.train), "val": len(data.val)}
+    write_json(folder / DATA_FILE, facts | {"preprocessing": known_fingerprint(config.data)})
     write_json(folder / RUN_FILE, _facts(trainer, data))
     save_config(folder, config)
 
