@@ -37,7 +37,7 @@ from heterodiff.pipelines.segment import Segmenter
 from heterodiff.training.start import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
-PATIENTS = ("7", "19", "26")
+PATIENTS, SHOWN_PATIENT = ("7", "19", "26"), "19"
 COMPARED = 40
 """Test images with a lesion that are segmented with all steps, each of which takes ten times as long."""
 VARIANTS = ("unet", "hae-v2")
@@ -156,7 +156,8 @@ def ms(runs: Path, data: Path) -> dict[str, Any]:
     found = {}
     for patient in PATIENTS:
         overrides = [f"data.path={data / 'ms_slices.npz'}", f"data.test_patients=[{patient!r}]"]
-        found[patient] = _found(runs / f"ms_{patient}", overrides, "ms_slices", f"anomaly_ms_{patient}")
+        picture = "anomaly_ms" if patient == SHOWN_PATIENT else None
+        found[patient] = _found(runs / f"ms_{patient}", overrides, "ms_slices", picture)
     return found
 
 
