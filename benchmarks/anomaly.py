@@ -57,6 +57,7 @@ def _found(run: Path, overrides: list[str], name: str, picture: str | None = Non
         print(line, flush=True)
     if picture:
         shutil.copy(found.picture, ROOT / "docs" / "images" / f"{picture}.png")
+    found.metrics["data"]["path"] = Path(found.metrics["data"]["path"]).name  # results name no place of this machine
     return {"training_seconds": seconds_of(run), **found.metrics}
 
 
