@@ -287,9 +287,11 @@ def test_test_images_stay_those_of_the_training(run: Path) -> None:
 def test_other_patients_that_are_not_there_or_have_no_mask(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(run), "--data", str(tmp_path / "none")])
-    assert "none: no such folder or npz file; correct --data" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("a")
+    for name in ("none", "none.npz", "list.txt"):
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run), "--data", str(tmp_path / name)])
+        assert f"{name}: no such folder or npz file; correct --data" in capsys.readouterr().err
     collection = open_source(settings(run).data)
     images = np.stack([collection.read(row) for row in range(2)])
     np.savez(tmp_path / "bare.npz", image=images, patient=np.array(["a", "b"]))

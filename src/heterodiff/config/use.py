@@ -80,5 +80,5 @@ class SegmentationConfig(Section):
     @classmethod
     def _square_has_a_middle(cls, value: int) -> int:
         if value % 2 == 0:
-            raise ValueError(f"expected an odd number, so that the square has a middle pixel, found {value}")
+            raise ValueError("expected an odd number, so that the square has a middle pixel")
         return value

@@ -58,10 +58,10 @@ def other_patients(run: Path, path: Path) -> DataConfig | None:
     """
     if not (run / CONFIG_FILE).is_file() or image_config(run).source not in ("volumes", "brain-phantom"):
         return None
-    if not path.expanduser().exists():
+    if not (path.expanduser().is_dir() or (path.suffix.lower() == ".npz" and path.expanduser().is_file())):
         raise DataError(f"{path}: no such folder or npz file; correct --data")
     config = image_config(run)
-    volumes = config.volumes.model_copy(update={"cache": None})
+    volumes = config.volumes.model_copy(update={"cache": run / "slices"})  # beside PATH may be read-only
     found = config.model_copy(update={"source": "volumes", "path": path, "volumes": volumes})
     if open_source(found).mask is None and finds_anomalies(run):
         raise DataError(f"{path}: no masks to compare with; `heterodiff segment {run} {path}` finds anomalies without")
@@ -148,14 +148,14 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     smoothed = np.concatenate([part for _, part, _ in found])
     foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in _parts(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
-    ill = np.asarray(truth.any(axis=(1, 2)))
+    shown = ill = np.asarray(truth.any(axis=(1, 2)))
     if settings.healthy in spec.class_names:
         labels = test.images.labels
-        ill = np.where(labels >= 0, labels != spec.class_names.index(settings.healthy), ill)
+        ill = np.where(labels >= 0, labels != spec.class_names.index(settings.healthy), shown)
     metrics = evaluate_segmentation(
         every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
     )
-    if compared := _spread(np.flatnonzero(truth.any(axis=(1, 2))), COMPARED):
+    if compared := _spread(np.flatnonzero(shown), COMPARED):
         images = test.images.batch(compared)[0].numpy()
         of_threshold = (images, truth[compared], foreground[compared], settings.smoothing, settings.drop_small)
         metrics["threshold"] = {"n": len(compared), **threshold_baseline(*of_threshold)}
@@ -168,7 +168,8 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls in found]).float().mean())
     picture = run / ANOMALIES_PICTURE
     picture.parent.mkdir(exist_ok=True)
-    rows = _shown(truth)
+    few = min(int((~shown).sum()), SHOWN // 4)
+    rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
     overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(picture)
     (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
@@ -184,13 +185,6 @@ def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
 def _parts(images: ImageDataset) -> Iterator[Tensor]:
     for first in range(0, len(images), IMAGES_AT_ONCE):
         yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
-
-
-def _shown(truth: np.ndarray) -> list[int]:
-    """Numbers of some images with a lesion and of some without."""
-    ill = np.asarray(truth.any(axis=(1, 2)))
-    few = min(int((~ill).sum()), SHOWN // 4)
-    return [*_spread(np.flatnonzero(ill), SHOWN - few), *_spread(np.flatnonzero(~ill), few)]
 
 
 def overlays(images: Tensor, truth: np.ndarray, maps: np.ndarray, marked: np.ndarray) -> Image:
