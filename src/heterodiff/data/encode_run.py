@@ -1,9 +1,7 @@
 """What `heterodiff encode` does: load the VAE and the images, and encode them with all processes of the command."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +12,7 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.encode import check_out, encode_data
 from heterodiff.data.latents import load_latents
 from heterodiff.data.sources import load_data
+from heterodiff.devices import process_state
 from heterodiff.errors import DataError
 
 
@@ -48,34 +47,23 @@ def encode_run(config: DataConfig, vae_path: Path, out: Path, batch_size: int, s
     codec = KLVAECodec(load_vae(vae_path))
     if config.channels is not None and config.image_size is not None:  # refused now, not after reading all images
         codec.latent_shape(config.channels, *config.image_size)
-    state = _processes()
-    device = state.device if state else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world_size = (state.process_index, state.num_processes) if state else (0, 1)
+    state = process_state()
+    rank, world_size = state.process_index, state.num_processes
     data = load_data(_unkept(config))
     encode_data(
         data,
         config,
-        codec.to(device),
+        codec.to(state.device),
         out,
         vae_path=vae_path,
         shard_size=shard_size,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        barrier=state.wait_for_everyone if state else lambda: None,
+        barrier=state.wait_for_everyone,
     )
-    if state is not None:
-        state.destroy_process_group()
+    state.destroy_process_group()
     return _report(config, codec, data, out) if rank == 0 else None
-
-
-def _processes() -> Any:
-    """accelerate's view of the processes that torchrun started; None if this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _unkept(config: DataConfig) -> DataConfig:

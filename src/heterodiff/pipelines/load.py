@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.devices import find_device
 from heterodiff.errors import CheckpointError, RunError, unknown_name
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
@@ -47,10 +48,11 @@ def load(run: str | Path, device: str | torch.device | None = None, compile: boo
     Raises:
         RunError: no such folder, or nothing to load in it yet.
         CheckpointError: weights or configuration that cannot be read, or of another kind.
+        ConfigError: a device that this machine does not have.
     """
+    device = find_device(device)
     folder = Path(run)
     kind = pipeline_kind(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == ReconstructionPipeline.__name__:
         return ReconstructionPipeline(load_vae(folder)).to(device)
     if kind == TextImagePipeline.__name__:

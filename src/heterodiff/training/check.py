@@ -14,6 +14,7 @@ from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import show
 from heterodiff.data.sources import load_data
+from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE, load
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
@@ -22,7 +23,7 @@ from heterodiff.training.check_latents import check_latent_setup
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
-from heterodiff.training.memory_plan import advice, free_memory
+from heterodiff.training.memory_plan import advice
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.start import timed_steps, trial
 
@@ -113,7 +114,7 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
             print(f"note  {'':10} {needed.output} holds no finished codec; it is trained first, as checked here")
             findings.add(True, "denoiser", check_denoiser(config, spec))
             config = needed
-        free, where = free_memory()
+        free, where = free_memory(default_device())
         fits, text = advice(config, spec, free)
         findings.add(fits, "memory", f"{free / 1e9:.1f} GB free {where}; training needs {text}")
         if not fits:  # then trying it would end this process

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
+from heterodiff.devices import default_device, has_bfloat16, process_state
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
@@ -51,11 +52,11 @@ def precision_of(config: TrainingConfig) -> str:
     Raises:
         ConfigError: float16 without a GPU.
     """
-    wanted = config.precision
-    if wanted == "float16" and not torch.cuda.is_available():
-        raise ConfigError("training.precision=float16 needs a GPU; use float32 or bfloat16")
+    wanted, device = config.precision, default_device()
+    if wanted == "float16" and device.type == "cpu":
+        raise ConfigError("training.precision=float16 needs a GPU, found none; use float32 or bfloat16")
     if wanted == "auto":
-        wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        wanted = "bfloat16" if device.type != "cpu" and has_bfloat16(device) else "float32"
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
 
 
@@ -101,8 +102,8 @@ class Trainer:
         training = config.training
         keep_freed_memory()
         AcceleratorState._reset_state()  # a notebook may train twice, in different precisions
-        cpu = not torch.accelerator.is_available()  # said aloud, else several processes would not find each other
-        self.accelerator = Accelerator(mixed_precision=precision_of(training), cpu=cpu)
+        process_state()  # chooses the device
+        self.accelerator = Accelerator(mixed_precision=precision_of(training))
         self.device = self.accelerator.device
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import psutil
 import torch
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,13 +48,6 @@ class MemoryPlan:
 
     changes: tuple[str, ...]
     peak_bytes: float
-
-
-def free_memory() -> tuple[float, str]:
-    """Bytes free for training, and what kind of memory they are."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "GPU memory"
-    return psutil.virtual_memory().available, "memory"
 
 
 def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:

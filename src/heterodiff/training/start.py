@@ -17,6 +17,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
 from heterodiff.data.volumes import known_fingerprint
+from heterodiff.devices import device_name
 from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
 from heterodiff.models.variants import VARIANTS
 from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
@@ -186,7 +187,7 @@ def _write_facts(folder: Path, config: RunConfig, data: LoadedData, trainer: Tra
 def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:
     model = trainer.recipe.model
     parameters = sum(p.numel() for p in model.parameters())
-    device = torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device = device_name(trainer.device)
     spec = data.spec
     return {
         "versions": {
