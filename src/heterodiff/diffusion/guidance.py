@@ -9,6 +9,7 @@ from torch import Tensor
 from heterodiff.errors import ConfigError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(z (B, C, H, W), network time (B,) on the CPU, the same in all rows) -> prediction (B, C or 2C, H, W)."""
 ModelCall = Callable[[Tensor, Tensor, Any], Tensor]
 
 
@@ -80,7 +81,9 @@ def guided_denoiser(
         raise ConfigError(f"guidance_interval ({low}, {high}): expected 0 <= low <= high <= 1")
 
     def denoise(z: Tensor, time: Tensor) -> Tensor:
-        level = float(time[0]) / num_train_timesteps  # the rows of a sampling batch share one time
-        return guided(model_call, z, time, condition, null_condition, scale if low <= level <= high else 1.0)
+        level = float(time[0])  # the rows of a sampling batch share one time, known without asking the device
+        on_device = torch.full((len(z),), level, device=z.device)
+        inside = low <= level / num_train_timesteps <= high
+        return guided(model_call, z, on_device, condition, null_condition, scale if inside else 1.0)
 
     return denoise

@@ -76,7 +76,7 @@ def invert(
 
     def velocity(z: Tensor, t: int) -> Tensor:
         """Return v = alpha eps - sigma x0 at unit-variance z."""
-        time = torch.full((z.shape[0],), schedule.time[t].item(), device=z.device)
+        time = torch.full((z.shape[0],), schedule.time[t].item())
         z_network = z * norm[t].item()
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
         output = denoise(z_network, time).float()[:, : z.shape[1]]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heterodiff.config import DiffusionConfig
 from heterodiff.diffusion.prediction import target_of, to_x0_eps, x0_sensitivity
-from heterodiff.diffusion.schedule import NoiseSchedule
+from heterodiff.diffusion.schedule import Lookup, NoiseSchedule
 from heterodiff.diffusion.variance import VarianceBound
 from heterodiff.errors import ConfigError
 
@@ -45,9 +45,9 @@ class DiffusionObjective:
         self.schedule = schedule
         self._bound = VarianceBound(schedule) if config.learn_variance else None
         self._weights = (
-            min_snr_weights(schedule, config.prediction, config.snr_gamma)
+            Lookup(min_snr_weights(schedule, config.prediction, config.snr_gamma))
             if config.weighting == "min-snr"
-            else torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
+            else None
         )
 
     def losses(
@@ -69,15 +69,15 @@ class DiffusionObjective:
         Raises:
             ConfigError: the network returns another shape.
         """
-        z = self.schedule.add_noise(x0, noise, t)
-        time = self.schedule.time.float().to(t.device)[t]
+        alpha, sigma = self.schedule.alpha_at(t), self.schedule.sigma_at(t)
+        z = alpha * x0 + sigma * noise
+        time = self.schedule.time_at(t).flatten()
         output = model_call(z, time).float()
         self._check_shape(output, x0)
         mean, channels = output[:, : x0.shape[1]], output[:, x0.shape[1] :]
-        alpha, sigma = (self.schedule.gather(table, t) for table in (self.schedule.alpha, self.schedule.sigma))
         kind = self.config.prediction
         mse = (mean - target_of(kind, x0, noise, alpha, sigma)).square().flatten(1).mean(dim=1)
-        loss = self._weights.float().to(t.device)[t] * mse
+        loss = mse if self._weights is None else self._weights(t).flatten() * mse
         parts = {"mse": mse.detach()}
         if self._bound is not None:
             # The bound trains the variance alone: it would only add noise to the gradient of the mean.

@@ -73,8 +73,8 @@ def sample(
     of its own with the same SNR, which differs by a scale of z.
 
     Args:
-        denoise: (z (B, C, H, W), network time (B,) float32) -> (B, C or 2C, H, W) of kind ``prediction``;
-            see :func:`heterodiff.diffusion.guidance.guided_denoiser`. Channels after the first C are variance.
+        denoise: (z (B, C, H, W), network time (B,) float32 on the CPU, so that reading it never waits for the device)
+            -> (B, C or 2C, H, W) of kind ``prediction``; see :func:`heterodiff.diffusion.guidance.guided_denoiser`. Channels after the first C are variance.
         schedule: the one that the network was trained with.
         noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
         z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.
@@ -101,7 +101,7 @@ def sample(
     z = noise.float() * prepared.start_scale
     for number, (index, t) in enumerate(prepared.steps, start=1):
         z_network = _unit_z(prepared, z, index) * norms[t].item()
-        time = torch.full((z.shape[0],), schedule.time[t].item(), device=z.device)
+        time = torch.full((z.shape[0],), schedule.time[t].item())
         output = denoise(z_network, time).float()
         mean, channels = output[:, : z.shape[1]], output[:, z.shape[1] :]
         x0, _ = to_x0_eps(prediction, mean, z_network, schedule.alpha[t].item(), schedule.sigma[t].item())

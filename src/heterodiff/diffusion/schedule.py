@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,23 @@ def _betas_of(scheduler: Any) -> Tensor:
     if plain and config.beta_schedule == "squaredcos_cap_v2":
         return _cosine_betas(config.num_train_timesteps)
     return scheduler.betas.double()
+
+
+class Lookup:
+    """A table over the training timesteps, in float32 on the device where it was last looked up.
+
+    Args:
+        table: (T,) float64 on the CPU.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table.float()
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Return the values at timesteps ``t`` (B,) as (B, 1, 1, 1) on their device."""
+        if self._table.device != t.device:  # once a run: copying it at every step would cost a transfer each time
+            self._table = self._table.to(t.device)
+        return self._table[t].view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -149,9 +167,20 @@ class NoiseSchedule:
         share = (values - rising[high - 1]) / (rising[high] - rising[high - 1])
         return (len(rising) - 1) - (high - 1 + share)
 
-    def gather(self, table: Tensor, t: Tensor) -> Tensor:
-        """Return ``table[t]`` as float32 of shape (B, 1, 1, 1) on the device of ``t`` (B,)."""
-        return table.float().to(t.device)[t].view(-1, 1, 1, 1)
+    @cached_property
+    def alpha_at(self) -> "Lookup":
+        """alpha of timesteps on any device."""
+        return Lookup(self.alpha)
+
+    @cached_property
+    def sigma_at(self) -> "Lookup":
+        """sigma of timesteps on any device."""
+        return Lookup(self.sigma)
+
+    @cached_property
+    def time_at(self) -> "Lookup":
+        """Network times of timesteps on any device."""
+        return Lookup(self.time)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return z_t = alpha_t x0 + sigma_t eps.
@@ -161,7 +190,7 @@ class NoiseSchedule:
             eps: (B, C, H, W) standard normal noise.
             t: (B,) training timesteps in 0..T-1, int64.
         """
-        return self.gather(self.alpha, t) * x0 + self.gather(self.sigma, t) * eps
+        return self.alpha_at(t) * x0 + self.sigma_at(t) * eps
 
 
 def training_scheduler(config: DiffusionConfig, clip_sample: bool = False) -> Any:

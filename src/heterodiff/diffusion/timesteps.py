@@ -5,17 +5,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from heterodiff.devices import double_dtype
 from heterodiff.errors import ConfigError, unknown_name
 
 
 class TimestepSampler(Protocol):
     """Draws training timesteps and the weights that keep the expected loss that of uniform timesteps."""
 
-    def sample(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Return t (batch,) int64 in 0..T-1 and loss weights (batch,) float32, both on the CPU."""
+    def to(self, device: torch.device) -> None:
+        """Move the state to ``device``, where losses are observed."""
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return t (batch,) int64 in 0..T-1 and loss weights (batch,) float32, both on the generator's device."""
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Tell the unweighted losses (B,) observed at timesteps t (B,)."""
+        """Tell the unweighted losses (B,) observed at timesteps t (B,); never waits for the device."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs."""
@@ -30,9 +34,14 @@ class UniformTimesteps:
     def __init__(self, num_train_timesteps: int) -> None:
         self.num_train_timesteps = num_train_timesteps
 
-    def sample(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def to(self, device: torch.device) -> None:
+        """Nothing to move."""
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See :class:`TimestepSampler`."""
-        return torch.randint(self.num_train_timesteps, (batch,), generator=generator), torch.ones(batch)
+        device = generator.device
+        t = torch.randint(self.num_train_timesteps, (batch,), generator=generator, device=device)
+        return t, torch.ones(batch, device=device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Nothing to learn."""
@@ -49,8 +58,8 @@ class LossSecondMomentTimesteps:
     """Importance sampling with p_t proportional to sqrt(E[L_t^2]); Nichol & Dhariwal 2021, eq. 18.
 
     E[L_t^2] is the mean over the last 10 losses of t. Timesteps are uniform until each has 10 losses, and a
-    share of 0.1 % stays uniform so that none starves. Losses are kept on the CPU; with several processes
-    the caller passes the gathered losses to :meth:`update` so that all processes agree.
+    share of 0.1 % stays uniform so that none starves. With several processes the caller passes the gathered losses
+    to :meth:`update` so that all processes agree.
     """
 
     HISTORY = 10
@@ -58,18 +67,25 @@ class LossSecondMomentTimesteps:
 
     def __init__(self, num_train_timesteps: int) -> None:
         self.num_train_timesteps = num_train_timesteps
-        self._losses = torch.zeros(num_train_timesteps, self.HISTORY, dtype=torch.float64)
-        self._counts = torch.zeros(num_train_timesteps, dtype=torch.int64)
+        # The last row takes what does not count, so that no step has to ask the device which losses those are.
+        self._losses = torch.zeros(num_train_timesteps + 1, self.HISTORY, dtype=torch.float64)
+        self._counts = torch.zeros(num_train_timesteps + 1, dtype=torch.int64)
+
+    def to(self, device: torch.device) -> None:
+        """See :class:`TimestepSampler`."""
+        self._losses = self._losses.to(device, double_dtype(device))
+        self._counts = self._counts.to(device)
 
     def probabilities(self) -> Tensor:
-        """Return p_t, (T,) float64, sums to 1."""
-        uniform = torch.full((self.num_train_timesteps,), 1 / self.num_train_timesteps, dtype=torch.float64)
-        moments = self._losses.square().mean(dim=1).sqrt()
-        if (self._counts < self.HISTORY).any() or moments.sum() == 0:
-            return uniform
-        return (1 - self.UNIFORM_SHARE) * moments / moments.sum() + self.UNIFORM_SHARE * uniform
+        """Return p_t, (T,) float64 (float32 on devices without it), sums to 1."""
+        losses, counts = self._losses[:-1], self._counts[:-1]
+        uniform = torch.full_like(losses[:, 0], 1 / self.num_train_timesteps)
+        moments = losses.square().mean(dim=1).sqrt()
+        total = moments.sum()
+        learned = (1 - self.UNIFORM_SHARE) * moments / total + self.UNIFORM_SHARE * uniform
+        return torch.where((counts >= self.HISTORY).all() & (total > 0), learned, uniform)
 
-    def sample(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See :class:`TimestepSampler`; the weights are 1 / (T p_t)."""
         probabilities = self.probabilities()
         t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
@@ -77,15 +93,19 @@ class LossSecondMomentTimesteps:
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """See :class:`TimestepSampler`; losses that are not finite are left out."""
-        for step, loss in zip(t.tolist(), losses.detach().double().cpu(), strict=True):
-            if torch.isfinite(loss):
-                # A ring: the newest loss replaces the oldest one, and their order does not matter.
-                self._losses[step, self._counts[step] % self.HISTORY] = loss
-                self._counts[step] += 1
+        losses = losses.detach().to(self._losses.dtype)
+        scrap = self.num_train_timesteps
+        row = torch.where(torch.isfinite(losses), t, scrap)
+        alike = row[:, None] == row[None]
+        slot = (self._counts[row] + alike.tril(-1).sum(dim=1)) % self.HISTORY  # the newest replaces the oldest
+        # Of more losses than a row holds, only the last ones are written: writes to one place have no order.
+        written = torch.where(alike.triu(1).sum(dim=1) < self.HISTORY, row, scrap)
+        self._losses.index_put_((written, slot), losses)
+        self._counts.index_add_(0, row, torch.ones_like(row))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the losses (T, 10) float64 and how many each timestep has seen (T,) int64."""
-        return {"losses": self._losses.clone(), "counts": self._counts.clone()}
+        return {"losses": self._losses[:-1].double(), "counts": self._counts[:-1].clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`.
@@ -93,11 +113,11 @@ class LossSecondMomentTimesteps:
         Raises:
             ConfigError: the state belongs to another number of timesteps.
         """
-        if state["losses"].shape != self._losses.shape:
+        if state["losses"].shape != self._losses[:-1].shape:
             found = state["losses"].shape[0]
             raise ConfigError(f"timestep sampler state of {found} timesteps; this run has {self.num_train_timesteps}")
-        self._losses = state["losses"].double().cpu().clone()
-        self._counts = state["counts"].long().cpu().clone()
+        self._losses[:-1].copy_(state["losses"])
+        self._counts[:-1].copy_(state["counts"])
 
 
 _SAMPLERS: dict[str, type[UniformTimesteps] | type[LossSecondMomentTimesteps]] = {

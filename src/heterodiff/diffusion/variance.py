@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from heterodiff.diffusion.schedule import NoiseSchedule
+from heterodiff.diffusion.schedule import Lookup, NoiseSchedule
 
 # Gaussian decoder of Ho et al. 2020, eq. 13: 8-bit images scaled to [-1, 1].
 HALF_BIN = 1 / 255
@@ -57,12 +57,13 @@ class VarianceBound:
         # The posterior of t = 0 has no width; its log is that of t = 1.
         self.log_posterior_variance = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
         self.log_beta = beta.log()
-        self._schedule = schedule
+        self._x0_at, self._z_at = Lookup(self.x0_coefficient), Lookup(self.z_coefficient)
+        self._log_posterior_variance_at = Lookup(self.log_posterior_variance)
+        self._log_beta_at = Lookup(self.log_beta)
 
     def log_variance(self, channels: Tensor, t: Tensor) -> Tensor:
         """Return the log of the learned variance, shaped like ``channels`` (B, C, H, W)."""
-        low = self._schedule.gather(self.log_posterior_variance, t)
-        high = self._schedule.gather(self.log_beta, t)
+        low, high = self._log_posterior_variance_at(t), self._log_beta_at(t)
         fraction = (channels + 1) / 2
         return fraction * high + (1 - fraction) * low
 
@@ -74,9 +75,7 @@ class VarianceBound:
             t: (B,) int64.
             channels: (B, C, H, W) variance channels of the network.
         """
-        of_x0 = self._schedule.gather(self.x0_coefficient, t)
-        of_z = self._schedule.gather(self.z_coefficient, t)
-        posterior = self._schedule.gather(self.log_posterior_variance, t)
+        of_x0, of_z, posterior = self._x0_at(t), self._z_at(t), self._log_posterior_variance_at(t)
         mean, predicted_mean = of_x0 * x0 + of_z * z, of_x0 * predicted_x0 + of_z * z
         log_variance = self.log_variance(channels, t)
         kl = gaussian_kl(mean, posterior, predicted_mean, log_variance)
