@@ -1,5 +1,8 @@
 """Where networks compute: every device is chosen, checked and described here, so that no other module names one."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -30,9 +33,7 @@ def find_device(device: Device | None = None) -> torch.device:
         raise ConfigError(f"device '{device}': not the name of a device; this machine has {known}") from None
     if found.type == "cpu" or f"{found.type}:{found.index or 0}" in _available():
         return found
-    raise ConfigError(
-        f"device '{device}': not on this machine, which has {known}; leave it out for the best"
-    )
+    raise ConfigError(f"device '{device}': not on this machine, which has {known}; leave it out for the best")
 
 
 def process_state() -> Any:
@@ -84,15 +85,45 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     return int(info()[0]), "GPU memory"
 
 
+def can_fuse_optimizer(device: torch.device) -> bool:
+    """Whether torch's optimisers have a fused form on ``device``, which also leaves a step out without a wait."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    return device.type in _get_fused_kernels_supported_devices()
+
+
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to ``device`` from pinned host memory run beside other work."""
+    return device.type in ("cuda", "xpu")
+
+
 def double_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 where ``device`` has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def use_deterministic_kernels() -> None:
-    """Let every kernel give the same bits for the same input, at some cost of speed."""
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Let every kernel give the same bits for the same input, at some cost of speed, if ``wanted``.
+
+    Kernels that cannot raise a RuntimeError that says so.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    switches.fill_uninitialized_memory = False  # a search for bugs, not for equal bits
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        switches.fill_uninitialized_memory = filled
 
 
 def synchronize(device: torch.device) -> None:

@@ -82,11 +82,19 @@ class LatentCodec:
 
     def scale(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) as the network gives them -> z of unit variance."""
-        return (latents - self._mean.to(latents)) * self._scale.to(latents)
+        mean, scale = self._statistics_for(latents)
+        return (latents - mean) * scale
 
     def unscale(self, z: Tensor) -> Tensor:
         """z -> latents (B, c, h, w) as the network gives and takes them."""
-        return z / self._scale.to(z) + self._mean.to(z)
+        mean, scale = self._statistics_for(z)
+        return z / scale + mean
+
+    def _statistics_for(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale with the type of ``z`` and on its device, where they stay."""
+        if self._mean.device != z.device:
+            self._mean, self._scale = self._mean.to(z.device), self._scale.to(z.device)
+        return self._mean.to(z.dtype), self._scale.to(z.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> the most likely z (B, c, h, w)."""

@@ -185,6 +185,11 @@ class DataConfig(Section):
     memory_limit_gb: Annotated[float, Field(ge=0)] = Field(
         4.0, description="decode all images once into memory when they need at most this"
     )
+    keep_on_device: bool | Literal["auto"] = Field(
+        "auto",
+        description="keep all training images on the GPU as they are stored; auto: where they take at most a quarter "
+        "of its free memory",
+    )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
     volumes: VolumesConfig = Field(VolumesConfig(), description="settings of source `volumes`")

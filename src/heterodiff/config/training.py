@@ -47,6 +47,11 @@ class TrainingConfig(Section):
         False,
         description="torch.compile the network: minutes at the start, faster steps; needs a C++ compiler on a CPU",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: kernels that give the same bits every time, so that a resumed run equals one that was "
+        "not interrupted bit by bit; slower. On a CPU it always does",
+    )
     num_workers: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
     log_every: Positive = 20

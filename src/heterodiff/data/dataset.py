@@ -159,8 +159,28 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
             IndexError: an index is out of range.
             DataError: a file that is decoded on access has become unreadable or has changed.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
-        stored = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
+        return self.to_images(self.stored(indices)), self.labels_of(indices)
+
+    def stored(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return images (B, C, H, W) of ``indices`` with their stored values: as bytes, or else as floats.
+
+        Raises:
+            IndexError, DataError: as :meth:`batch`.
+        """
+        images = torch.from_numpy(self._store.read_rows(self._rows[np.asarray(indices, dtype=np.int64)]))
+        return images if images.dtype in (torch.uint8, torch.bool) else images.float()
+
+    def to_images(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`stored` gave as float32 in [0, 1], on the device where it is."""
         low, high = self.spec.value_range
-        images = stored.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0.0, 1.0)
-        return images, torch.from_numpy(self.labels[chosen])
+        return stored.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0.0, 1.0)
+
+    def labels_of(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return labels (B,) int64 of ``indices``."""
+        return torch.from_numpy(self.labels[np.asarray(indices, dtype=np.int64)])
+
+    def bytes_in_memory(self) -> int | None:
+        """Return the size of the images in memory as stored; None if they are read at every access."""
+        if not isinstance(self._store, MemoryStore):
+            return None
+        return self._store.images[:1].nbytes * len(self)

@@ -67,19 +67,25 @@ class LatentDataset(ImageDataset):
     `KLVAECodec.posterior` gives them to float16 precision, and the class index (-1 = unlabelled).
     """
 
-    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return posteriors (B, 2 c, h, w) float32 and labels (B,) int64 of ``indices``.
+    def stored(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return posteriors (B, 2 c, h, w) float16 of ``indices``.
 
         Raises:
             IndexError: an index is out of range.
             DataError: a shard that is read at every access has become unreadable or has changed.
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        posteriors = torch.from_numpy(self._store.read_rows(self._rows[chosen])).float()
-        if not bool(torch.isfinite(posteriors).all()):
-            bad = ~torch.isfinite(posteriors).all(dim=(1, 2, 3))
-            raise DataError(f"latents of {show(self.names[chosen[int(bad.int().argmax())]])}: NaN or infinite; {AGAIN}")
-        return posteriors, torch.from_numpy(self.labels[chosen])
+        posteriors = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
+        finite = torch.isfinite(posteriors).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            raise DataError(
+                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {AGAIN}"
+            )
+        return posteriors
+
+    def to_images(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return posteriors as float32."""
+        return stored.float()
 
 
 def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
@@ -177,7 +183,7 @@ def _refuse_other_settings(config: DataConfig, stored: dict[str, Any], spec: Ima
     settings, default = (section.model_dump(mode="json") for section in (config, DataConfig()))
     facts = {"image_size": [spec.height, spec.width], "channels": spec.channels, "value_range": list(spec.value_range)}
     for key, value in settings.items():
-        if key in ("source", "path", "memory_limit_gb") or value == default[key]:
+        if key in ("source", "path", "memory_limit_gb", "keep_on_device") or value == default[key]:
             continue
         if key in ("horizontal_flip", "random_crop"):
             raise DataError(f"data.{key} does not apply to stored latents ({where}); leave it out")

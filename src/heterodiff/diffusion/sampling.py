@@ -73,8 +73,9 @@ def sample(
     of its own with the same SNR, which differs by a scale of z.
 
     Args:
-        denoise: (z (B, C, H, W), network time (B,) float32 on the CPU, so that reading it never waits for the device)
-            -> (B, C or 2C, H, W) of kind ``prediction``; see :func:`heterodiff.diffusion.guidance.guided_denoiser`. Channels after the first C are variance.
+        denoise: (z (B, C, H, W), network time (B,) float32) -> (B, C or 2C, H, W) of kind ``prediction``; see
+            :func:`heterodiff.diffusion.guidance.guided_denoiser`. The time lies on the CPU, so that reading it waits
+            for no device. Channels after the first C are variance.
         schedule: the one that the network was trained with.
         noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
         z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.

@@ -10,7 +10,13 @@ from heterodiff.errors import ConfigError, unknown_name
 
 
 class TimestepSampler(Protocol):
-    """Draws training timesteps and the weights that keep the expected loss that of uniform timesteps."""
+    """Draws training timesteps and the weights that keep the expected loss that of uniform timesteps.
+
+    Attributes:
+        learns: whether :meth:`update` changes what is drawn.
+    """
+
+    learns: bool
 
     def to(self, device: torch.device) -> None:
         """Move the state to ``device``, where losses are observed."""
@@ -30,6 +36,8 @@ class TimestepSampler(Protocol):
 
 class UniformTimesteps:
     """Every timestep is equally likely; all weights are 1."""
+
+    learns = False
 
     def __init__(self, num_train_timesteps: int) -> None:
         self.num_train_timesteps = num_train_timesteps
@@ -62,6 +70,7 @@ class LossSecondMomentTimesteps:
     to :meth:`update` so that all processes agree.
     """
 
+    learns = True
     HISTORY = 10
     UNIFORM_SHARE = 0.001
 

@@ -1,12 +1,30 @@
 """The captions of a data set as token ids, several an image."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from heterodiff.devices import double_dtype
 from heterodiff.text.tokenizer import Tokens, encode_texts
+
+
+class Columns(NamedTuple):
+    """The table on one device.
+
+    Attributes:
+        first: (images + 1,) first row of each image.
+        ids: (rows, L) token ids, int32.
+        lengths: (rows,) tokens of each caption.
+        wording: (rows,) a number for each different caption.
+    """
+
+    first: Tensor
+    ids: Tensor
+    lengths: Tensor
+    wording: Tensor
 
 
 class CaptionTable:
@@ -28,16 +46,23 @@ class CaptionTable:
         self, tokenizer: object, captions: Sequence[tuple[str, ...]], max_tokens: int, one_length: bool = False
     ):
         self.captions, self._one_length = captions, one_length
-        self._first = torch.from_numpy(np.cumsum([0, *map(len, captions)], dtype=np.int64))
+        first = torch.from_numpy(np.cumsum([0, *map(len, captions)], dtype=np.int64))
         self.texts = [text for texts in captions for text in texts]
         number: dict[str, int] = {}
         self.wording = torch.tensor([number.setdefault(text, len(number)) for text in self.texts])
         tokens, self.warnings = encode_texts(tokenizer, self.texts, max_tokens)
-        self._ids, self._lengths = tokens.ids.int(), tokens.mask.sum(dim=1)
-        self._padding = int(tokenizer.pad_token_id)  # type: ignore[attr-defined]
+        lengths = tokens.mask.sum(dim=1)
+        self._columns = {torch.device("cpu"): Columns(first, tokens.ids.int(), lengths, self.wording)}
+        self._longest = torch.stack([part.max() for part in lengths.split([len(texts) for texts in captions])])
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.texts)
+
+    def on(self, device: torch.device) -> "Columns":
+        """The table's columns on ``device``, copied there once."""
+        if device not in self._columns:
+            self._columns[device] = Columns(*(column.to(device) for column in self.on(torch.device("cpu"))))
+        return self._columns[device]
 
     def rows(self, labels: Tensor, choice: Tensor | None = None, count: int | None = None) -> Tensor:
         """Captions of each image as rows of the table: (B,), or with ``count`` K (B, K).
@@ -47,22 +72,38 @@ class CaptionTable:
         Args:
             labels: (B,) of the images.
             choice: (B,) in [0, 1): where among the image's captions the first is; None for its very first.
+
+        Returns:
+            rows on the device of ``choice``, or of ``labels`` without it.
         """
-        labels = labels.cpu()
-        first, among = self._first[labels], self.counts(labels)
-        chosen = torch.zeros_like(first) if choice is None else (choice.cpu().double() * among).long()
+        device = labels.device if choice is None else choice.device
+        labels = labels.to(device, non_blocking=True)
+        first, among = self.on(device).first[labels], self.counts(labels)
+        chosen = torch.zeros_like(first) if choice is None else (choice.to(double_dtype(device)) * among).long()
         if count is None:
             return first + chosen.minimum(among - 1)
-        return first[:, None] + (chosen[:, None] + torch.arange(count)) % among[:, None]
+        return first[:, None] + (chosen[:, None] + torch.arange(count, device=device)) % among[:, None]
 
     def counts(self, labels: Tensor) -> Tensor:
         """Number of captions of each image (B,)."""
-        labels = labels.cpu()
-        return self._first[labels + 1] - self._first[labels]
+        first = self.on(labels.device).first
+        return first[labels + 1] - first[labels]
 
-    def tokens(self, rows: Tensor, device: torch.device | str = "cpu") -> Tokens:
-        """Ids and mask (B, L) of ``rows`` (B,), L the longest among them or of all."""
-        length = int((self._lengths if self._one_length else self._lengths[rows]).max())
-        ids = self._ids[rows, :length].long()
-        mask = torch.arange(length) < self._lengths[rows, None]
-        return Tokens(ids.to(device), mask.to(device))
+    def tokens(self, rows: Tensor, device: torch.device | None = None, labels: Tensor | None = None) -> Tokens:
+        """Ids and mask (B, L) of ``rows`` (B,), L the longest among them or of all.
+
+        Args:
+            device: of the result; default: that of ``rows``.
+            labels: on the CPU, of the images whose captions ``rows`` are. Where ``rows`` are on another device, L is
+                then the longest caption of these images, which is known without waiting for that device.
+        """
+        device = rows.device if device is None else device
+        if self._one_length:
+            length = int(self._longest.max())
+        elif labels is not None and rows.device.type != "cpu":
+            length = int(self._longest[labels].max())
+        else:
+            length = int(self.on(rows.device).lengths[rows].max())
+        columns, rows = self.on(device), rows.to(device, non_blocking=True)
+        mask = torch.arange(length, device=device) < columns.lengths[rows, None]
+        return Tokens(columns.ids[rows, :length].long(), mask)

@@ -4,7 +4,7 @@ Order, augmentation, noise and dropout are all drawn from seeds derived from (ru
 one with another number of processes or loader workers, therefore sees exactly the same data.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -35,11 +35,25 @@ def derive_seed(seed: int, stream: Stream, *position: int) -> int:
 
 @dataclass
 class Batch:
-    """One process's share of a step: images (B, C, H, W) in [0, 1], labels (B,), and the indices they came from."""
+    """One process's share of a step.
 
-    images: Tensor
+    Attributes:
+        stored: images (B, C, H, W) as :meth:`ImageDataset.stored` gives them, augmented; None where all images are on
+            the device already.
+        labels: (B,).
+        indices: of the images in the data set.
+        seeds: of their augmentation.
+    """
+
+    stored: Tensor | None
     labels: Tensor
     indices: list[int]
+    seeds: list[int]
+
+    def pin_memory(self) -> "Batch":
+        """Copy to memory from which copies to a device run beside other work; called by the loader."""
+        stored = None if self.stored is None else self.stored.pin_memory()
+        return replace(self, stored=stored, labels=self.labels.pin_memory())
 
 
 class BatchOrder:
@@ -79,18 +93,26 @@ class StepBatches(Dataset[Batch]):
         config: says how to augment.
         batch_size: over all processes.
         rank, world_size: which share.
+        with_images: whether items hold images.
     """
 
     def __init__(
-        self, data: ImageDataset, config: DataConfig, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        data: ImageDataset,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        with_images: bool = True,
     ):
-        self.data, self.config, self.seed = data, config, seed
+        self.data, self.config, self.seed, self.with_images = data, config, seed, with_images
         self.order = BatchOrder(len(data), batch_size, seed)
         self.share = share_of(batch_size, rank, world_size)
 
     def __getitem__(self, step: int) -> Batch:
         indices = self.order.indices(step)[self.share]
-        images, labels = self.data.batch(indices)
         offset = step * self.order.batch_size + self.share.start
         seeds = [derive_seed(self.seed, Stream.AUGMENT, offset + i) for i in range(len(indices))]
-        return Batch(augment(images, seeds, self.config), labels, indices)
+        stored = augment(self.data.stored(indices), seeds, self.config) if self.with_images else None
+        return Batch(stored, self.data.labels_of(indices), indices, seeds)

@@ -39,7 +39,8 @@ def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trai
         f"fingerprint {codec.fingerprint()}",
     )
     rows = torch.linspace(0, len(data.train) - 1, min(IMAGES, len(data.train))).long().tolist()
-    stored, labels = (part.to(device) for part in data.train.batch(rows))
+    stored, labels = data.train.batch(rows)
+    stored = stored.to(device)
     posteriors = stored if data.latents is not None else codec.posterior(stored)
     _check_round_trip(codec, posteriors, None if data.latents is not None else stored, add)
     _check_loader(codec, data, posteriors, add)

@@ -10,7 +10,8 @@ from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
-from heterodiff.training.loop import check_batch, precision_of
+from heterodiff.training.loop import check_batch
+from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
 from heterodiff.training.run_folder import changed_keys, weights_step

@@ -4,33 +4,38 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
-from heterodiff.devices import default_device, has_bfloat16, process_state
+from heterodiff.devices import can_fuse_optimizer, deterministic_kernels
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
-from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
+from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
+from heterodiff.training.ema import EMA
+from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
+from heterodiff.training.precision import compute_in, loss_scaler, precision_of
+from heterodiff.training.processes import HostGroup, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.run_folder import fingerprint, save_pipeline
 from heterodiff.training.state import Part, capture, restore
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+
+GRAD_NORM = "grad_norm"
+NAMED_IMAGES = 8
+"""Images that the report of a step names."""
 
 OnStep = Callable[[int, float], None]
 
@@ -46,20 +51,6 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def precision_of(config: TrainingConfig) -> str:
-    """accelerate's name of the precision to train in.
-
-    Raises:
-        ConfigError: float16 without a GPU.
-    """
-    wanted, device = config.precision, default_device()
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("training.precision=float16 needs a GPU, found none; use float32 or bfloat16")
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type != "cpu" and has_bfloat16(device) else "float32"
-    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[wanted]
-
-
 def check_batch(training: TrainingConfig, processes: int) -> None:
     """Check that a batch splits evenly.
 
@@ -72,6 +63,40 @@ def check_batch(training: TrainingConfig, processes: int) -> None:
             f"training.batch_size={training.batch_size} does not split into {processes} process(es) x "
             f"{training.accumulation_steps} accumulation_steps; use a multiple of {parts}"
         )
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of one step, on the device until they are read.
+
+    Attributes:
+        step: 1-based.
+        indices: of the first images of the batch.
+        names: of ``values``, the gradient norm last; that is NaN where the step was left out.
+        values: (len(names),) float32.
+    """
+
+    step: int
+    indices: list[int]
+    names: list[str]
+    values: Tensor
+
+
+def read_numbers(steps: list[StepNumbers]) -> list[dict[str, float]]:
+    """Return the numbers of several steps by name, in one copy from the device."""
+    if not steps:
+        return []
+    flat = iter(torch.cat([step.values for step in steps]).tolist())
+    return [{name: next(flat) for name in step.names} for step in steps]
+
+
+def step_unless(optimizer: torch.optim.Optimizer, left_out: Tensor) -> None:
+    """Step ``optimizer`` unless ``left_out`` (bool scalar on the device); only optimisers that cannot fuse wait."""
+    if optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = None, left_out.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(left_out):
+        optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -101,10 +126,11 @@ class Trainer:
         self.folder: Path = config.output
         training = config.training
         keep_freed_memory()
-        AcceleratorState._reset_state()  # a notebook may train twice, in different precisions
-        process_state()  # chooses the device
-        self.accelerator = Accelerator(mixed_precision=precision_of(training))
+        self.dtype = precision_of(training)
+        self.accelerator = make_accelerator()
+        self.hosts = HostGroup(self.accelerator)
         self.device = self.accelerator.device
+        self.scaler = loss_scaler(self.device, self.dtype)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
         self.main = self._part("model", recipe.model)
@@ -112,21 +138,29 @@ class Trainer:
         self.adversary = None if recipe.adversary is None else self._part("adversary", recipe.adversary)
         if training.compile:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
-        self.ema = EMAModel(recipe.model.parameters(), decay=training.ema_decay)
-        self.ema.to(self.device)
+        self.ema = EMA(recipe.model.parameters(), decay=training.ema_decay)
         self.step = 0
         self._nonfinite_in_a_row = 0
+        self._unread: list[StepNumbers] = []  # on the device still
         self._window: dict[str, list[float]] = {}  # sum and count of each number since the last row
 
     def _part(self, name: str, module: nn.Module) -> Part:
         training = self.config.training
+        compute_in(module, self.device, self.dtype)
+        network = self.accelerator.prepare_model(module)
         optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=can_fuse_optimizer(self.device),
         )
-        return Part(name, module, *self.accelerator.prepare(module, optimizer))
+        return Part(name, module, network, optimizer)
+
+    @cached_property
+    def feed(self) -> Feed:
+        """The training images on the device; made when first needed, for ``data`` may be replaced before."""
+        accelerator = self.accelerator
+        return Feed(self.config, self.data.train, self.device, accelerator.process_index, accelerator.num_processes)
 
     @property
     def parts(self) -> list[Part]:
@@ -137,88 +171,114 @@ class Trainer:
 
     def _inputs(self, images: Tensor) -> Tensor:
         """What the recipe computes losses of: cached latents as they are, images prepared."""
-        images = images.to(self.device)
         return images if self.data.latents is not None else self.recipe.prepare(images)
 
-    def _train_step(self, batch: Batch, share: slice) -> tuple[dict[str, float], float]:
-        """One optimiser step; the means of the loss and its parts, and the gradient norm, over all processes."""
+    def _train_step(self, batch: Batch, share: slice) -> "StepNumbers":
+        """One optimiser step, for which nothing waits for the device."""
         training, accelerator = self.config.training, self.accelerator
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(training.seed, Stream.NOISE, self.step))
         whole = self.recipe.draw(self.step, training.batch_size, generator, self.device)
         draws = whole.rows(share)
-        images, labels = batch.images, batch.labels.to(self.device)
-        rank = accelerator.process_index
-        size = len(labels) // training.accumulation_steps
+        size = len(batch.labels) // training.accumulation_steps
         self.network.train()
         found, adversary = [], self.adversary if self.recipe.judges(whole) else None
         for k in range(training.accumulation_steps):
             rows = slice(k * size, (k + 1) * size)
-            torch.manual_seed(derive_seed(training.seed, Stream.DROPOUT, self.step, rank, k))
-            inputs = self._inputs(images[rows])
+            torch.manual_seed(derive_seed(training.seed, Stream.DROPOUT, self.step, accelerator.process_index, k))
+            inputs = self._inputs(self.feed.images(batch, rows))
             last = k == training.accumulation_steps - 1
-            with nullcontext() if last else accelerator.no_sync(self.network):
-                losses = self.recipe.losses(self.network, inputs, labels[rows], draws.rows(rows))
-                accelerator.backward(losses.each.mean() / training.accumulation_steps)
+            with nullcontext() if last else accelerator.no_sync(self.main.network):
+                losses = self.recipe.losses(self.network, inputs, batch.labels[rows], draws.rows(rows))
+                self.scaler.scale(losses.each.mean() / training.accumulation_steps).backward()
             values = {"loss": losses.each.detach(), **losses.parts}
             if adversary is not None and losses.outputs is not None:
                 with nullcontext() if last else accelerator.no_sync(adversary.network):
                     verdicts = self.recipe.adversary_losses(adversary.network, inputs, losses.outputs)
-                    accelerator.backward(verdicts.mean() / training.accumulation_steps)
+                    self.scaler.scale(verdicts.mean() / training.accumulation_steps).backward()
                 values["adversary"] = verdicts.detach()
             found.append(values)
-        trained = [self.main] if adversary is None else [self.main, adversary]
-        norms = [float(accelerator.clip_grad_norm_(p.network.parameters(), training.max_grad_norm)) for p in trained]
+        norms, left_out = self._update([self.main] if adversary is None else [self.main, adversary])
         every = accelerator.gather({name: torch.cat([values[name] for values in found]) for name in found[0]})
-        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
-        if math.isfinite(norm):
-            for part in trained:
-                for group in part.optimizer.param_groups:
-                    group["lr"] = learning_rate_at(self.step, training)
-                part.optimizer.step()
-            self.ema.step(self.recipe.model.parameters())
-            self.recipe.observe(whole, every["loss"])
+        self.recipe.observe(whole, every["loss"], left_out)
+        numbers = torch.stack([*(value.mean() for value in every.values()), norms[0].masked_fill(left_out, torch.nan)])
+        return StepNumbers(self.step + 1, batch.indices[:NAMED_IMAGES], [*every, GRAD_NORM], numbers)
+
+    def _update(self, trained: list[Part]) -> tuple[list[Tensor], Tensor]:
+        """Clip the gradients and step the optimisers and the EMA, unless a gradient is not finite.
+
+        Whether one is stays on the device, where fused optimisers read it: their weights and moments then stay as
+        they are.
+
+        Returns:
+            norm of each part's gradient, and whether the step was left out (bool scalar).
+        """
+        training = self.config.training
+        for part in trained:
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(part.optimizer)
+        norms = [nn.utils.clip_grad_norm_(part.module.parameters(), training.max_grad_norm) for part in trained]
+        left_out = ~torch.isfinite(torch.stack(norms)).all()
+        for part in trained:
+            for group in part.optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, training)
+            step_unless(part.optimizer, left_out)
         for part in self.parts:
             part.optimizer.zero_grad()
-        return {name: float(value.mean()) for name, value in every.items()}, norm
+        self.ema.step(self.recipe.model.parameters(), left_out.float())
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return norms, left_out
 
-    def _check_finite(self, loss: float, norm: float, batch: Batch, journal: Journal) -> None:
-        """Report a step that was left out because its gradient was not finite; stop after a run of them."""
-        if math.isfinite(norm):
-            self._nonfinite_in_a_row = 0
-            return
-        self._nonfinite_in_a_row += 1
-        names = ", ".join(self.data.train.names[i] for i in batch.indices[:8])
-        report = f"step {self.step + 1}: loss {loss}, gradient norm {norm}: step left out; images: {names}, ..."
-        journal.say(report)
-        if self._nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
-            raise HeterodiffError(
-                f"{self._nonfinite_in_a_row} steps in a row without a finite gradient; the last one: {report}. "
-                "The weights are those before them. Try a lower training.learning_rate or precision float32"
+    def _read(self, journal: Journal | None = None) -> float:
+        """Read the numbers of the steps since the last reading, the one wait for the device; the newest loss.
+
+        Steps that were left out because their gradient was not finite are reported. A run of them ends training.
+
+        Raises:
+            HeterodiffError: ``max_nonfinite_steps`` steps in a row were left out.
+        """
+        unread, self._unread = self._unread, []
+        rows = read_numbers(unread)
+        for taken, values in zip(unread, rows, strict=True):
+            if math.isfinite(values[GRAD_NORM]):
+                self._nonfinite_in_a_row = 0
+                for name, value in values.items():
+                    total, count = self._window.get(name, [0.0, 0])
+                    self._window[name] = [total + value, count + 1]
+                continue
+            self._nonfinite_in_a_row += 1
+            names = ", ".join(self.data.train.names[i] for i in taken.indices)
+            report = (
+                f"step {taken.step}: loss {values['loss']}: gradient not finite, step left out; images: {names}, ..."
             )
+            if journal is not None:
+                journal.say(report)
+            if self._nonfinite_in_a_row >= self.config.training.max_nonfinite_steps and not self._scale_falls():
+                raise HeterodiffError(
+                    f"{self._nonfinite_in_a_row} steps in a row without a finite gradient; the last one: {report}. "
+                    "The weights are those before them. Try a lower training.learning_rate or precision float32"
+                )
+        return rows[-1]["loss"] if rows else math.nan
+
+    def _scale_falls(self) -> bool:
+        """Whether float16 still looks for a loss scale: steps that overflow are left out, each halves the scale."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def step_once(self) -> float:
         """One training step outside of a run, for trying out; returns the loss."""
-        batches = StepBatches(
-            self.data.train, self.config.data, self.config.training.batch_size, self.config.training.seed
-        )
-        values, _ = self._train_step(batches[self.step], slice(None))
+        self._unread.append(self._train_step(self.feed.batch(self.step), slice(None)))
         self.step += 1
-        return values["loss"]
+        return self._read()
 
     # ---- evaluation while training --------------------------------------------------------------------------
 
     @contextmanager
     def _ema_weights(self) -> Iterator[None]:
         """The EMA weights in place of the trained ones."""
-        parameters = list(self.recipe.model.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.recipe.model.eval()
-        try:
+        with self.ema.applied_to(self.recipe.model.parameters()):
+            self.recipe.model.eval()
             yield
-        finally:
-            self.ema.restore(parameters)
 
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Up to 256 held-out images, the same at every call, prepared for the recipe, and their labels."""
@@ -228,12 +288,15 @@ class Trainer:
         size = max(1, self.config.training.batch_size // self.config.training.accumulation_steps)
         for start in range(0, count, size):
             images, labels = data.batch(chosen[start : start + size])
-            yield self._inputs(images), labels.to(self.device)
+            yield self._inputs(images.to(self.device)), labels
 
     def _evaluate(self, journal: Journal, request: StopRequest) -> None:
-        """Validation loss and preview picture, from the EMA weights; given up when asked to stop."""
-        if not self.accelerator.is_main_process:
-            return
+        """Validate and draw a preview in the first process, from the EMA weights; given up when asked to stop."""
+        if self.accelerator.is_main_process:
+            self._preview(journal, request)
+        self.hosts.wait()
+
+    def _preview(self, journal: Journal, request: StopRequest) -> None:
         journal.note("validation and preview")
         watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
         try:
@@ -266,7 +329,7 @@ class Trainer:
         if checkpoint.state.get("run") != fingerprint(self.config):
             raise CheckpointError(f"checkpoint of step {checkpoint.step} belongs to a run of another configuration")
         try:
-            restore(checkpoint, self.recipe, self.parts, self.ema, self.accelerator.scaler)
+            restore(checkpoint, self.recipe, self.parts, self.ema, self.scaler)
             self._window = dict(checkpoint.state["window"])
             self._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
         except (KeyError, RuntimeError) as error:
@@ -282,7 +345,7 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
         if self.accelerator.is_main_process:
-            checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.accelerator.scaler)
+            checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.scaler)
             checkpoint.state |= {
                 "recipe": self.config.recipe,
                 "run": fingerprint(self.config),
@@ -291,25 +354,7 @@ class Trainer:
             }
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
             self.save_weights()
-        self.accelerator.wait_for_everyone()
-
-    def _loader(self, stop: int) -> DataLoader[Batch]:
-        training = self.config.training
-        batches = StepBatches(
-            self.data.train,
-            self.config.data,
-            training.batch_size,
-            training.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(self.step, stop),
-            num_workers=training.num_workers,
-            persistent_workers=training.num_workers > 0,
-        )
+        self.hosts.wait()
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
         """Train until the configured steps are done, ``stop_after`` is reached, or a signal asks to stop.
@@ -323,7 +368,7 @@ class Trainer:
         request = StopRequest()
         main = self.accelerator.is_main_process
         journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
-        with request.listening(), journal:
+        with request.listening(), journal, deterministic_kernels(training.deterministic):
             self._steps(stop, request, journal, on_step)
             self._save()
             if self.step == stop and request.signal is None:
@@ -332,24 +377,23 @@ class Trainer:
 
     def _steps(self, stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None) -> None:
         training = self.config.training
-        batches = iter(self._loader(stop))
+        batches = iter(self.feed.loader(self.step, stop))
         share = share_of(training.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
         clock = StepClock()
         while self.step < stop and not self._asked_to_stop(request):
             with clock.waiting():
                 batch = next(batches)
-            values, norm = self._train_step(batch, share)
-            self._check_finite(values["loss"], norm, batch, journal)
+            self._unread.append(self._train_step(batch, share))
             self.step += 1
             clock.steps += 1
-            if math.isfinite(norm):
-                for name, value in {**values, "grad_norm": norm}.items():
-                    total, count = self._window.get(name, [0.0, 0])
-                    self._window[name] = [total + value, count + 1]
             journal.advance(self.step)
-            if on_step is not None:
-                on_step(self.step, values["loss"])
-            if self.step % training.log_every == 0 or self.step == training.steps:
+            logs = self.step % training.log_every == 0 or self.step == training.steps
+            saves = self.step % training.checkpoint_every == 0 or self.step == stop
+            if logs or saves or on_step is not None or self.device.type == "cpu":
+                loss = self._read(journal)
+                if on_step is not None:
+                    on_step(self.step, loss)
+            if logs:
                 journal.row(self.step, self._row(clock))
                 clock = StepClock()
             with clock.paused():
@@ -360,9 +404,7 @@ class Trainer:
 
     def _asked_to_stop(self, request: StopRequest) -> bool:
         """Whether any process was asked to stop; all must leave the loop after the same step."""
-        if self.accelerator.num_processes > 1:
-            number = torch.tensor(request.signal or 0, device=self.device)
-            request.signal = int(self.accelerator.gather(number).max()) or None
+        request.signal = self.hosts.first_signal(request.signal)
         return request.signal is not None
 
     def _row(self, clock: StepClock) -> dict[str, float]:

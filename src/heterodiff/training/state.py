@@ -1,13 +1,12 @@
 """Between the live objects of a run and a checkpoint's named tensors and plain values."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from heterodiff.training.checkpoint import Checkpoint
+from heterodiff.training.ema import EMA
 from heterodiff.training.recipes.base import Recipe
 
 
@@ -26,7 +25,7 @@ class Part:
         return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
 
 
-def capture(step: int, recipe: Recipe, parts: list[Part], ema: EMAModel, scaler: Any | None) -> Checkpoint:
+def capture(step: int, recipe: Recipe, parts: list[Part], ema: EMA, scaler: torch.amp.GradScaler) -> Checkpoint:
     """All that a run needs to go on bit by bit as if it had not stopped.
 
     There are no generator states: every random number is drawn from a seed derived from the run's and the step.
@@ -44,7 +43,7 @@ def capture(step: int, recipe: Recipe, parts: list[Part], ema: EMAModel, scaler:
         tensors=tensors,
         state={
             "ema_step": ema.optimization_step,
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "scaler": scaler.state_dict() or None,
             "torch": torch.__version__,
         },
     )
@@ -59,7 +58,7 @@ def _optimizer_tensors(part: Part) -> dict[str, Tensor]:
     }
 
 
-def restore(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part], ema: EMAModel, scaler: Any | None) -> None:
+def restore(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part], ema: EMA, scaler: torch.amp.GradScaler) -> None:
     """Put what :func:`capture` took back into the live objects.
 
     Raises:
@@ -74,7 +73,7 @@ def restore(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part], ema: EMAM
         shadow.copy_(tensors["ema"][name])
     ema.optimization_step = state["ema_step"]
     recipe.load_state_dict(tensors["recipe"])
-    if scaler is not None and state["scaler"] is not None:
+    if scaler.is_enabled() and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
 
 

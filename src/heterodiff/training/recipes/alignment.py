@@ -162,9 +162,9 @@ class AlignmentRecipe:
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: AlignmentDraws) -> Losses:
         rows = self.captions.rows(labels, draws.choice, self.config.alignment.captions_per_image)
-        tokens = self.captions.tokens(rows.flatten(), inputs.device)
+        tokens = self.captions.tokens(rows.flatten(), labels=labels)
         found = network(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
-        return self.losses_of(found, inputs, self.captions.wording[rows].to(inputs.device))
+        return self.losses_of(found, inputs, self.captions.on(inputs.device).wording[rows])
 
     def _arguments(self, draws: AlignmentDraws) -> tuple[Tensor, ...]:
         """What the model takes beside images and tokens."""
@@ -192,7 +192,7 @@ class AlignmentRecipe:
     def judges(self, draws: Any) -> bool:
         return False
 
-    def observe(self, draws: Any, losses: Tensor) -> None:
+    def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:
         pass
 
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:

@@ -73,7 +73,10 @@ class Recipe(Protocol):
         ...
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Any) -> Losses:
-        """The losses of prepared ``inputs`` (B, ...) with labels (B,); ``network`` is the model, possibly wrapped."""
+        """The losses of prepared ``inputs`` (B, ...); ``network`` is the model, possibly wrapped.
+
+        Labels (B,) lie on the CPU, where they can be looked at without waiting for the device.
+        """
         ...
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -84,8 +87,8 @@ class Recipe(Protocol):
         """Whether the adversary takes part in the step of ``draws``."""
         ...
 
-    def observe(self, draws: Any, losses: Tensor) -> None:
-        """Take note of the losses (B,) of a whole batch after its step."""
+    def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:
+        """Take note of the losses (B,) of a whole batch after its step, unless it was ``left_out`` (bool scalar)."""
         ...
 
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:

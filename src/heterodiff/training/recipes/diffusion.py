@@ -151,8 +151,9 @@ class DiffusionRecipe:
         make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
 
     def to(self, device: torch.device) -> None:
-        """Move the codec to ``device``."""
+        """Move the codec and what timesteps are drawn from to ``device``."""
         self.codec.to(device)
+        self.timesteps.to(device)
 
     def prepare(self, images: Tensor) -> Tensor:
         """The codec's posterior of images (B, C, H, W) in [0, 1]."""
@@ -167,7 +168,7 @@ class DiffusionRecipe:
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
             latent_noise = torch.randn(shape, generator=generator, device=device)
-        return Draws(t.to(device), weights.to(device), noise, drop, latent_noise)
+        return Draws(t, weights, noise, drop, latent_noise)
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
         """Weighted losses of a batch.
@@ -185,7 +186,9 @@ class DiffusionRecipe:
         self, network: Callable[..., Any], labels: Tensor, draws: Draws
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(z, time) -> prediction under the condition that ``labels`` (B,) stand for, dropped where ``draws`` say."""
-        classes = torch.where(draws.drop, NO_CLASS, labels) if self.spec.class_names else None
+        if not self.spec.class_names:
+            return lambda z, time: network(z, time, class_labels=None).sample
+        classes = labels.to(draws.drop.device, non_blocking=True).masked_fill(draws.drop, NO_CLASS)
         return lambda z, time: network(z, time, class_labels=classes).sample
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -194,9 +197,10 @@ class DiffusionRecipe:
     def judges(self, draws: Draws) -> bool:
         return False
 
-    def observe(self, draws: Draws, losses: Tensor) -> None:
+    def observe(self, draws: Draws, losses: Tensor, left_out: Tensor) -> None:
         """Let the timestep sampler know the losses (B,) at the timesteps drawn."""
-        self.timesteps.update(draws.t, losses / draws.weights)
+        if self.timesteps.learns:
+            self.timesteps.update(draws.t, (losses / draws.weights).masked_fill(left_out, torch.nan))
 
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
         """Loss on held-out images; timesteps spread evenly, the same noise at every call."""
@@ -204,7 +208,7 @@ class DiffusionRecipe:
         count = sum(len(labels) for _, labels in every)
         if count == 0:
             return {}
-        device = every[0][1].device
+        device = every[0][0].device
         draws = self.draw(0, count, torch.Generator(device).manual_seed(seed), device)
         spread = (torch.arange(count, device=device) + 0.5) / count * self.config.diffusion.num_train_timesteps
         draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights))

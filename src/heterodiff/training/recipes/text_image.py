@@ -93,6 +93,7 @@ class TextImageRecipe(DiffusionRecipe):
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
         self.networks.to(device)
+        super().to(device)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
         draws = super().draw(step, batch_size, generator, device)
@@ -102,7 +103,7 @@ class TextImageRecipe(DiffusionRecipe):
         self, network: Callable[..., Any], labels: Tensor, draws: Draws
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(z, time) -> prediction under a caption of each image, dropped where ``draws`` say."""
-        tokens = self.captions.tokens(self.captions.rows(labels, draws.choice), labels.device)
+        tokens = self.captions.tokens(self.captions.rows(labels, draws.choice), labels=labels)
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
@@ -174,10 +175,10 @@ class JointModel(AlignmentModel):
         latents = latents.detach().float()
         if self.training:
             mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp_min(1e-6)
-            share = STATISTICS_MOMENTUM if bool(self.latents_std.any()) else 1.0
-            if bool(torch.isfinite(std).all()):  # else the step is left out, and so are its statistics
-                self.latents_mean.lerp_(mean.view(-1, 1, 1), share)
-                self.latents_std.lerp_(std.view(-1, 1, 1), share)
+            share = torch.where(self.latents_std.any(), STATISTICS_MOMENTUM, 1.0)
+            finite = torch.isfinite(std).all()  # else the step is left out, and so are its statistics
+            for kept, found in ((self.latents_mean, mean), (self.latents_std, std)):
+                kept.copy_(torch.where(finite, kept.lerp(found.view(-1, 1, 1), share), kept))
         return self._scaled(latents)
 
     def _scaled(self, latents: Tensor) -> Tensor:

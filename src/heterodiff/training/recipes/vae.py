@@ -171,7 +171,7 @@ class VAERecipe:
     def judges(self, draws: VAEDraws) -> bool:
         return draws.adversarial
 
-    def observe(self, draws: VAEDraws, losses: Tensor) -> None:
+    def observe(self, draws: VAEDraws, losses: Tensor, left_out: Tensor) -> None:
         pass
 
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:

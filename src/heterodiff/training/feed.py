@@ -1,0 +1,73 @@
+"""From stored images to what a step computes with, on its device."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from heterodiff.config import RunConfig
+from heterodiff.data.augment import augment
+from heterodiff.data.dataset import ImageDataset
+from heterodiff.devices import free_memory, pins_memory
+from heterodiff.training.batches import Batch, StepBatches
+
+KEPT_SHARE = 0.25
+"""Share of a device's free memory that images may take by themselves; the rest is for training steps."""
+COPIED_AT_ONCE = 1024
+
+
+class Feed:
+    """The training images of a run, batch by batch, on its device.
+
+    Images travel as they are stored (bytes are a quarter of floats) and become floats there. A set that fits stays
+    on the device, see ``data.keep_on_device``; then only the numbers of a batch's images travel.
+
+    Args:
+        config: the run.
+        data: its training images.
+        rank, world_size: which share of every batch.
+    """
+
+    def __init__(self, config: RunConfig, data: ImageDataset, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.config, self.data, self.device = config, data, device
+        self._kept = self._upload() if self._keeps() else None
+        training = config.training
+        self._batches = StepBatches(
+            data, config.data, training.batch_size, training.seed, rank, world_size, with_images=self._kept is None
+        )
+
+    def _keeps(self) -> bool:
+        wanted, size = self.config.data.keep_on_device, self.data.bytes_in_memory()
+        if self.device.type == "cpu" or size is None:
+            return False
+        return wanted is True or (wanted == "auto" and size <= KEPT_SHARE * free_memory(self.device)[0])
+
+    def _upload(self) -> Tensor:
+        parts = [
+            self.data.stored(range(k, min(k + COPIED_AT_ONCE, len(self.data)))).to(self.device)
+            for k in range(0, len(self.data), COPIED_AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+    def loader(self, start: int, stop: int) -> DataLoader[Batch]:
+        """The batches of steps ``start`` (0-based) to ``stop``, ``stop`` excluded."""
+        workers = self.config.training.num_workers if self._kept is None else 0
+        return DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pins_memory(self.device),
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step."""
+        return self._batches[step]
+
+    def images(self, batch: Batch, rows: slice) -> Tensor:
+        """Images ``rows`` of ``batch`` on the device, (B, C, H, W) float32 in [0, 1]; stored latents as they are."""
+        if batch.stored is not None:
+            return self.data.to_images(batch.stored[rows].to(self.device, non_blocking=True))
+        assert self._kept is not None
+        indices = torch.tensor(batch.indices[rows]).to(self.device, non_blocking=True)
+        return self.data.to_images(augment(self._kept[indices], batch.seeds[rows], self.config.data))
