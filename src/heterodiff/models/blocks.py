@@ -227,11 +227,13 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """x (B, C, H, W), condition (B, E) or None (no row has one) -> (B, C, H, W)."""
         height, width = x.shape[2:]
-        qkv = self.qkv(to_tokens(self.norm(x)))
-        q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)  # each (B, heads, T, d)
+        qkv = self.qkv(to_tokens(self.norm(x))).unflatten(-1, (self.num_heads, 3, -1))
+        q, kv = qkv.split([1, 2], dim=3)  # (B, T, heads, 1 or 2, d)
+        q = q.squeeze(3)
         if self.encoder_kv is None:
-            a = F.scaled_dot_product_attention(q, k, v)
+            k, v = kv.transpose(1, 2).unbind(3)
+            a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
         else:
             weight = self.encoder_kv.weight.squeeze(-1)
-            a = attend_with_condition(q, k, v, condition, weight, self.encoder_kv.bias)
-        return to_map(self.proj_out(a.transpose(1, 2).flatten(2)).add_(to_tokens(x)), height, width)
+            a = attend_with_condition(q, kv, condition, weight, self.encoder_kv.bias)
+        return to_map(self.proj_out(a.flatten(2)) + to_tokens(x), height, width)
