@@ -1,0 +1,114 @@
+"""All that only an accelerator can tell: is it right there, how fast is it, which of several ways is the fastest.
+
+    python -m benchmarks.gpu --minutes 12             what fits into the time, most valuable first
+    python -m benchmarks.gpu --rows resume norms      only rows whose names contain one of these words
+    python -m benchmarks.gpu --list                   names of the rows, and how long each takes about
+    python -m benchmarks.gpu --tiny --out FOLDER      every row at its smallest, on any device, to see that all work
+
+Measures on the default device and writes benchmarks/results/gpu_<device>.json after every row. Rows that it holds for
+this version of the code are left out, so a run that was cut goes on with the same command; ``--again`` measures them
+once more. A row that fails is kept with its error, and the next one begins. Exits with 1 if one failed.
+
+Needs Python 3.11, torch 2.10, numpy, diffusers and psutil, and PYTHONPATH=src where heterodiff is not installed. Rows
+that train need all of heterodiff's dependencies (tensorboard and scikit-learn only for the digits), those beside other
+networks also einops and monai. What is missing is named in the row and hinders no other.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from benchmarks.gpu.session import Bench, DeviceLost, Results, Row, code_version, run_rows
+from benchmarks.gpu.table import lines_of
+from benchmarks.measure import RESULTS
+
+
+def all_rows() -> list[Row]:
+    """Every row, the most valuable first."""
+    from benchmarks.gpu import correct, speed, steps, ways
+
+    right, fast, runs, choices = correct.rows(), speed.rows(), steps.rows(), ways.rows()
+    compiled = [row for row in fast if row.name.endswith("compiled")]
+    eager = [row for row in fast if row not in compiled]
+    return [*right, *eager, *choices, *runs, *compiled]
+
+
+def chosen(words: list[str] | None) -> list[Row]:
+    """Rows whose names contain one of ``words``; all of them without."""
+    return [row for row in all_rows() if not words or any(word in row.name for word in words)]
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, help="begin no row that would end later; default: no limit")
+    parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose names contain one of these")
+    parser.add_argument("--again", action="store_true", help="measure also what the results hold already")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes; needs --out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--list", action="store_true", help="print the rows, measure nothing")
+    options = parser.parse_args(arguments)
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny measures nothing that is worth keeping: name a folder with --out")
+    if not chosen(options.rows):
+        parser.error(f"--rows {' '.join(options.rows)}: no such row; --list prints them")
+    return options
+
+
+def _start_again(options: argparse.Namespace, minutes: float | None) -> None:
+    """Go on in a new process in place of this one, whose device is lost; what is known is not measured again."""
+    again = [sys.executable, "-m", "benchmarks.gpu", "--out", str(options.out)]
+    again += ["--tiny"] * options.tiny
+    again += ["--minutes", f"{max(minutes, 0):.2f}"] if minutes is not None else []
+    again += ["--rows", *options.rows] if options.rows else []
+    os.execv(sys.executable, again)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure; 1 if a row failed, else 0."""
+    options = _options(arguments)
+    rows = chosen(options.rows)
+    if options.list:
+        print("\n".join(f"{row.seconds:6.0f} s  {row.name}" for row in rows))
+        return 0
+    from heterodiff.devices import default_device, device_name
+
+    start, device = time.perf_counter(), default_device()
+    results = Results(device_name(device), options.out, code_version())
+    if options.again:
+        results.forget([row.name for row in rows])
+    print(f"{len(rows)} rows on {results.device}, version {results.version[:12]}", flush=True)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        bench = Bench(device, options.tiny, Path(folder))
+        try:
+            late = run_rows(rows, bench, results, options.minutes)
+            lost = None
+        except DeviceLost as error:
+            lost = error
+    if lost is not None:
+        print(f"the device is lost ({lost}); going on in a new process", flush=True)
+        left = None if options.minutes is None else options.minutes - (time.perf_counter() - start) / 60
+        _start_again(options, left)
+    return report(rows, late, results)
+
+
+def report(rows: list[Row], late: list[str], results: Results) -> int:
+    """Print what is known of ``rows``; 1 if one failed, else 0."""
+    known = [row.name for row in rows if row.name in results.rows]
+    print(f"\n{results.device}: {len(known)} of {len(rows)} rows, in {results.folder / results.name}.json")
+    for name in known:
+        row = results.rows[name]
+        print("\n".join(lines_of(name, row, older=row["version"] != results.version)))
+    if late:
+        print(f"no time for {len(late)} rows: {', '.join(late)}")
+    return int(any(results.rows[name]["state"] == "failed" for name in known))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
