@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, to_map, to_tokens
+from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, embedding_layers, to_map, to_tokens
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.sparse_attention import DevicePattern, Grid, make_pattern, sparse_attention
 
@@ -191,11 +191,11 @@ class HybridBlock(nn.Module):
             conv3x3(channels, channels),
         )
         self.transformer_branch = MultiScaleTransformer(channels, spec, bottleneck_ratio, dropout, pattern)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, channels))
+        self.emb_layers = embedding_layers(embedding_dim, channels)
         self.fusion_conv = nn.Conv2d(2 * channels if spec.concat_fusion else channels, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
+        """x (B, C, H, W), SiLU of the embedding (B, E) -> (B, C, H, W)."""
         h = x + self.emb_layers(embedding)[:, :, None, None]
         a, b = self.conv_branch(h), self.transformer_branch(h)
         fused = torch.cat([a, b], dim=1) if self.concat_fusion else a.add_(b).mul_(0.5)
