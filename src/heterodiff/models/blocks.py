@@ -142,6 +142,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), bias, stride=2, padding=1)
 
 
+def embedding_layers(embedding_dim: int, out_features: int) -> nn.Sequential:
+    """What a block makes of SiLU(embedding), which is computed once for all blocks; named as in guided-diffusion."""
+    return nn.Sequential(nn.Identity(), nn.Linear(embedding_dim, out_features))
+
+
 class ResBlock(nn.Module):
     """Residual block conditioned on the embedding, by addition or by scale and shift (FiLM).
 
@@ -173,9 +178,7 @@ class ResBlock(nn.Module):
             self.resample: nn.Module | None = Upsample(in_channels, use_conv=False)
         else:
             self.resample = Downsample(in_channels, use_conv=False) if resample == "down" else None
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
-        )
+        self.emb_layers = embedding_layers(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
         self.out_layers = FusedSequential(
             GroupNorm32(out_channels),
             nn.SiLU() if use_scale_shift_norm else make_activation(activation),
@@ -195,7 +198,7 @@ class ResBlock(nn.Module):
         return self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
 
     def forward(self, x: Tensor, embedding: Tensor, recompute: bool = False) -> Tensor:
-        """x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H', W').
+        """x (B, C_in, H, W), SiLU of the embedding (B, E) -> (B, C_out, H', W').
 
         Args:
             recompute: compute norms, activations and dropout again in the backward pass instead of keeping what the

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import recomputed, timestep_embedding
@@ -206,9 +206,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         condition = self._whitened(condition)
         of_class, of_vector = self.class_condition(class_labels, batch), self.vector_condition(condition, batch)
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
-        if c is not None:
-            embedding = embedding + c
-        h = pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
+        embedding = F.silu(embedding if c is None else embedding + c)  # once for all blocks
+        h = F.pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:
@@ -218,7 +217,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, c, recompute)
         out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
-        out = pixel_shuffle(out, self.patch_size)
+        out = F.pixel_shuffle(out, self.patch_size)
         return UNetOutput(sample=out) if return_dict else (out,)
 
 
