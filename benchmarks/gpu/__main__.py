@@ -1,7 +1,7 @@
 """All that only an accelerator can tell: is it right there, how fast is it, which of several ways is the fastest.
 
     python -m benchmarks.gpu --minutes 12             what fits into the time, most valuable first
-    python -m benchmarks.gpu --rows resume norms      only rows whose names contain one of these words
+    python -m benchmarks.gpu --rows resume norms      only these rows, or those that have a word in their names
     python -m benchmarks.gpu --list                   names of the rows, and how long each takes about
     python -m benchmarks.gpu --tiny --out FOLDER      every row at its smallest, on any device, to see that all work
 
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.gpu.session import Bench, DeviceLost, Results, Row, code_version, run_rows
 from benchmarks.gpu.table import lines_of
+from benchmarks.gpu.ways import attention_table
 from benchmarks.measure import RESULTS
 
 
@@ -38,8 +39,14 @@ def all_rows() -> list[Row]:
 
 
 def chosen(words: list[str] | None) -> list[Row]:
-    """Rows whose names contain one of ``words``; all of them without."""
-    return [row for row in all_rows() if not words or any(word in row.name for word in words)]
+    """The rows that ``words`` name, or whose names contain one of them; all rows without ``words``."""
+    rows = all_rows()
+    names = [row.name for row in rows]
+    return [
+        row
+        for row in rows
+        if not words or row.name in words or any(word in row.name for word in words if word not in names)
+    ]
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,7 +54,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, help="begin no row that would end later; default: no limit")
-    parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose names contain one of these")
+    parser.add_argument("--rows", nargs="+", metavar="WORD", help="only these, or those with it in their names")
     parser.add_argument("--again", action="store_true", help="measure also what the results hold already")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes; needs --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -95,16 +102,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the device is lost ({lost}); going on in a new process", flush=True)
         left = None if options.minutes is None else options.minutes - (time.perf_counter() - start) / 60
         _start_again(options, left)
-    return report(rows, late, results)
+    return report(rows, late, results, options.tiny)
 
 
-def report(rows: list[Row], late: list[str], results: Results) -> int:
+def report(rows: list[Row], late: list[str], results: Results, tiny: bool) -> int:
     """Print what is known of ``rows``; 1 if one failed, else 0."""
     known = [row.name for row in rows if row.name in results.rows]
     print(f"\n{results.device}: {len(known)} of {len(rows)} rows, in {results.folder / results.name}.json")
     for name in known:
         row = results.rows[name]
         print("\n".join(lines_of(name, row, older=row["version"] != results.version)))
+    table = None if tiny else attention_table({name: results.rows[name] for name in known})
+    if table is not None:
+        print(f"to commit as src/heterodiff/models/attention_ways.json:\n{table}")
     if late:
         print(f"no time for {len(late)} rows: {', '.join(late)}")
     return int(any(results.rows[name]["state"] == "failed" for name in known))

@@ -14,8 +14,8 @@ SHIPPED = {
     "shapes_small": ["data.shapes.images=400"],
     "phantom_small": ["data.brain_phantom.patients=20", "segmentation.num_inference_steps=5"],
 }
-"""Configurations and what is changed in them. Pixels; a VAE with a discriminator, then its latents; image codec and text
-networks (recipe alignment), then text-image; heads in which anomalies are found."""
+"""Configurations and what is changed in them: pixels; a VAE with a discriminator, then its latents; image codec and
+text networks (recipe alignment), then text-image; simulated heads."""
 
 _SMALL = ["sampling.num_inference_steps=2", "model.channel_mult=[1]", "model.layers_per_block=1"]
 TINY = {

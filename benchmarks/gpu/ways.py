@@ -1,5 +1,6 @@
 """Rows that choose between several ways of computing the same: norms, and sparse attention."""
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,12 +9,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.session import Bench, Row
+from benchmarks.gpu.session import Bench, Row, Unexpected
 from benchmarks.measure import ratio
 
 MAPS = {"128x128, 128": (32, 128, 128), "32x32, 256": (32, 256, 32), "8x8, 512": (32, 512, 8)}
 """Batch, channels and side of maps of configuration B."""
 ROUNDS = 10
+SIDES, HEAD_WIDTHS = (32, 64, 96, 128), (16, 32, 64)
+MAX_KEYS = 512
+"""Keys of a query at most, as in the networks."""
+ROUNDING = 0.05
+"""Difference of two ways in bfloat16, in units of the largest value."""
 GAIN = 1.03
 """A way is chosen in place of the present one if it is so many times faster."""
 
@@ -47,7 +53,7 @@ def norm_call(bench: Bench, batch: int, channels: int, side: int, way: str) -> C
 
 
 def norms(bench: Bench) -> dict[str, Any]:
-    """Time of ``tokens`` in units of ``kernel``, for single maps and for a training step of ``unet``, and the choice."""
+    """Time of ``tokens`` in units of ``kernel``, of single maps and of a training step of ``unet``; and the choice."""
     from benchmarks.gpu.speed import call_of
     from heterodiff.models.normalization import NORM_WAYS
 
@@ -68,9 +74,81 @@ def norms(bench: Bench) -> dict[str, Any]:
     return found | {"to_commit": f'NORM_WAYS["{bench.device.type}"] = "{best}"'}
 
 
-def fastest(seconds: Mapping[str, list[float]]) -> str:
-    return min(seconds, key=lambda name: statistics.median(seconds[name]))
+def attention_calls(bench: Bench, side: int, head_width: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Each way to compute the sparse attention of maps of ``side`` x ``side``, forward and backward; they return
+    answers.
+    """
+    from heterodiff.models.attention_ways import DevicePattern, sparse_attention
+    from heterodiff.models.hybrid import NUM_HEADS, REGIONAL_PATCHES
+    from heterodiff.models.sparse_attention import Grid, make_pattern
+
+    grid = Grid(side, side, REGIONAL_PATCHES)
+    pattern = make_pattern("multiscale", grid, 0.9, MAX_KEYS, 0)
+    width, batch = NUM_HEADS * head_width, bench.size(8, 1)
+    shapes = (batch, grid.local, width), (batch, grid.length, 2 * width)
+    q, kv = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    grad = torch.randn_like(q)
+
+    def call(placed: DevicePattern) -> torch.Tensor:
+        out = sparse_attention(q, kv, placed, NUM_HEADS)
+        torch.autograd.grad(out, (q, kv), grad)
+        return out.detach()
+
+    ways = ("gather", "dense") if bench.device.type == "cpu" else ("gather", "dense", "flex")  # no gradients on a CPU
+    return {way: partial(call, DevicePattern.place(pattern, bench.device, way)) for way in ways}
+
+
+def attention(bench: Bench, side: int) -> dict[str, Any]:
+    """Milliseconds of each way by the width of a head, and rows for the table that chooses among them.
+
+    Raises:
+        Unexpected: the ways differ by more than their rounding.
+    """
+    from heterodiff.models.hybrid import REGIONAL_PATCHES
+    from heterodiff.models.sparse_attention import Grid
+
+    side = bench.size(side, 24)
+    found: dict[str, Any] = {}
+    choices = []
+    for head_width in bench.size(HEAD_WIDTHS, HEAD_WIDTHS[:1]):
+        calls, row = attention_calls(bench, side, head_width), {}
+        expected = calls["gather"]().float()
+        for way, call in list(calls.items()):
+            try:
+                difference = float((call().float() - expected).abs().max() / expected.abs().max())
+            except (RuntimeError, ImportError) as error:  # no memory, or no kernel: the others can still be chosen from
+                row[way] = f"{type(error).__name__}: {str(error)[:80]}"
+                del calls[way]
+                continue
+            if not difference <= ROUNDING:
+                raise Unexpected(f"{way} differs from gather by {difference:.3g} at {side}x{side}, head {head_width}")
+        seconds = bench.times(calls, ROUNDS)
+        row |= {way: 1000 * statistics.median(values) for way, values in seconds.items()}
+        found[f"head {head_width}"] = row
+        best = min(seconds, key=lambda way: ratio(seconds, way, "gather"))
+        best = best if ratio(seconds, best, "gather") * GAIN < 1 else "gather"
+        length = Grid(side, side, REGIONAL_PATCHES).length
+        choices.append({"device": bench.device.type, "length": length, "head_width": head_width, "way": best})
+    return found | {"choices": choices}
+
+
+def attention_table(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The content of ``attention_ways.json`` by what was measured; None where nothing was."""
+    from heterodiff.models.attention_ways import way_rows
+    from heterodiff.models.sparse_attention import DENSE_LIMIT
+
+    chosen = [choice for row in rows.values() for choice in row.get("found", {}).get("choices", [])]
+    if not chosen:
+        return None
+    device = chosen[0]["device"]
+    chosen.sort(key=lambda row: (row["length"], row["head_width"]))  # the first row that fits counts
+    first = {"device": device, "length": DENSE_LIMIT, "head_width": None, "way": "dense"}
+    others = [row for row in way_rows() if row["device"] != device]
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in [first, *chosen, *others]) + "\n]"
 
 
 def rows() -> list[Row]:
-    return [Row("norms", 40, norms)]
+    return [
+        Row("norms", 40, norms),
+        *(Row(f"attention {side}x{side}", 60, partial(attention, side=side)) for side in SIDES),
+    ]
