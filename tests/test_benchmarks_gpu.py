@@ -1,5 +1,6 @@
 """benchmarks.gpu: its rows at their smallest on the CPU, and what becomes of rows that fail or take too long."""
 
+import fnmatch
 import inspect
 import json
 import os
@@ -61,6 +62,8 @@ def test_every_row_can_be_called() -> None:
     for row in rows:
         inspect.signature(row.measure).bind(bench)
         assert row.seconds > 0
+    for pattern in command.FIRST:
+        assert fnmatch.filter([row.name for row in rows], pattern), pattern
 
 
 # ---- what becomes of rows -------------------------------------------------------------------------------------

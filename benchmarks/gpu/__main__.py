@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.gpu.session import Bench, DeviceLost, Results, Row, code_version, run_rows
@@ -28,14 +29,30 @@ from benchmarks.gpu.ways import attention_table
 from benchmarks.measure import RESULTS
 
 
+FIRST = (
+    "agrees with the CPU",
+    "steps * bfloat16",
+    "overflow float16",
+    "resume digits*",
+    "B * batch 32 eager",
+    "first step of train digits",
+    "counts of training digits",
+    "norms",
+    "attention 64x64",
+    "attention 128x128",
+    "B train batch 32 compiled",
+)
+"""Patterns of the rows that a quarter of an hour is best spent on."""
+
+
 def all_rows() -> list[Row]:
     """Every row, the most valuable first."""
     from benchmarks.gpu import correct, speed, steps, ways
 
-    right, fast, runs, choices = correct.rows(), speed.rows(), steps.rows(), ways.rows()
-    compiled = [row for row in fast if row.name.endswith("compiled")]
-    eager = [row for row in fast if row not in compiled]
-    return [*right, *eager, *choices, *runs, *compiled]
+    def rank(row: Row) -> int:
+        return next((k for k, pattern in enumerate(FIRST) if fnmatch(row.name, pattern)), len(FIRST))
+
+    return sorted([*correct.rows(), *ways.rows(), *steps.rows(), *speed.rows()], key=rank)
 
 
 def chosen(words: list[str] | None) -> list[Row]:
