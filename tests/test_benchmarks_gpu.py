@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import session, ways
+from benchmarks.gpu.goals import promises
 from benchmarks.gpu.session import Bench, DeviceLost, OutOfTime, Results, Row, Unavailable, run_rows
 from benchmarks.gpu.steps import a_step, totals
 from heterodiff.models import attention_ways
@@ -212,6 +213,29 @@ def test_the_table_of_attention_says_what_was_fastest(monkeypatch: pytest.Monkey
         assert attention_ways.choose_way(*args) == way
     assert attention_ways.choose_way("cuda", 10**6, 64) == "gather"
     assert ways.attention_table({"norms": {"found": {}}}) is None
+
+
+def test_promises_are_those_of_the_rows_that_are_there() -> None:
+    def network(to_unet: float, share: float) -> dict[str, float]:
+        return {"ms": 1, "to_unet": to_unet, "share_of_product": share}
+
+    others = {"diffusers": network(0.9, 0.5), "MONAI": "needs monai, einops"}
+    rows = {
+        "B train batch 32 eager": {
+            "state": "done",
+            "found": {"unet": network(1, 0.45), "hae-v2": network(1.2, 0.4), **others},
+        },
+        "B train batch 8 eager": {"state": "failed", "why": "full"},
+        "B forward batch 1 compiled": {"state": "done", "found": {"unet": network(1, 0.1)}},
+        "first step of train digits": {"state": "done", "found": {"seconds": 40}},
+    }
+    kept = {promise.name: promise.shortfall <= 0 for promise in promises(rows)}
+    assert kept == {
+        "B train batch 32 eager: hae-v2 / unet": True,
+        "B train batch 32 eager: diffusers / unet": False,
+        "B train batch 32 eager: share of a matrix product": True,
+        "first step of train digits, s": False,
+    }
 
 
 def test_a_way_is_chosen_for_a_while() -> None:

@@ -7,7 +7,8 @@
 
 Measures on the default device and writes benchmarks/results/gpu_<device>.json after every row. Rows that it holds for
 this version of the code are left out, so a run that was cut goes on with the same command; ``--again`` measures them
-once more. A row that fails is kept with its error, and the next one begins. Exits with 1 if one failed.
+once more. A row that fails is kept with its error, and the next one begins. Exits with 1 if one failed, or if
+the device misses what the project promises by more than a tenth.
 
 Needs Python 3.11, torch 2.10, numpy, diffusers and psutil, and PYTHONPATH=src where heterodiff is not installed. Rows
 that train need all of heterodiff's dependencies (tensorboard and scikit-learn only for the digits), those beside other
@@ -23,11 +24,12 @@ import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
+from benchmarks.gpu.goals import promises
 from benchmarks.gpu.session import Bench, DeviceLost, Results, Row, code_version, run_rows
 from benchmarks.gpu.table import lines_of
 from benchmarks.gpu.ways import attention_table
 from benchmarks.measure import RESULTS
-
+from benchmarks.promises import report as print_promises
 
 FIRST = (
     "agrees with the CPU",
@@ -94,7 +96,7 @@ def _start_again(options: argparse.Namespace, minutes: float | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure; 1 if a row failed, else 0."""
+    """Measure; 1 if a row failed or a promise was missed, else 0."""
     options = _options(arguments)
     rows = chosen(options.rows)
     if options.list:
@@ -123,18 +125,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(rows: list[Row], late: list[str], results: Results, tiny: bool) -> int:
-    """Print what is known of ``rows``; 1 if one failed, else 0."""
+    """Print what is known of ``rows``; 1 if one failed or a promise was missed, else 0."""
     known = [row.name for row in rows if row.name in results.rows]
     print(f"\n{results.device}: {len(known)} of {len(rows)} rows, in {results.folder / results.name}.json")
     for name in known:
         row = results.rows[name]
         print("\n".join(lines_of(name, row, older=row["version"] != results.version)))
-    table = None if tiny else attention_table({name: results.rows[name] for name in known})
-    if table is not None:
+    rows_known = {name: results.rows[name] for name in known}
+    missed = 0 if tiny else print_promises(promises(rows_known))
+    if not tiny and (table := attention_table(rows_known)) is not None:
         print(f"to commit as src/heterodiff/models/attention_ways.json:\n{table}")
     if late:
         print(f"no time for {len(late)} rows: {', '.join(late)}")
-    return int(any(results.rows[name]["state"] == "failed" for name in known))
+    return max(missed, int(any(row["state"] == "failed" for row in rows_known.values())))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.recipes import PRECISIONS, SHIPPED, config_of
 from benchmarks.gpu.resume import compare
-from benchmarks.gpu.session import Bench, Row, Unexpected, own_environment
+from benchmarks.gpu.session import Bench, Row, Unexpected, error_of, own_environment
 
 if TYPE_CHECKING:
     from heterodiff.config import RunConfig
@@ -61,8 +61,8 @@ def _segment(config: "RunConfig") -> int:
     return int(segmenter.masks(maps, limits).masks.sum())
 
 
-def _losses(folder: Path, precision: str) -> list[float]:
-    """Loss of each step; NaN where it was left out, as float16 does while it looks for its scale.
+def _losses(folder: Path, precision: str) -> list[float | None]:
+    """Loss of each step; None where it was left out, as float16 does while it looks for its scale.
 
     Raises:
         Unexpected: one is not finite.
@@ -72,7 +72,7 @@ def _losses(folder: Path, precision: str) -> list[float]:
     finite = sum(map(math.isfinite, losses))
     if finite < (1 if precision == "float16" else len(losses)):
         raise Unexpected(f"losses {losses} of {folder.name}")
-    return [round(loss, 4) for loss in losses]
+    return [round(loss, 4) if math.isfinite(loss) else None for loss in losses]
 
 
 def agrees_with_cpu(bench: Bench) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def resumes(bench: Bench, name: str, deterministic: bool) -> dict[str, Any]:
     environment.pop("CUBLAS_WORKSPACE_CONFIG", None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise Unexpected(done.stderr.strip().splitlines()[-1])
+        raise error_of(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
     if found["different"]:
         raise Unexpected(f"resumed differs: {found}")

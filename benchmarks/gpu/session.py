@@ -52,6 +52,12 @@ def own_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
+def error_of(stderr: str) -> Exception:
+    """The error that ended another process, by what it printed; a library that it lacked makes a row unavailable."""
+    last = (stderr.strip() or "no message").splitlines()[-1]
+    return Unavailable(last) if last.startswith("ModuleNotFoundError") else RuntimeError(last)
+
+
 @dataclass(frozen=True)
 class Bench:
     """What rows measure on.

@@ -11,9 +11,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu.recipes import SELDOM, SHIPPED, config_of
-from benchmarks.gpu.session import ROOT, Bench, Row, Unavailable, own_environment
+from benchmarks.gpu.session import ROOT, Bench, Row, Unavailable, Unexpected, error_of, own_environment
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+FIRST_STEP = "first step of train digits"
 LAUNCHES = ("LaunchKernel", "GraphLaunch")
 
 
@@ -37,16 +38,20 @@ def counted(bench: Bench, call: Callable[[], object]) -> Counter[str]:
 
     Raises:
         Unavailable: not CUDA.
+        Unexpected: the profiler saw nothing.
     """
     if bench.device.type != "cuda":
         raise Unavailable("only CUDA's calls are counted")
     from torch.profiler import ProfilerActivity, profile
 
     bench.wait()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         bench.wait()
-    return totals({event.key: event.count for event in profiler.key_averages()})
+    found = totals({event.key: event.count for event in profiler.key_averages()})
+    if not found["launches"]:
+        raise Unexpected("the profiler saw no kernel launches")
+    return found
 
 
 def a_step(few: Counter[str], many: Counter[str], steps: int) -> dict[str, float]:
@@ -161,13 +166,13 @@ def first_step(bench: Bench) -> dict[str, Any]:
     finally:
         process.kill()
     if process.returncode or seconds is None:
-        raise RuntimeError(errors.strip().splitlines()[-1] if errors.strip() else "it ended without a step")
+        raise error_of(errors)
     return {"seconds": seconds}
 
 
 def rows() -> list[Row]:
     return [
-        Row("first step of train digits", 30, first_step),
+        Row(FIRST_STEP, 30, first_step),
         *(Row(f"counts of training {name}", 40, partial(counts_of_training, name=name)) for name in SHIPPED),
         Row("counts of sampling", 15, counts_of_sampling),
         *(Row(f"images/s of training, {p}", 20, partial(training_rate, precision=p)) for p in ("bfloat16", "float32")),

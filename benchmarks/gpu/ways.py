@@ -74,61 +74,68 @@ def norms(bench: Bench) -> dict[str, Any]:
     return found | {"to_commit": f'NORM_WAYS["{bench.device.type}"] = "{best}"'}
 
 
-def attention_calls(bench: Bench, side: int, head_width: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each way to compute the sparse attention of maps of ``side`` x ``side``, forward and backward; they return
-    answers.
-    """
+def attention_call(bench: Bench, side: int, head_width: int, way: str) -> Callable[[], torch.Tensor]:
+    """Sparse attention of maps of ``side`` x ``side``, forward and backward, computed in ``way``; returns answers."""
     from heterodiff.models.attention_ways import DevicePattern, sparse_attention
     from heterodiff.models.hybrid import NUM_HEADS, REGIONAL_PATCHES
     from heterodiff.models.sparse_attention import Grid, make_pattern
 
     grid = Grid(side, side, REGIONAL_PATCHES)
-    pattern = make_pattern("multiscale", grid, 0.9, MAX_KEYS, 0)
+    placed = DevicePattern.place(make_pattern("multiscale", grid, 0.9, MAX_KEYS, 0), bench.device, way)
     width, batch = NUM_HEADS * head_width, bench.size(8, 1)
+    torch.manual_seed(0)
     shapes = (batch, grid.local, width), (batch, grid.length, 2 * width)
     q, kv = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
     grad = torch.randn_like(q)
 
-    def call(placed: DevicePattern) -> torch.Tensor:
+    def call() -> torch.Tensor:
         out = sparse_attention(q, kv, placed, NUM_HEADS)
         torch.autograd.grad(out, (q, kv), grad)
         return out.detach()
 
-    ways = ("gather", "dense") if bench.device.type == "cpu" else ("gather", "dense", "flex")  # no gradients on a CPU
-    return {way: partial(call, DevicePattern.place(pattern, bench.device, way)) for way in ways}
+    return call
+
+
+def working_ways(bench: Bench, side: int, head_width: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The ways that the device can compute, each called once, and why it cannot compute the others.
+
+    Raises:
+        Unexpected: two ways differ by more than their rounding.
+    """
+    calls: dict[str, Callable[[], Any]] = {"gather": attention_call(bench, side, head_width, "gather")}
+    expected, why = calls["gather"]().float(), {}
+    for way in ("dense",) if bench.device.type == "cpu" else ("dense", "flex"):  # flex has no gradients on a CPU
+        try:
+            call = attention_call(bench, side, head_width, way)
+            found = call().float()
+        except Exception as error:  # no memory or no kernel; there are the others to choose from
+            why[way] = f"{type(error).__name__}: {str(error)[:80]}"
+            continue
+        calls[way] = call
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= ROUNDING:
+            raise Unexpected(f"{way} differs from gather by {difference:.3g} at {side}x{side}, head {head_width}")
+    return calls, why
 
 
 def attention(bench: Bench, side: int) -> dict[str, Any]:
-    """Milliseconds of each way by the width of a head, and rows for the table that chooses among them.
-
-    Raises:
-        Unexpected: the ways differ by more than their rounding.
-    """
+    """Milliseconds of each way by the width of a head, and rows for the table that chooses among them."""
     from heterodiff.models.hybrid import REGIONAL_PATCHES
     from heterodiff.models.sparse_attention import Grid
 
+    torch.compiler.reset()  # compiled for too many shapes, flex would go on uncompiled
     side = bench.size(side, 24)
+    length = Grid(side, side, REGIONAL_PATCHES).length
     found: dict[str, Any] = {}
     choices = []
     for head_width in bench.size(HEAD_WIDTHS, HEAD_WIDTHS[:1]):
-        calls, row = attention_calls(bench, side, head_width), {}
-        expected = calls["gather"]().float()
-        for way, call in list(calls.items()):
-            try:
-                difference = float((call().float() - expected).abs().max() / expected.abs().max())
-            except (RuntimeError, ImportError) as error:  # no memory, or no kernel: the others can still be chosen from
-                row[way] = f"{type(error).__name__}: {str(error)[:80]}"
-                del calls[way]
-                continue
-            if not difference <= ROUNDING:
-                raise Unexpected(f"{way} differs from gather by {difference:.3g} at {side}x{side}, head {head_width}")
+        calls, why = working_ways(bench, side, head_width)
         seconds = bench.times(calls, ROUNDS)
-        row |= {way: 1000 * statistics.median(values) for way, values in seconds.items()}
-        found[f"head {head_width}"] = row
-        best = min(seconds, key=lambda way: ratio(seconds, way, "gather"))
-        best = best if ratio(seconds, best, "gather") * GAIN < 1 else "gather"
-        length = Grid(side, side, REGIONAL_PATCHES).length
-        choices.append({"device": bench.device.type, "length": length, "head_width": head_width, "way": best})
+        found[f"head {head_width}"] = {w: 1000 * statistics.median(values) for w, values in seconds.items()} | why
+        relative = {way: ratio(seconds, way, "gather") for way in seconds}
+        best = min(relative, key=relative.__getitem__)
+        way = best if relative[best] * GAIN < 1 else "gather"
+        choices.append({"device": bench.device.type, "length": length, "head_width": head_width, "way": way})
     return found | {"choices": choices}
 
 
