@@ -21,8 +21,6 @@ def promises(rows: Mapping[str, Mapping[str, Any]]) -> list[Promise]:
         if "batch 32" in name:
             share = max(row[network]["share_of_product"] for network in ("unet", "hae-v2") if network in row)
             made.append(Promise(f"{name}: share of a matrix product", share, at_least=0.4))
-    if "first step of train digits" in found:
-        made.append(
-            Promise("first step of train digits, s", found["first step of train digits"]["seconds"], at_most=30)
-        )
+    if (row := found.get(FIRST_STEP)) is not None:
+        made.append(Promise(f"{FIRST_STEP}, s", row["seconds"], at_most=30))
     return made
