@@ -50,7 +50,7 @@ def test_shares_of_processes_make_up_the_batch() -> None:
     whole = StepBatches(data, config, 12, seed=0)[5]
     parts = [StepBatches(data, config, 12, 0, rank, 3)[5] for rank in range(3)]
     assert [i for part in parts for i in part.indices] == whole.indices
-    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([part.stored for part in parts]), whole.stored)
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
 
 
