@@ -30,9 +30,7 @@ def find_device(device: Device | None = None) -> torch.device:
         raise ConfigError(f"device '{device}': not the name of a device; this machine has {known}") from None
     if found.type == "cpu" or f"{found.type}:{found.index or 0}" in _available():
         return found
-    raise ConfigError(
-        f"device '{device}': not on this machine, which has {known}; leave it out for the best"
-    )
+    raise ConfigError(f"device '{device}': not on this machine, which has {known}; leave it out for the best")
 
 
 def process_state() -> Any:
