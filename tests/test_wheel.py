@@ -1,4 +1,4 @@
-"""What is packaged: a wheel, built from the sdist and installed into an empty environment, works away from the checkout."""
+"""A wheel built from the sdist and installed into an empty environment works away from the checkout."""
 
 import json
 import os
