@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from heterodiff import __version__
 from heterodiff.errors import ConfigError, HeterodiffError, unknown_name
 from heterodiff.memory import keep_freed_memory
 
@@ -47,8 +48,17 @@ def find_config(name: str) -> Path:
     return path if path.exists() or path.suffix else shipped
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heterodiff {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
@@ -64,6 +74,7 @@ def demo(
             help="Real digits, simulated radar, pictures with captions, or simulated heads with lesions.",
         ),
     ] = "digits",
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ and the name, as runs/digits.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -72,7 +83,7 @@ def demo(
 
     if what not in DEMOS:
         raise ConfigError(unknown_name("demo", what, DEMOS))
-    run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed)
+    run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed, overrides or [])
 
 
 @app.command()

@@ -6,28 +6,29 @@ from pydantic import Field, model_validator
 
 from heterodiff.config.base import Fraction, Levels, Positive, Section, UserPath
 from heterodiff.config.training import TrainingConfig
+from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY
 
 
 class ModelConfig(Section):
     """The denoiser; see ``heterodiff models`` and the docs of the HAE family."""
 
     variant: str = "hae-v2"
-    model_channels: Positive = 64
+    model_channels: Positive = MODEL_CHANNELS
     channel_mult: Levels | None = Field(None, description="default chosen from the image size")
-    layers_per_block: Positive = 2
+    layers_per_block: Positive = LAYERS_PER_BLOCK
     patch_size: Positive = Field(
         1, description="see patches of so many pixels a side as one position: 2 costs a fourth (not film-unet)"
     )
     attention_resolutions: tuple[Positive, ...] | None = Field(
-        None, description="downsampling factors with attention; default: the last two levels below 32x32"
+        None, description="downsampling factors with attention; default: those with maps of at most 16x16"
     )
     dropout: Fraction = 0.0
-    num_heads: Positive = 4
+    num_heads: Positive = NUM_HEADS
     num_head_channels: Positive | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
-    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = SPARSITY
     memory_optimization: bool | None = Field(
         None, description="compute what is cheap again in the backward pass; default: for hae-v2-conservative"
     )

@@ -38,7 +38,7 @@ def codec_run(config: RunConfig) -> RunConfig | None:
         return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
     before = load_config(codec.path / CONFIG_FILE)
     wanted = before.model_copy(update=keys)  # other sections do not matter to it
-    if changes := changed_keys(before, wanted):
+    if changes := changed_keys(before, wanted, weights_step(codec.path) or 0):
         raise RunError(
             f"codec.path={codec.path}: {_name(config)} was trained with other settings; undo these, set codec.path to "
             "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)

@@ -43,12 +43,13 @@ FREE_TO_CHANGE = (
     "training.max_nonfinite_steps",
     "training.num_workers",
     "training.preview_every",
+    "training.steps",
     "training.tensorboard",
     "codec.path",
     "codec.training",
     "segmentation",
 )
-"""Keys (and sections) that a resumed run may change: they do not alter what is learned."""
+"""Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:
@@ -67,17 +68,22 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
-    """Differences that would make a resumed run another run, as ``key: before -> now``."""
+def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[str]:
+    """Differences that would make a resumed run another run, as ``key: before -> now``.
+
+    Args:
+        reached: steps that are done; a run can be made longer, but not shorter than that.
+    """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     free = [key for key in FREE_TO_CHANGE if key != "training.accumulation_steps" or parts_are_alike(now)]
-    if now.training.lr_schedule == "constant":  # otherwise the learning rates of all steps depend on it
-        free.append("training.steps")
-    return [
+    changes = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
         if old.get(key) != new.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
     ]
+    if now.training.steps < reached:
+        changes.append(f"training.steps: {before.training.steps} -> {now.training.steps}; {reached} steps are done")
+    return changes
 
 
 def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
@@ -101,7 +107,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         raise RunError(
             f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
         )
-    if changes := changed_keys(load_config(folder / CONFIG_FILE), config):
+    reached = (weights_step(folder) or 0) if resume == "auto" else 0
+    if changes := changed_keys(load_config(folder / CONFIG_FILE), config, reached):
         raise RunError(
             f"{folder}: holds a run with another configuration; set output=... to a new folder, or undo:\n  "
             + "\n  ".join(changes)
@@ -146,11 +153,10 @@ def fingerprint(config: RunConfig) -> str:
     Without the defaults, so that a setting that a later version adds does not make earlier runs strangers.
     """
     flat, default = (flatten(c.model_dump(mode="json")) for c in (config, RunConfig()))
-    free = (*FREE_TO_CHANGE, "training.steps")
     fixed = {
         k: v
         for k, v in flat.items()
-        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in free)
+        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in FREE_TO_CHANGE)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
