@@ -36,6 +36,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'{nearest_name(name, known)}; known: {', '.join(known)}"
 
 
+def reason(error: Exception) -> str:
+    """Return what ``error`` says, on one line and not too long."""
+    if "trust_remote_code" in str(error):  # how transformers refuses it, and how to allow it
+        return "its auto_map asks for Python code of its own, and custom code is never run"
+    return f"{' '.join(str(error).split()):.300}"
+
+
 def compile_error(error: Exception, setting: str) -> HeterodiffError | None:
     """The message for a failure of ``torch.compile`` that ``setting`` asked for; None for any other error."""
     if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
