@@ -23,7 +23,7 @@ from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
-from heterodiff.training.interrupt import Interrupted, StopRequest
+from heterodiff.training.interrupt import Interrupted, StopRequest, ignore_signals
 from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.run_folder import fingerprint, save_pipeline
@@ -309,6 +309,7 @@ class Trainer:
             sampler=range(self.step, stop),
             num_workers=training.num_workers,
             persistent_workers=training.num_workers > 0,
+            worker_init_fn=ignore_signals,
         )
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
