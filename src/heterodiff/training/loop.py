@@ -20,6 +20,7 @@ from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.devices import default_device, has_bfloat16, process_state
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
@@ -247,7 +248,7 @@ class Trainer:
             watch.remove()
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step_{self.step:06d}.png")
+        picture.save(fresh(folder / f"step_{self.step:06d}.png"))
         journal.picture(self.step, picture)
         if measured:
             journal.row(self.step, measured)
