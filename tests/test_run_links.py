@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from heterodiff.config_file import dump_config
 from tests.test_cli import call
@@ -29,8 +30,13 @@ FOLDERS = (".pipeline", ".unet.old", "checkpoints/step_00000004.tmp", "checkpoin
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
+    """A run of four steps on twelve pictures, which are evaluated in no time."""
+    for k in range(12):
+        (tmp_path / "images" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * k).save(tmp_path / "images" / "ab"[k % 2] / f"{k}.png")
     options = {"training__steps": 4, "training__checkpoint_every": 2, "training__preview_every": 3}
-    (tmp_path / "mine.yaml").write_text(dump_config(tiny_config(tmp_path / "run", **options)))
+    data = {"data__source": "images", "data__path": str(tmp_path / "images"), "data__val_fraction": 0.5}
+    (tmp_path / "mine.yaml").write_text(dump_config(tiny_config(tmp_path / "run", **options, **data)))
     return tmp_path / "mine.yaml"
 
 
