@@ -19,7 +19,7 @@ from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.devices import default_device, has_bfloat16, process_state
-from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
 from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
@@ -244,6 +244,14 @@ class Trainer:
                 picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
         except Interrupted:
             return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._write()  # no step is lost for want of a picture
+            raise RunError(
+                f"out of memory in the preview after step {self.step}, whose checkpoint is written; go on with "
+                f"training.preview_every={self.config.training.steps}, which leaves all but the last one out"
+            ) from error
         finally:
             watch.remove()
         folder = self.folder / SAMPLES
@@ -282,6 +290,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
+        self._write()
+        self.accelerator.wait_for_everyone()
+
+    def _write(self) -> None:
         if self.accelerator.is_main_process:
             checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.accelerator.scaler)
             checkpoint.state |= {
@@ -292,7 +304,6 @@ class Trainer:
             }
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
             self.save_weights()
-        self.accelerator.wait_for_everyone()
 
     def _loader(self, stop: int) -> DataLoader[Batch]:
         training = self.config.training
