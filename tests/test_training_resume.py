@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -59,7 +60,7 @@ def start_training(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "heterodiff.cli", "train", str(config_file)]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
@@ -71,18 +72,28 @@ def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("training wrote no row within a minute")
 
 
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "killed", training__steps=300, training__checkpoint_every=3)
+    workers = 2 if number == signal.SIGKILL else 0
+    config = tiny_config(
+        tmp_path / "killed", training__steps=300, training__checkpoint_every=3, training__num_workers=workers
+    )
     config_file = tmp_path / "config.yaml"
     config_file.write_text(dump_config(config))
     process = start_training(config_file, tmp_path / "log.txt")
     wait_for_row(tmp_path / "killed", process)
+    started = workers_of(process)
+    assert len(started) == workers
     process.send_signal(number)
     assert process.wait(60) == code, (tmp_path / "log.txt").read_text()
+    assert psutil.wait_procs(started, timeout=30)[1] == []  # nobody is left behind
     step, _, _ = last_checkpoint(tmp_path / "killed")
     assert 3 <= step < 290
     stop = step + 5
@@ -92,6 +103,31 @@ def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_p
         quiet=True,
         stop_after=stop,
     )
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_signal_to_all_processes_loses_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """As Slurm, Docker and Ctrl-C send it: to the loader workers, too. There was no checkpoint before."""
+    options = {"training__steps": 300, "training__checkpoint_every": 1000, "training__num_workers": 2}
+    config = tiny_config(tmp_path / "killed", **options)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(dump_config(config))
+    process = start_training(config_file, tmp_path / "log.txt")
+    wait_for_row(tmp_path / "killed", process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    os.killpg(process.pid, number)
+    assert process.wait(60) == code, (tmp_path / "log.txt").read_text()
+    assert [worker for worker in workers if worker.is_running()] == []
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    step, _, _ = last_checkpoint(tmp_path / "killed")
+    assert 5 <= step < 290
+    train(config, quiet=True, stop_after=step + 3)
+    train(tiny_config(tmp_path / "straight", **options), quiet=True, stop_after=step + 3)
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 

@@ -24,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_PICTURES = MOST_STEPS = 1_000_000
+MOST_CANDIDATES = 10_000
+
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 ConfigArgument = Annotated[
@@ -168,7 +171,7 @@ def encode(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the latents.", show_default=False)],
     overrides: Overrides = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_PICTURES, help="Images encoded at once.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in each file.")] = 1024,
 ) -> None:
     """Encode the images of a configuration once, to train on their latents; an interrupted start can be repeated."""
@@ -200,8 +203,10 @@ def sample(
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
     ] = None,
-    number: Annotated[int, typer.Option("-n", min=1, help="Images of each class.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Images of each class.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's (20).")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp, unipc, euler, heun or flow-euler.")] = None,
     seed: Seed = 0,
@@ -236,17 +241,23 @@ def sample(
 def text2image(
     run: RunArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Pictures of each prompt.")] = 4,
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(min=1, help="Draw so many for each picture and keep the one that the captioner finds truest."),
+        typer.Option(
+            min=1,
+            max=MOST_CANDIDATES,
+            help="Draw so many for each picture and keep the one that the captioner finds truest.",
+        ),
     ] = None,
     seed: Seed = 0,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.")] = False,
@@ -295,7 +306,7 @@ def text2image(
 def caption(
     run: RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, help="Captions of each image.")] = 1,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Captions of each image.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(help="Of the sampling; 0 takes the likeliest words. Default: 0 for one caption, else 0.9."),
@@ -383,6 +394,7 @@ def evaluate(
         typer.Option(
             "-n",
             min=2,
+            max=MOST_PICTURES,
             help="Images of each class to draw; default: 50, or with --augmentation as many as it has training images "
             "(at most 500). For a run on texts, prompts to draw and pictures to caption; default: 200.",
             show_default=False,
@@ -404,7 +416,9 @@ def evaluate(
         ),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers of each kind that --augmentation trains.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's (20).")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
     seed: Seed = 0,

@@ -16,6 +16,7 @@ from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
 from heterodiff.evaluation.progress import pictures_at_once, progress_tasks
 from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
 from heterodiff.evaluation.run import held_out_images, images_of, run_data
+from heterodiff.files import fresh
 from heterodiff.pipelines.files import draw_classes
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.load import load_generation, load_spec
@@ -88,8 +89,8 @@ def study_run(
     study["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     study["images"] = {"seed": seed, "seconds": seconds}
     numbers, picture = run / AUGMENTATION_FILE, run / AUGMENTATION_PICTURE
-    numbers.write_text(json.dumps(study, indent=1) + "\n", "utf-8")
-    picture.write_bytes(augmentation_picture(study))
+    fresh(numbers).write_text(json.dumps(study, indent=1) + "\n", "utf-8")
+    fresh(picture).write_bytes(augmentation_picture(study))
     return AugmentationRun(study, numbers, picture, write_report(run))
 
 

@@ -20,6 +20,7 @@ from heterodiff.data.volumes import known_fingerprint
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
+from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
 from heterodiff.pipelines.load import (
@@ -167,9 +168,9 @@ def evaluate_run(
     titles = [class_title(pipeline, int(label)) for label in labels]
     shown = [i for i in range(len(images)) if i % per_class < 10]
     picture = run / "samples.png"
-    image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class)).save(picture)
-    nearest_picture(images, train[0], metrics).save(run / "nearest.png")
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class)).save(fresh(picture))
+    nearest_picture(images, train[0], metrics).save(fresh(run / "nearest.png"))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

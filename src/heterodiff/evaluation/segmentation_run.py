@@ -21,6 +21,7 @@ from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
+from heterodiff.files import fresh
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import (
@@ -171,8 +172,8 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
-    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(picture)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(fresh(picture))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

@@ -34,6 +34,7 @@ from heterodiff.evaluation.text_image import (
 )
 from heterodiff.evaluation.text_image_sections import WAYS
 from heterodiff.evaluation.vae_run import spread
+from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image, pipeline_kind
 from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
@@ -120,8 +121,8 @@ def evaluate_text_image(
         record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(run / name)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+        picture.save(fresh(run / name))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, run / PROMPTS_PICTURE, write_report(run))
 
 

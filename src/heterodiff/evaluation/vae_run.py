@@ -15,6 +15,7 @@ from heterodiff.evaluation.classifiers import ConvReader, SvmReader
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.evaluation.report import write_report
 from heterodiff.evaluation.run import Evaluation, held_out_images, images_of, run_data
+from heterodiff.files import fresh
 from heterodiff.pipelines.load import load, pipeline_kind
 from heterodiff.pipelines.reconstruct import ENCODE_BATCH, ReconstructionPipeline, comparison_picture
 
@@ -63,8 +64,8 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None) -> Eva
     }
     rows = torch.linspace(0, len(reconstructed) - 1, min(SHOWN, len(reconstructed))).long()
     picture = run / "samples.png"
-    comparison_picture(held_out.images[rows], reconstructed[rows]).save(picture)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    comparison_picture(held_out.images[rows], reconstructed[rows]).save(fresh(picture))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

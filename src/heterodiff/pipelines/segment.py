@@ -17,6 +17,7 @@ from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import CheckpointError, ConfigError, RunError
+from heterodiff.files import fresh
 from heterodiff.pipelines.anomaly_masks import (
     Calibration,
     anomaly_mask,
@@ -173,7 +174,7 @@ def save_calibration(run: Path, calibration: Calibration, settings: Segmentation
     }
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room, or copy the run") from None

@@ -19,6 +19,7 @@ from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.errors import DataError, RunError
+from heterodiff.files import fresh
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.load import CONFIG_FILE, check_preprocessing, load_generation
@@ -97,7 +98,7 @@ def segment_folder(
     # Names that are no UTF-8 are written as they are on disk.
     with (
         _writing(out),
-        (out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        fresh(out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -208,10 +209,10 @@ def _segment(
         (folder / DONE_FILE).unlink(missing_ok=True)  # first: it does not hold for what is written now
         save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
         save_like(folder / MAP_FILE, volumes.map, reference)
-        picture.save(folder / PICTURE_FILE)
+        picture.save(fresh(folder / PICTURE_FILE))
         content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
         temporary = folder / f"{DONE_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
     return row
 
@@ -245,7 +246,7 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
     header["cal_min"] = header["cal_max"] = 0  # viewers would show a mask in the window of the volume: black
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), reference.affine, header)
     temporary = path.with_name(f".unfinished.{path.name}")  # nibabel goes by the suffix, and hidden it is no volume
-    nibabel.save(image, temporary)
+    nibabel.save(image, fresh(temporary))
     temporary.replace(path)
 
 

@@ -11,6 +11,7 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
 from heterodiff.training.loop import check_batch
+from heterodiff.training.memory_plan import check_fits
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
@@ -84,6 +85,7 @@ def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
     precision_of(config.training)
     check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))
     on_latents = replace(spec, channels=channels, height=height, width=width)
+    check_fits(config.model_copy(update={"recipe": "diffusion", "codec": CodecConfig()}), on_latents)
     try:
         recipe = DiffusionRecipe(config.model_copy(update={"codec": CodecConfig()}), on_latents)
     except ConfigError as error:

@@ -1,10 +1,10 @@
 """A run folder: who may write to it, what it was started with, and where to go on."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from heterodiff.config import RunConfig
 from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
+from heterodiff.files import fresh, remove
 from heterodiff.pipelines.load import CONFIG_FILE, INDEX_FILE, read_json
 from heterodiff.training.checkpoint import share_files
 
@@ -125,8 +126,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a file that is there keeps its content
+        file = os.fdopen(os.open(folder / LOCK_FILE, flags, 0o666), "r+")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RunError(f"{folder / LOCK_FILE}: a link, expected a file of the run itself; remove it") from None
         raise RunError(f"{folder}: cannot be written: {error.strerror}; set output=... elsewhere") from None
     with file:
         try:
@@ -138,7 +142,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = fresh(path.with_name(path.name + ".tmp"))
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
@@ -182,17 +186,17 @@ def save_pipeline(folder: Path, step: int, write: Callable[[Path], None]) -> Non
     """Let ``write`` make a pipeline folder of ``step`` and move its parts into ``folder``, each whole or not at all."""
     (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     staging = folder / ".pipeline"
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     write(staging)
     share_files(staging)
     for part in staging.iterdir():
         if part.is_dir():
             old = folder / f".{part.name}.old"
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             if (folder / part.name).exists():
                 (folder / part.name).rename(old)
             part.rename(folder / part.name)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         else:
             part.replace(folder / part.name)
     staging.rmdir()
