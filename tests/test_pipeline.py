@@ -140,7 +140,7 @@ def broken(run: Path, tmp_path: Path, how: str) -> Path:
     elif how == "not JSON":
         (copy / "unet" / "config.json").write_text("{")
     elif how == "unknown scheduler":
-        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "PNDMScheduler"}))
+        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "PNDMSchedular"}))
     return copy
 
 

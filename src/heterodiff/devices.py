@@ -5,9 +5,11 @@ from typing import Any
 import psutil
 import torch
 
-from heterodiff.errors import ConfigError
+from heterodiff.errors import ConfigError, unknown_name
 
 Device = str | torch.device
+DType = str | torch.dtype
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_device() -> torch.device:
@@ -68,6 +70,27 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(supported()) if supported is not None else False
 
 
+def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
+    """Return the precision called ``dtype``; None means the best for drawing images on ``device``.
+
+    That is bfloat16 on CUDA where it is not emulated, else float32.
+
+    Raises:
+        ConfigError: an unknown precision; the known ones are named.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(unknown_name("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a precision, as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def device_name(device: torch.device) -> str:
     """Describe ``device`` for the records of a run, as ``NVIDIA H200`` or ``2 CPU threads``."""
     if device.type == "cpu":
@@ -82,6 +105,11 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     if device.type == "cpu" or info is None:
         return psutil.virtual_memory().available, "memory"
     return int(info()[0]), "GPU memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that a device, or the CPU, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def double_dtype(device: torch.device) -> torch.dtype:
