@@ -1,6 +1,7 @@
 """Pipelines that draw images: schedulers, callbacks, precision and settings, as users of diffusers know them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ class DrawingPipeline(DiffusionPipeline):
         """The kind of prediction of the network."""
         return prediction_of(self._trained)
 
+    @property
+    def default_sampler(self) -> str:
+        """The name of what draws where a call names no sampler: a sampler, or the class of an assigned scheduler."""
+        return type(self.scheduler).__name__ if self._replaced else self.defaults.sampler
+
     def network(self, z: Tensor, time: Tensor, **condition: Any) -> Tensor:
         """The denoiser's output (B, C or 2C, H, W) in float32, computed in the precision of its weights.
 
@@ -210,12 +216,21 @@ def to_output(images: Tensor, output_type: str) -> Images:
     return images if output_type == "pt" else [to_pil(image) for image in images]
 
 
-def memory_error(error: RuntimeError, batch_size: int, device: torch.device) -> Exception:
-    """The error itself; or, if memory ran out drawing ``batch_size`` images at once, a message with what helps."""
-    if not is_out_of_memory(error):
-        return error
-    if batch_size > 1:
-        way_out = f"draw fewer at once: --batch-size {batch_size // 2} (batch_size={batch_size // 2})"
-    else:
-        way_out = "draw smaller images, or on another --device (device=) with more memory"
-    return RunError(f"out of memory on {device} drawing {batch_size} images at once; {way_out}")
+@contextmanager
+def explaining_memory(batch_size: int, device: torch.device) -> Iterator[None]:
+    """Turn the failure to draw ``batch_size`` images at once for want of memory into a message with what helps.
+
+    Raises:
+        RunError: memory ran out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = batch_size // 2
+        way_out = f"draw fewer at once: --batch-size {fewer} (from Python batch_size={fewer})"
+        if batch_size == 1:
+            way_out = "draw smaller images, or on a --device (from Python device=) with more memory"
+        count = "1 image" if batch_size == 1 else f"{batch_size} images at once"
+        raise RunError(f"out of memory on {device}, drawing {count}; {way_out}") from error

@@ -19,7 +19,6 @@ from heterodiff.pipelines.drawing import (
     GenerationOutput,
     StepCallback,
     check_output_type,
-    memory_error,
     to_output,
 )
 from heterodiff.pipelines.run_files import DATA_FILE
@@ -144,7 +143,6 @@ class GenerationPipeline(DrawingPipeline):
 
         Raises:
             ConfigError: unknown class, sampler or output type; a label outside the range; steps that do not fit.
-            RunError: out of memory.
         """
         check_output_type(output_type)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -166,22 +164,19 @@ class GenerationPipeline(DrawingPipeline):
             if self.interrupt:
                 break
             some = labels[start : start + batch_size]
-            try:
-                z = self._draw(
-                    some,
-                    generator[start : start + batch_size] if isinstance(generator, list) else generator,
-                    latent_size,
-                    scale=d.guidance_scale if guidance_scale is None else guidance_scale,
-                    interval=guidance_interval or d.guidance_interval,
-                    sampler=sampler,
-                    num_inference_steps=d.num_inference_steps if num_inference_steps is None else num_inference_steps,
-                    timesteps=timesteps,
-                    dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
-                    callback=callback,
-                )
-                parts.append(self.codec.decode(z).cpu())
-            except RuntimeError as error:
-                raise memory_error(error, len(some), self.device) from error
+            z = self._draw(
+                some,
+                generator[start : start + batch_size] if isinstance(generator, list) else generator,
+                latent_size,
+                scale=d.guidance_scale if guidance_scale is None else guidance_scale,
+                interval=guidance_interval or d.guidance_interval,
+                sampler=sampler,
+                num_inference_steps=d.num_inference_steps if num_inference_steps is None else num_inference_steps,
+                timesteps=timesteps,
+                dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
+                callback=callback,
+            )
+            parts.append(self.codec.decode(z).cpu())
         images = to_output(torch.cat(parts), output_type)
         return GenerationOutput(images=images) if return_dict else (images,)
 

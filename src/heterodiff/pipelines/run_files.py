@@ -12,6 +12,7 @@ DATA_FILE = "data.json"
 SPLIT_FILE = "split.json"
 CONFIG_FILE = "config.yaml"
 INDEX_FILE = "model_index.json"
+WEIGHTS_FILE = "weights.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from heterodiff.pipelines.drawing import (
     GenerationOutput,
     StepCallback,
     check_output_type,
-    memory_error,
     to_output,
 )
 from heterodiff.pipelines.generate import seeded_generators
@@ -220,7 +219,6 @@ class TextImagePipeline(DrawingPipeline):
 
         Raises:
             ConfigError: no prompts, a number that does not fit, an unknown sampler; a run without a denoiser.
-            RunError: out of memory.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or num_samples_per_prompt < 1 or batch_size < 1:
@@ -332,11 +330,8 @@ class TextImagePipeline(DrawingPipeline):
                     for _ in range(candidates)
                     if not self.interrupt
                 )
-                try:
-                    best = next(drawn) if candidates == 1 else self._likeliest(drawn, (texts or ())[rows], given[0])
-                    parts.append(best.cpu())
-                except RuntimeError as error:
-                    raise memory_error(error, len(given[0]), self.device) from error
+                best = next(drawn) if candidates == 1 else self._likeliest(drawn, (texts or ())[rows], given[0])
+                parts.append(best.cpu())
         return torch.cat(parts)
 
     def _likeliest(self, drawn: Iterator[Tensor], texts: Sequence[str], condition: Tensor) -> Tensor:
