@@ -32,9 +32,7 @@ def find_device(device: Device | None = None) -> torch.device:
         raise ConfigError(f"device '{device}': not the name of a device; this machine has {known}") from None
     if found.type == "cpu" or f"{found.type}:{found.index or 0}" in _available():
         return found
-    raise ConfigError(
-        f"device '{device}': not on this machine, which has {known}; leave it out for the best"
-    )
+    raise ConfigError(f"device '{device}': not on this machine, which has {known}; leave it out for the best")
 
 
 def process_state() -> Any:
@@ -91,6 +89,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that a device, or the CPU, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def device_name(device: torch.device) -> str:
     """Describe ``device`` for the records of a run, as ``NVIDIA H200`` or ``2 CPU threads``."""
     if device.type == "cpu":
@@ -105,11 +108,6 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     if device.type == "cpu" or info is None:
         return psutil.virtual_memory().available, "memory"
     return int(info()[0]), "GPU memory"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device, or the CPU, had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def double_dtype(device: torch.device) -> torch.dtype:
