@@ -75,7 +75,8 @@ def test_five_line_config_trains_samples_and_evaluates(
     }
     assert call("check", run) == 0
     assert call("sample", run, "--class", "bird", "-n", "2", "--out", tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["bird_0000.png", "bird_0001.png", "grid.png"]
+    names = ["bird_0000.png", "bird_0001.png", "grid.png", "settings.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     with Image.open(tmp_path / "out" / "bird_0000.png") as picture:
         assert (picture.mode, picture.size) == ("L", (8, 8))
     capsys.readouterr()
@@ -89,7 +90,7 @@ def test_sampling_twice_gives_identical_files(run: Path, tmp_path: Path) -> None
     for name in ("a", "b"):
         assert call("sample", run, "--class", "3", "-n", "8", "--seed", "0", "--out", tmp_path / name) == 0
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert len(names) == 17  # npy in the digits' units and a png of each, and the grid
+    assert len(names) == 18  # npy in the digits' units and a png of each, the grid, and the settings
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert call("sample", run, "--class", "3", "-n", "8", "--seed", "1", "--out", tmp_path / "c") == 0
     assert (tmp_path / "a" / "grid.png").read_bytes() != (tmp_path / "c" / "grid.png").read_bytes()

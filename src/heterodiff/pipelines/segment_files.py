@@ -18,12 +18,20 @@ from heterodiff.data.findings import printable
 from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
+from heterodiff.devices import Device
 from heterodiff.errors import DataError, RunError
 from heterodiff.files import fresh
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.load import CONFIG_FILE, check_preprocessing, load_generation
-from heterodiff.pipelines.segment import CALIBRATION_FILE, Progress, Segmentation, Segmenter, load_calibration
+from heterodiff.pipelines.segment import (
+    CALIBRATION_FILE,
+    Progress,
+    Segmentation,
+    Segmenter,
+    calibrated_precision,
+    load_calibration,
+)
 
 SLICES_AT_ONCE = 16
 SHOWN, SHOWN_SIDE = 6, 128
@@ -52,6 +60,7 @@ def segment_folder(
     out: Path,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda step, total: None,
+    device: Device | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Find anomalies in all patients below ``data``, one after the other; patients that are done already are left.
 
@@ -60,9 +69,12 @@ def segment_folder(
     Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
     shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all.
 
+    The network computes in the precision that the run was calibrated in.
+
     Args:
         report: gets a line about each patient.
         progress: called after each step of a few slices; what it raises stops the work, and finished patients are kept.
+        device: see :func:`heterodiff.load`.
 
     Returns:
         the rows of ``patients.csv``, and what is wrong with the patients that are missing in it.
@@ -71,7 +83,8 @@ def segment_folder(
         HeterodiffError: a run that was not trained on volumes or is not calibrated, or folders that cannot be used.
     """
     config, patients = prepare_folders(run, data, out)
-    layout, segmenter = layout_of(config.data.volumes), Segmenter(load_generation(run), config.segmentation)
+    pipeline = load_generation(run, device, dtype=calibrated_precision(run))
+    layout, segmenter = layout_of(config.data.volumes), Segmenter(pipeline, config.segmentation)
     channels = segmenter.pipeline.unet.config.in_channels
     if len(layout.modalities) != channels:
         raise RunError(

@@ -16,11 +16,10 @@ from heterodiff.config import RunConfig
 from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
 from heterodiff.files import fresh, remove
-from heterodiff.pipelines.load import CONFIG_FILE, INDEX_FILE, read_json
+from heterodiff.pipelines.run_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
 from heterodiff.training.checkpoint import share_files
 
 LOCK_FILE = ".lock"
-WEIGHTS_FILE = "weights.json"
 LATENTS = "latents"
 ALIGNMENT = "alignment"
 """Folders of the latents that a run encodes for itself and of the codec it trains, before it begins itself."""

@@ -210,7 +210,7 @@ class DiffusionRecipe:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
         pipeline = GenerationPipeline(self.model, scheduler, vae)
-        pipeline.defaults = self.config.sampling
+        pipeline.defaults, pipeline.spec = self.config.sampling, self.spec
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
