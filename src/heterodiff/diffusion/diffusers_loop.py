@@ -132,7 +132,7 @@ def sample_with_scheduler(
     z = noise.float() * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for number, t in enumerate(scheduler.timesteps, start=1):
         z_network = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
-        output = denoise(z_network, torch.full((len(z),), float(t), device=z.device)).float()
+        output = denoise(z_network, torch.full((len(z),), float(t))).float()
         with _explained(scheduler):
             z = scheduler.step(output if learned else output[:, :channels], t, z, return_dict=False, **randomness)[0]
         if after_step is not None:
