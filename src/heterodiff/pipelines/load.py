@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.devices import find_device
+from heterodiff.devices import find_device, use_tf32
 from heterodiff.errors import CheckpointError, RunError, unknown_name
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
@@ -51,6 +51,7 @@ def load(run: str | Path, device: str | torch.device | None = None, compile: boo
         ConfigError: a device that this machine does not have.
     """
     device = find_device(device)
+    use_tf32(device)
     folder = Path(run)
     kind = pipeline_kind(folder)
     if kind == ReconstructionPipeline.__name__:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
-from heterodiff.devices import default_device, has_bfloat16, process_state
+from heterodiff.devices import default_device, has_bfloat16, process_state, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, StepBatches, Stream, derive_seed, share_of
@@ -105,6 +105,7 @@ class Trainer:
         process_state()  # chooses the device
         self.accelerator = Accelerator(mixed_precision=precision_of(training))
         self.device = self.accelerator.device
+        use_tf32(self.device)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
         self.main = self._part("model", recipe.model)
