@@ -16,6 +16,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
+from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.alignment import AlignmentModel
 from heterodiff.training.recipes.diffusion import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
@@ -54,7 +55,8 @@ def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
     """Estimated peak of a training step in one process, in bytes, beside what Python and its libraries take.
 
     The parameters five times over (weights, gradients, two moments of AdamW, EMA), what is kept for the backward pass
-    of one part of the batch, what comes and goes meanwhile, and scratch space; in float32.
+    of one part of the batch, what comes and goes meanwhile, and scratch space. In bfloat16 and float16 autocast adds a
+    copy of the weights, and most of what is kept takes half.
 
     Raises:
         ConfigError: no network can be built for these images.
@@ -69,15 +71,28 @@ def images_at_once(config: RunConfig) -> int:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Parameters, and bytes an image: kept with the recomputation asked for, and with none."""
+    """Parameters, bytes of the copies of the weights, and bytes an image keeps: with and without recomputation."""
 
     parameters: int
+    copies: float
     kept: float
     kept_without: float
 
+    @classmethod
+    def of(cls, dtype: torch.dtype | None, parameters: int, saved: float, saved_without: float) -> "_Cost":
+        """From the bytes that one image's pass saves, which under autocast contain the copies of the weights."""
+        copies = 0 if dtype is None else dtype.itemsize * parameters
+        kept, without = (max(0.0, bytes_saved - copies) for bytes_saved in (saved, saved_without))
+        return cls(parameters, copies, kept, without)
+
     def peak(self, images: int) -> float:
         per_image = self.kept + TRANSIENT_SHARE * self.kept_without
-        return BYTES_PER_PARAMETER * self.parameters + SCRATCH_BYTES + images * per_image
+        return BYTES_PER_PARAMETER * self.parameters + self.copies + SCRATCH_BYTES + images * per_image
+
+
+def autocast(dtype: torch.dtype | None) -> Any:
+    """The context that networks compute in; that of the CPU, whose rules are those of GPUs in what matters here."""
+    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
@@ -90,28 +105,33 @@ def _cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     def profile_with(**keys: bool) -> ModelProfile:
         model = config.model.model_copy(update=keys)
         arguments = model_arguments(config.model_copy(update={"model": model}), spec)
-        return _profile(model.variant, height, width, tuple(arguments.items()))
+        return _profile(model.variant, height, width, dtype, tuple(arguments.items()))
 
+    dtype = precision_of(config.training)
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
-    return _Cost(found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+    return _Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
 
 
 @lru_cache(maxsize=64)  # a plan looks at the same few networks many times, a second each
-def _profile(variant: str, height: int, width: int, arguments: tuple[tuple[str, Any], ...]) -> ModelProfile:
-    return profile(variant, height, width, **dict(arguments))
+def _profile(
+    variant: str, height: int, width: int, dtype: torch.dtype | None, arguments: tuple[tuple[str, Any], ...]
+) -> ModelProfile:
+    with autocast(dtype):
+        return profile(variant, height, width, **dict(arguments))
 
 
 def _vae_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     """A VAE recomputes nothing; the discriminator, far smaller, is left out."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    dtype = precision_of(config.training)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast(dtype):
         start = config.vae.init_from
         vae = build_vae(config.vae, spec) if start is None else AutoencoderKL.from_config(read_vae_config(start))
         shape = latent_shape_of(vae.config, spec.channels, spec.height, spec.width)
         model = Autoencoder(vae)
         image = torch.empty(1, spec.channels, spec.height, spec.width)
         kept = count_saved_bytes(model, image, torch.empty(1, *shape))
-    return _Cost(sum(p.numel() for p in model.parameters()), kept, kept)
+    return _Cost.of(dtype, sum(p.numel() for p in model.parameters()), kept, kept)
 
 
 def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
@@ -128,12 +148,16 @@ def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
     ids = torch.zeros(config.alignment.captions_per_image, length, dtype=torch.long)
     inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
     model = AlignmentModel(networks)
-    kept, parameters = count_saved_bytes(model, *inputs), sum(p.numel() for p in model.parameters())
+    dtype = precision_of(config.training)
+    parameters = sum(p.numel() for p in model.parameters())
+    with autocast(dtype):
+        kept = count_saved_bytes(model, *inputs)
     if config.alignment.joint:
         arguments = denoiser_arguments(config, spec, shape[1:])
-        found = profile(config.model.variant, *shape[2:], **arguments)
+        with autocast(dtype):
+            found = profile(config.model.variant, *shape[2:], **arguments)
         kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
-    return _Cost(parameters, kept, kept)
+    return _Cost.of(dtype, parameters, kept, kept)
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
