@@ -143,10 +143,8 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     device = raw_kwargs.get("device")
     if device is not None:
         raw_kwargs["device"] = torch.device("cpu")
-    if operation.draws:
-        out = _draw(func, raw_args, raw_kwargs)
-    else:
-        out = compute(func, raw_args, raw_kwargs)
+    run = _draw if operation.draws else compute
+    out = run(func, raw_args, raw_kwargs)
     _count(operation, out, given)
     if operation.waits and not isinstance(out, (torch.Tensor, tuple, list)):
         return out

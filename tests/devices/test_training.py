@@ -1,5 +1,6 @@
 """Every recipe and codec trains on another device as on the CPU, in every precision, and goes on when stopped."""
 
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -15,16 +16,10 @@ from tests.devices.runs import RECIPES, rows, tensors, train, train_on_cpu
 SCALER = torch.amp.GradScaler
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(name.replace(" ", "-"))) for name in RECIPES],
-)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(params=RECIPES)
+def trained(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> tuple[str, Path]:
     """A recipe, and a folder with its ``run`` of two steps on the device and its ``codecs``."""
-    torch.set_num_threads(1)  # before the first test does: sums depend on it
-    folder = tmp_path_factory.mktemp("runs")
-    train(RECIPES[request.param](folder / "run", folder / "codecs"))
-    return request.param, folder
+    return request.param, runs(request.param).parent
 
 
 def test_two_steps_are_those_of_the_cpu(trained: tuple[str, Path], tmp_path: Path) -> None:
@@ -33,15 +28,16 @@ def test_two_steps_are_those_of_the_cpu(trained: tuple[str, Path], tmp_path: Pat
     train_on_cpu(RECIPES[recipe](cpu, folder / "codecs"))
     for row, expected in zip(rows(device), rows(cpu), strict=True):
         assert row == pytest.approx(expected, rel=2e-3, abs=1e-5)
-    here, there = tensors(device), tensors(cpu)
-    for name in here:
-        if name.startswith(("ema/", "model/")):
-            torch.testing.assert_close(here[name], there[name], rtol=1e-2, atol=5e-4, msg=name)
-    pictures = sorted((device / "samples").iterdir())
-    assert len(pictures) == 2
-    for picture in pictures:
-        assert_alike(picture, cpu / "samples" / picture.name)
+    here, there = (torch.cat([v.flatten() for v in weights_of(run)]) for run in (device, cpu))
+    # AdamW's first steps are the gradient's sign: where it is rounding alone, weights part.
+    assert ((here - there).abs() > 1e-4).float().mean() < 0.02
+    (picture,) = (device / "samples").iterdir()
+    assert_alike(picture, cpu / "samples" / picture.name)
     assert load(device).device.type == NAME
+
+
+def weights_of(run: Path) -> list[torch.Tensor]:
+    return [value for name, value in tensors(run).items() if name.startswith("ema/")]
 
 
 def assert_alike(first: Path, second: Path) -> None:
@@ -64,10 +60,10 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(trained: tuple[str, Path], tm
 def test_bfloat16_gives_nearly_the_losses_of_float32(trained: tuple[str, Path], tmp_path: Path) -> None:
     recipe, folder = trained
     train(RECIPES[recipe](tmp_path / "run", folder / "codecs", training__precision="bfloat16"))
-    first, expected = (next(row for row in rows(path / "run") if "loss" in row) for path in (tmp_path, folder))
-    assert first.keys() == expected.keys()
-    assert first["loss"] == pytest.approx(expected["loss"], rel=0.05)
-    assert first["loss"] != expected["loss"]
+    found, expected = ([row for row in rows(path / "run") if "loss" in row][-1] for path in (tmp_path, folder))
+    assert found.keys() == expected.keys()
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert found["loss"] != expected["loss"]
 
 
 def scaler(device: str, **options: bool) -> torch.amp.GradScaler:
