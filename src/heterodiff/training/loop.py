@@ -173,7 +173,7 @@ class Trainer:
         """What the recipe computes losses of: cached latents as they are, images prepared."""
         return images if self.data.latents is not None else self.recipe.prepare(images)
 
-    def _train_step(self, batch: Batch, share: slice) -> "StepNumbers":
+    def train_step(self, batch: Batch, share: slice) -> "StepNumbers":
         """One optimiser step, for which nothing waits for the device."""
         training, accelerator = self.config.training, self.accelerator
         generator = torch.Generator(self.device)
@@ -267,7 +267,7 @@ class Trainer:
 
     def step_once(self) -> float:
         """One training step outside of a run, for trying out; returns the loss."""
-        self._unread.append(self._train_step(self.feed.batch(self.step), slice(None)))
+        self._unread.append(self.train_step(self.feed.batch(self.step), slice(None)))
         self.step += 1
         return self._read()
 
@@ -383,7 +383,7 @@ class Trainer:
         while self.step < stop and not self._asked_to_stop(request):
             with clock.waiting():
                 batch = next(batches)
-            self._unread.append(self._train_step(batch, share))
+            self._unread.append(self.train_step(batch, share))
             self.step += 1
             clock.steps += 1
             journal.advance(self.step)
