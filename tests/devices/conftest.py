@@ -4,7 +4,9 @@ Registration lasts as long as the process and makes the device the default, so t
 holds others too.
 """
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -58,3 +60,24 @@ def default_is_cpu() -> Iterator[None]:
         mock.patch.object(torch.accelerator, "is_available", return_value=False),
     ):
         yield
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the run of two steps in float32 of a recipe; all processes of a test session make it once and read it."""
+    from tests.devices.runs import RECIPES, train
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+
+    def run(recipe: str) -> Path:
+        torch.set_num_threads(1)  # sums depend on it
+        made = folder / recipe.replace(" ", "-") / "run"
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (made / "model_index.json").is_file():
+                train(RECIPES[recipe](made, made.parent / "codecs"))
+        return made
+
+    return run

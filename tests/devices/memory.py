@@ -1,6 +1,6 @@
 """Memory of the test device: what its tensors take, and an allocation that fails when a test asks for it."""
 
-import weakref
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,18 +8,14 @@ import torch
 
 TOTAL = 8 * 2**30  # bytes
 
-_tensors: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()  # by id
 _until_failure: list[int] = []
-
-
-def track(raw: torch.Tensor) -> None:
-    """Count the memory of ``raw`` as the device's as long as it lives."""
-    _tensors[id(raw)] = raw
 
 
 def allocated() -> int:
     """Bytes that the tensors of the device take now; those that share memory are counted once."""
-    storages = [tensor.untyped_storage() for tensor in list(_tensors.values())]
+    from tests.devices.tensor import DeviceTensor
+
+    storages = [found.untyped_storage() for found in gc.get_objects() if type(found) is DeviceTensor]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

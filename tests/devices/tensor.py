@@ -36,7 +36,6 @@ class DeviceTensor(torch.Tensor):
             requires_grad=False,
         )
         made.raw = raw
-        memory.track(raw)
         return made
 
     @classmethod
@@ -135,31 +134,47 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     operation = describe(func)
     if torch.is_inference_mode_enabled() and func not in KEPT_WHOLE and func._can_decompose():
         return func.decompose(*args, **kwargs)  # outside inference mode torch has done so before
-    values = [*args, *kwargs.values()]
-    tensors = list(_tensors(values))
-    _check_devices(operation, args, kwargs, tensors)
-    generator = next((value for value in values if isinstance(value, CpuGenerator)), None)
-    check_generator(generator, on_device=True)
-    device = kwargs.get("device")
+    given: dict[int, DeviceTensor] = {}
+    strangers: list[torch.Tensor] = []
+    raw_args = _unwrap(args, given, strangers)
+    raw_kwargs = {name: _unwrap(value, given, strangers) for name, value in kwargs.items()}
+    if strangers:
+        _check_devices(operation, args, kwargs, strangers)
+    device = raw_kwargs.get("device")
     if device is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    raw_args, raw_kwargs = to_raw(args), {name: to_raw(value) for name, value in kwargs.items()}
-    with drawing_from_default() if operation.draws and generator is None else nullcontext():
-        out = compute(func, raw_args, raw_kwargs)
-    _count(operation, out, tensors)
+        raw_kwargs["device"] = torch.device("cpu")
+    run = _draw if operation.draws else compute
+    out = run(func, raw_args, raw_kwargs)
+    _count(operation, out, given)
     if operation.waits and not isinstance(out, (torch.Tensor, tuple, list)):
         return out
     if device is not None and torch.device(device).type != NAME:
         return out
-    given = {id(t.raw): t for t in tensors if isinstance(t, DeviceTensor)}
     return _results(operation, args, kwargs, _to_device(out, given))
 
 
-def _check_devices(operation: Operation, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+def _unwrap(value: Any, given: dict[int, DeviceTensor], strangers: list[torch.Tensor]) -> Any:
+    """:func:`to_raw`; notes the tensors of the device by the ids of their CPU tensors, and those of the CPU."""
+    if isinstance(value, DeviceTensor):
+        raw = value.raw
+        given[id(raw)] = value
+        return raw
+    if type(value) in (list, tuple):
+        return type(value)([_unwrap(part, given, strangers) for part in value])
+    if isinstance(value, torch.Tensor):
+        strangers.append(value)
+    return value
+
+
+def _draw(func: OpOverload, args: Any, kwargs: Any) -> Any:
+    generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, CpuGenerator)), None)
+    check_generator(generator, on_device=True)
+    with drawing_from_default() if generator is None else nullcontext():
+        return compute(func, args, kwargs)
+
+
+def _check_devices(operation: Operation, args: Any, kwargs: Any, strangers: list[torch.Tensor]) -> None:
     """Refuse CPU tensors among those of the device, but for the few that CUDA takes too."""
-    strangers = [t for t in tensors if not isinstance(t, DeviceTensor)]
-    if not strangers:
-        return
     indices = list(_tensors(args[1])) if operation.indexes else []
     for stranger in strangers:
         if any(stranger is index for index in indices):
@@ -175,8 +190,8 @@ def _check_devices(operation: Operation, args: Any, kwargs: Any, tensors: list[t
             )
 
 
-def _count(operation: Operation, out: Any, tensors: list[torch.Tensor]) -> None:
-    masks = operation.indexes and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+def _count(operation: Operation, out: Any, given: dict[int, DeviceTensor]) -> None:
+    masks = operation.indexes and any(t.dtype == torch.bool for t in list(given.values())[1:])
     if operation.waits or masks:
         record(WAIT, operation.name)
     empty = isinstance(out, torch.Tensor) and out.numel() == 0
