@@ -36,7 +36,7 @@ def measured(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_rows_on_the_cpu(tmp_path: Path) -> None:
-    wanted = ["agrees", "steps digits float32", "overflow", "resume digits", "B train batch 1 eager", "norms"]
+    wanted = ["agrees", "steps digits float32", "overflow", "resume digits", "B train batch 1 eager", "norms", "TF32"]
     rows = measured(tmp_path, "--rows", *wanted, "attention 32x32", "counts of training digits")
     assert len(rows) == 3 + len(wanted) + 1
     found = {name: row["found"] for name, row in rows.items() if row["state"] == "done"}

@@ -100,20 +100,22 @@ print(predicted, peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to read a process's peak memory")
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "precision"),
     [
-        {},
+        ({}, "float32"),
+        ({}, "bfloat16"),
         *(
-            pytest.param({key: True}, marks=pytest.mark.slow)
+            pytest.param({key: True}, "float32", marks=pytest.mark.slow)
             for key in ("memory_optimization", "gradient_checkpointing")
         ),
     ],
 )
-def test_prediction_is_near_to_what_a_process_takes(changes, tmp_path):
+def test_prediction_is_near_to_what_a_process_takes(changes, precision, tmp_path):
     model = "\n".join(f"  {key}: {value}" for key, value in (MODEL | changes).items())
     path = tmp_path / "run.yaml"
     path.write_text(
-        f"data: {{source: digits, image_size: 32}}\nmodel:\n{model}\ntraining: {{batch_size: 32, steps: 10}}\n",
+        f"data: {{source: digits, image_size: 32}}\nmodel:\n{model}\n"
+        f"training: {{batch_size: 32, steps: 10, precision: {precision}}}\n",
         "utf-8",
     )
     done = subprocess.run([sys.executable, "-c", STEP, str(path)], check=True, capture_output=True, text=True)

@@ -74,6 +74,37 @@ def norms(bench: Bench) -> dict[str, Any]:
     return found | {"to_commit": f'NORM_WAYS["{bench.device.type}"] = "{best}"'}
 
 
+@contextmanager
+def product_precision(name: str) -> Iterator[None]:
+    """float32 products of precision ``name`` (torch's: highest, high) for a while; TF32 is ``high``."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(name)
+    torch.backends.cudnn.allow_tf32 = name == "high"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def tf32(bench: Bench) -> dict[str, Any]:
+    """A float32 training step of ``unet`` with TF32, in units of that without, and how far outputs differ."""
+    from benchmarks.gpu.speed import arguments, network
+    from benchmarks.networks import train
+
+    unet, given = network(bench, "unet").train(), arguments(bench, "unet", bench.size(8, 1))
+
+    def within(name: str, call: Callable[..., Any]) -> Any:
+        with product_precision(name):
+            return call(unet, *given)
+
+    seconds = bench.times({name: partial(within, name, train) for name in ("highest", "high")}, ROUNDS)
+    with torch.no_grad():
+        exact, rounded = (within(name, lambda network, *x: network(*x)) for name in ("highest", "high"))
+    difference = float((exact - rounded).abs().max() / exact.abs().max())
+    return {"training step": ratio(seconds, "high", "highest"), "largest_difference": difference}
+
+
 def attention_call(bench: Bench, side: int, head_width: int, way: str) -> Callable[[], torch.Tensor]:
     """Sparse attention of maps of ``side`` x ``side``, forward and backward, computed in ``way``; returns answers."""
     from heterodiff.models.attention_ways import DevicePattern, sparse_attention
@@ -157,5 +188,6 @@ def attention_table(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
 def rows() -> list[Row]:
     return [
         Row("norms", 40, norms),
+        Row("TF32", 15, tf32),
         *(Row(f"attention {side}x{side}", 60, partial(attention, side=side)) for side in SIDES),
     ]

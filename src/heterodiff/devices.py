@@ -8,9 +8,11 @@ from typing import Any
 import psutil
 import torch
 
-from heterodiff.errors import ConfigError
+from heterodiff.errors import ConfigError, unknown_name
 
 Device = str | torch.device
+DType = str | torch.dtype
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_device() -> torch.device:
@@ -69,6 +71,27 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(supported()) if supported is not None else False
 
 
+def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
+    """Return the precision called ``dtype``; None means the best for drawing images on ``device``.
+
+    That is bfloat16 on CUDA where it is not emulated, else float32.
+
+    Raises:
+        ConfigError: an unknown precision; the known ones are named.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(unknown_name("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a precision, as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def device_name(device: torch.device) -> str:
     """Describe ``device`` for the records of a run, as ``NVIDIA H200`` or ``2 CPU threads``."""
     if device.type == "cpu":
@@ -124,6 +147,17 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         switches.fill_uninitialized_memory = filled
+
+
+def use_tf32(device: torch.device) -> None:
+    """Let GPUs round the factors of float32 products to TensorFloat-32, ten bits of fraction in place of 23.
+
+    Sums stay float32. Nothing changes on other devices. Training and every loaded pipeline call this, so that the
+    thresholds of ``segment`` are learned and applied with the same rounding.
+    """
+    if device.type in ("cuda", "xpu"):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
+from heterodiff.devices import find_device
 from heterodiff.errors import ConfigError, DataError
 
 ROUND_TRIP_MSE = 0.01
@@ -21,10 +22,11 @@ class VAEInterface:
 
     Raises:
         CheckpointError: no VAE there, or one that cannot be loaded.
+        ConfigError: a device that this machine does not have.
     """
 
     def __init__(self, vae_path: str | Path, device: str | torch.device | None = None):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         self.codec = KLVAECodec(load_vae(vae_path))
         self.codec.to(self.device)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heterodiff.devices import default_device
 from heterodiff.errors import DataError
 
 MAX_TRAIN_IMAGES = 5_000
@@ -145,10 +146,11 @@ class _ConvNet(nn.Module):
 
 
 class ConvReader:
-    """Small convolutional network, trained from scratch on the CPU; its features compare distributions.
+    """Small convolutional network, trained from scratch on the default device; its features compare distributions.
 
     Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the
-    data and the seed only, and the caller's random state is left alone.
+    data, the seed and the device's rounding only, and the caller's random state is left alone. Random numbers are the
+    CPU's; what is returned is on the CPU.
 
     Args:
         seed: of the weights, the order of the images and their choice.
@@ -163,6 +165,7 @@ class ConvReader:
     def __init__(self, seed: int = 0, batch_size: int = CONV_BATCH_SIZE) -> None:
         self.seed = seed
         self.batch_size = batch_size
+        self.device = default_device()
         self.trained = False
 
     def fit(self, images: Tensor, labels: Tensor | None = None) -> "ConvReader":
@@ -186,9 +189,10 @@ class ConvReader:
             self.mean, self.std = _channel_statistics(images)
             images = (images - self.mean) / self.std
             size = (images.shape[2], images.shape[3])
-            self.network = _ConvNet(images.shape[1], size, max(1, len(self.classes)))
+            self.network = _ConvNet(images.shape[1], size, max(1, len(self.classes))).to(self.device)
+            images = images.to(self.device)
             if self.trained:
-                self._train(images, torch.searchsorted(self.classes, labels))
+                self._train(images, torch.searchsorted(self.classes, labels).to(self.device))
             else:
                 with torch.no_grad():
                     self.network.train()(images[:1024])
@@ -205,10 +209,10 @@ class ConvReader:
         network = self.network.train()
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
-        rows_left = torch.empty(0, dtype=torch.long)
+        rows_left = torch.empty(0, dtype=torch.long, device=self.device)
         for _ in range(steps):
             if len(rows_left) < batch_size:
-                rows_left = torch.randperm(len(images))
+                rows_left = torch.randperm(len(images)).to(self.device)
             rows, rows_left = rows_left[:batch_size], rows_left[batch_size:]
             optimizer.zero_grad()
             F.cross_entropy(network(images[rows]), targets[rows]).backward()
@@ -216,8 +220,10 @@ class ConvReader:
             schedule.step()
 
     def _raw_features(self, standardised: Tensor) -> Tensor:
+        """Features on the CPU, of images on any device."""
+        parts = standardised.split(PREDICT_BATCH_SIZE)
         with torch.no_grad():
-            return torch.cat([self.network.features(part) for part in standardised.split(PREDICT_BATCH_SIZE)])
+            return torch.cat([self.network.features(part.to(self.device)).cpu() for part in parts])
 
     def _prepare(self, images: Tensor) -> Tensor:
         return (shrink(images.detach().cpu(), CONV_MAX_SIDE) - self.mean) / self.std
@@ -239,7 +245,8 @@ class ConvReader:
         if len(images) == 0:
             return torch.empty(0, dtype=torch.long)
         with torch.no_grad():
-            return self.classes[self.network.head(self._raw_features(self._prepare(images))).argmax(dim=1)]
+            features = self._raw_features(self._prepare(images)).to(self.device)
+            return self.classes[self.network.head(features).argmax(dim=1).cpu()]
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Return the share of ``images`` read as their label; NaN without images."""

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from heterodiff.devices import default_device
+
 KID_SUBSETS = 50
 KID_MAX_SUBSET_SIZE = 1_000
 
@@ -85,5 +87,5 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
 
 def mean_pairwise_rmse(images: Tensor) -> float:
     """Return the mean root mean square pixel difference over all pairs of ``images`` (N >= 2, C, H, W)."""
-    vectors = images.detach().cpu().float().flatten(1)
+    vectors = images.detach().to(default_device()).float().flatten(1)
     return (torch.pdist(vectors) / math.sqrt(vectors.shape[1])).mean().item()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from heterodiff.devices import default_device
 from heterodiff.evaluation.distances import wilson_interval
 from heterodiff.pictures import image_grid
 
@@ -25,15 +26,17 @@ def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each of ``images`` (N, C, H, W) the nearest of ``train`` (M, C, H, W).
 
     Returns:
-        Root mean square pixel differences (N,) and indices into ``train`` (N,).
+        Root mean square pixel differences (N,) and indices into ``train`` (N,), on the CPU; they are computed on the
+        default device.
     """
-    queries = images.detach().cpu().float().flatten(1)
+    device = default_device()
+    queries = images.detach().to(device).float().flatten(1)
     pixels = queries.shape[1]
     chunk = max(1, min(4096, CHUNK_VALUES // pixels))
-    best = torch.full((len(queries),), math.inf)
-    index = torch.zeros(len(queries), dtype=torch.long)
+    best = torch.full((len(queries),), math.inf, device=device)
+    index = torch.zeros(len(queries), dtype=torch.long, device=device)
     for start in range(0, len(train), chunk):
-        candidates = train[start : start + chunk].detach().cpu().float().flatten(1)
+        candidates = train[start : start + chunk].detach().to(device).float().flatten(1)
         for first in range(0, len(queries), CHUNK):
             rows = slice(first, first + CHUNK)
             distance, found = torch.cdist(queries[rows], candidates).min(dim=1)
@@ -41,14 +44,15 @@ def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
             best[rows] = torch.where(nearer, distance, best[rows])
             index[rows] = torch.where(nearer, found + start, index[rows])
     # cdist goes through a matrix product, which loses digits near zero: exactly where copies are.
+    index = index.cpu()
     exact = [
-        (queries[first : first + CHUNK] - train[index[first : first + CHUNK]].cpu().float().flatten(1))
+        (queries[first : first + CHUNK] - train[index[first : first + CHUNK]].to(device).float().flatten(1))
         .square()
         .mean(dim=1)
         .sqrt()
         for first in range(0, len(queries), CHUNK)
     ]
-    return torch.cat(exact), index
+    return torch.cat(exact).cpu(), index
 
 
 def _verdict(

@@ -24,6 +24,8 @@ from heterodiff.data.builtin.shapes import (
     draw_scene,
     render,
 )
+from heterodiff.devices import default_device
+from heterodiff.files import fresh
 
 VERSION = "3"
 """Of network, training and renders: change it with any of them, and stored weights are not used any more."""
@@ -124,11 +126,12 @@ class _Network(nn.Module):
 
 
 class ShapesReader:
-    """Small convolutional network, trained from scratch on the CPU on renders of scenes that no run has drawn.
+    """Small convolutional network, trained from scratch on renders of scenes that no run has drawn.
 
     It knows all combinations of colour and shape, those that a run leaves out too, and slightly blurred and noisy
     pictures. It names the likeliest scene of one or two things whatever it is shown: a third thing, or an empty
-    picture, it cannot report. The result depends on the size alone, and the caller's random state is left alone.
+    picture, it cannot report. The result depends on the size and the rounding of the default device alone, and the
+    caller's random state is left alone.
 
     Args:
         height, width: of the pictures to read; they are averaged down to a shorter side of 64.
@@ -140,7 +143,8 @@ class ShapesReader:
         self.size = (round(height / shrink), round(width / shrink))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(TRAIN_SEED[0])
-            self.network = _Network(*self.size).eval()
+            self.network = _Network(*self.size).eval().to(default_device())
+        self.device = default_device()
 
     def fit(
         self, steps: int = STEPS, renders: int = TRAIN_RENDERS, progress: Callable[[int], None] = lambda done: None
@@ -151,7 +155,7 @@ class ShapesReader:
             progress: called with the number of steps done.
         """
         scenes, images = draw_renders(TRAIN_SEED, renders, self.size, PAIRS)
-        targets = _targets(scenes)
+        images, targets = images.to(self.device), _targets(scenes).to(self.device)
         network = self.network.train()
         generator = torch.Generator().manual_seed(TRAIN_SEED[0])
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
@@ -160,7 +164,7 @@ class ShapesReader:
         for step in range(steps):
             if len(rows_left) < BATCH_SIZE:
                 rows_left = torch.randperm(len(images), generator=generator)
-            rows, rows_left = rows_left[:BATCH_SIZE], rows_left[BATCH_SIZE:]
+            rows, rows_left = rows_left[:BATCH_SIZE].to(self.device), rows_left[BATCH_SIZE:]
             scores = network(augmented(images[rows] / 255, generator))
             loss = sum(
                 F.cross_entropy(score, targets[rows, k], ignore_index=NO_SECOND) for k, score in enumerate(scores)
@@ -179,7 +183,7 @@ class ShapesReader:
         """The scene in each of ``images`` (N, 3, H, W) in [0, 1], with its place or relation."""
         found = []
         for part in images.split(READ_BATCH):
-            part = part.detach().cpu().float()
+            part = part.detach().to(self.device).float()
             if tuple(part.shape[2:]) != self.size:
                 part = F.adaptive_avg_pool2d(part, self.size)
             found += torch.stack([score.argmax(dim=1) for score in self.network(part)], dim=1).tolist()
@@ -197,7 +201,7 @@ class ShapesReader:
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
+        unfinished = fresh(path.with_suffix(".part"))
         unfinished.write_bytes(save(self.network.state_dict(), self._key()))
         unfinished.replace(path)
 
@@ -224,7 +228,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     if blurred < 0.5:
         images = blur(images, share * MOST_BLUR * min(images.shape[2:]))
     noise = torch.randn(images.shape, generator=generator) * torch.rand(len(images), 1, 1, 1, generator=generator)
-    return images + MOST_NOISE * noise
+    return images + MOST_NOISE * noise.to(images.device)
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
@@ -232,7 +236,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     reach = math.ceil(3 * sigma)
     if reach == 0:
         return images
-    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype)
+    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     weights = (weights / weights.sum()).repeat(images.shape[1], 1, 1, 1)  # (C, 1, 1, 2 reach + 1)
     padded = F.pad(images, (reach,) * 4, mode="replicate")

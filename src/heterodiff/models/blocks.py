@@ -2,8 +2,9 @@
 
 Parameter names and shapes are those of guided-diffusion, so that its checkpoints load as they are.
 Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view
-(B, H*W, C) free of copies. What a convolution or linear layer returns is added to in place: neither
-keeps its output for the backward pass, and a map less is written and read.
+(B, H*W, C) free of copies. What a convolution returns is added to in place: it does not keep its output for the
+backward pass, and a map less is written and read. What a linear layer returns for tokens is a view, of which autograd
+would copy the gradient.
 """
 
 import math
@@ -20,6 +21,8 @@ from heterodiff.models.normalization import GroupNorm32, norm_silu
 
 class Pointwise(nn.Conv1d):
     """A 1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
+
+    bias: nn.Parameter
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
@@ -92,7 +95,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timestep.device))
     angles = timestep.float()[:, None] * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, width % 2))
+    return F.pad(embedding, (0, 1)) if width % 2 else embedding
 
 
 class Downsample(nn.Module):

@@ -201,7 +201,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         """
         self._check_sample(sample)
         batch = sample.shape[0]
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
+        timestep = _on_device(timestep, sample.device).reshape(-1).expand(batch)
         embedding = self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.dtype))
         condition = self._whitened(condition)
         of_class, of_vector = self.class_condition(class_labels, batch), self.vector_condition(condition, batch)
@@ -219,6 +219,15 @@ class Denoiser(ModelMixin, ConfigMixin):
         out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
         out = F.pixel_shuffle(out, self.patch_size)
         return UNetOutput(sample=out) if return_dict else (out,)
+
+
+def _on_device(timestep: Tensor | float, device: torch.device) -> Tensor:
+    """``timestep`` on ``device``; one number is written there by a kernel, which nobody has to wait for."""
+    if isinstance(timestep, Tensor) and timestep.numel() == 1 and device.type != "cpu" and readable(timestep):
+        timestep = timestep.item()
+    if isinstance(timestep, Tensor):
+        return timestep.to(device, non_blocking=True)
+    return torch.full((1,), timestep, device=device)
 
 
 def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

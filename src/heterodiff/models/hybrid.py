@@ -174,7 +174,7 @@ class MultiScaleTransformer(nn.Module):
         embedded = h if self.shared_patch_embed is None else self.shared_patch_embed(h)
         local = self.local_norm(to_tokens(embedded))
         a = self.multihead_attn(local, self._regional_tokens(embedded), height, width)
-        return to_map(self.mlp(self.norm_out(a)).add_(a).add_(to_tokens(h)), height, width)
+        return to_map((self.mlp(self.norm_out(a)) + a).add_(to_tokens(h)), height, width)
 
 
 class HybridBlock(nn.Module):

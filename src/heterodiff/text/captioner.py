@@ -142,7 +142,12 @@ class Captioner(ModelMixin, ConfigMixin):
         if ids.shape[1] > self.config.max_tokens:
             raise ConfigError(f"captions: expected at most {self.config.max_tokens} tokens, found {ids.shape[1]}")
         tokens = self.image_tokens(latents)
-        return self._reader(latents)(input_ids=ids, encoder_hidden_states=tokens, use_cache=False).logits
+        before = None
+        if ids.device.type != "cpu":  # without a mask, transformers asks the device whether positions are consecutive
+            count = ids.shape[1]
+            before = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril().expand(len(ids), 1, -1, -1)
+        read = self._reader(latents)
+        return read(input_ids=ids, attention_mask=before, encoder_hidden_states=tokens, use_cache=False).logits
 
     def _reader(self, latents: Tensor) -> GPT2LMHeadModel:
         return self.gpt2 if latents.ndim == 4 else self.embedding_gpt2

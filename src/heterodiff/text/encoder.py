@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.errors import CheckpointError, ConfigError, reason
 from heterodiff.models.loading import load_network
-from heterodiff.text.loading import AGAIN, find_pretrained, make_config, read_json, reason
+from heterodiff.text.loading import AGAIN, find_pretrained, make_config, read_json
 from heterodiff.text.tokenizer import tokenizer_fingerprint
 
 _BERT_KEYS = (
@@ -155,7 +155,10 @@ class TextEncoder(ModelMixin, ConfigMixin):
                 f"found {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
         mask = mask.bool()
-        hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        seen = mask
+        if ids.device.type != "cpu":  # transformers asks the device whether a (B, L) mask hides anything
+            seen = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        hidden = self.transformer(input_ids=ids, attention_mask=seen).last_hidden_state
         weights = mask[..., None].to(hidden)
         return self.projection((hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
-from heterodiff.devices import can_fuse_optimizer, deterministic_kernels
-from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.devices import can_fuse_optimizer, deterministic_kernels, use_tf32
+from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
+from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
@@ -131,6 +132,7 @@ class Trainer:
         self.hosts = HostGroup(self.accelerator)
         self.device = self.accelerator.device
         self.scaler = loss_scaler(self.device, self.dtype)
+        use_tf32(self.device)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
         self.main = self._part("model", recipe.model)
@@ -173,7 +175,7 @@ class Trainer:
         """What the recipe computes losses of: cached latents as they are, images prepared."""
         return images if self.data.latents is not None else self.recipe.prepare(images)
 
-    def _train_step(self, batch: Batch, share: slice) -> "StepNumbers":
+    def train_step(self, batch: Batch, share: slice) -> "StepNumbers":
         """One optimiser step, for which nothing waits for the device."""
         training, accelerator = self.config.training, self.accelerator
         generator = torch.Generator(self.device)
@@ -267,7 +269,7 @@ class Trainer:
 
     def step_once(self) -> float:
         """One training step outside of a run, for trying out; returns the loss."""
-        self._unread.append(self._train_step(self.feed.batch(self.step), slice(None)))
+        self._unread.append(self.train_step(self.feed.batch(self.step), slice(None)))
         self.step += 1
         return self._read()
 
@@ -306,11 +308,19 @@ class Trainer:
                 picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
         except Interrupted:
             return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._write()  # no step is lost for want of a picture
+            raise RunError(
+                f"out of memory in the preview after step {self.step}, whose checkpoint is written; go on with "
+                f"training.preview_every={self.config.training.steps}, which leaves all but the last one out"
+            ) from error
         finally:
             watch.remove()
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step_{self.step:06d}.png")
+        picture.save(fresh(folder / f"step_{self.step:06d}.png"))
         journal.picture(self.step, picture)
         if measured:
             journal.row(self.step, measured)
@@ -344,6 +354,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
+        self._write()
+        self.hosts.wait()
+
+    def _write(self) -> None:
         if self.accelerator.is_main_process:
             checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.scaler)
             checkpoint.state |= {
@@ -354,7 +368,6 @@ class Trainer:
             }
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
             self.save_weights()
-        self.hosts.wait()
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
         """Train until the configured steps are done, ``stop_after`` is reached, or a signal asks to stop.
@@ -370,6 +383,7 @@ class Trainer:
         journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal, deterministic_kernels(training.deterministic):
             self._steps(stop, request, journal, on_step)
+            self._read(journal)
             self._save()
             if self.step == stop and request.signal is None:
                 self._evaluate(journal, request)
@@ -383,12 +397,12 @@ class Trainer:
         while self.step < stop and not self._asked_to_stop(request):
             with clock.waiting():
                 batch = next(batches)
-            self._unread.append(self._train_step(batch, share))
+            self._unread.append(self.train_step(batch, share))
             self.step += 1
             clock.steps += 1
             journal.advance(self.step)
             logs = self.step % training.log_every == 0 or self.step == training.steps
-            saves = self.step % training.checkpoint_every == 0 or self.step == stop
+            saves = any(self.step % every == 0 for every in (training.checkpoint_every, training.preview_every))
             if logs or saves or on_step is not None or self.device.type == "cpu":
                 loss = self._read(journal)
                 if on_step is not None:

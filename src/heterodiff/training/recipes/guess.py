@@ -91,14 +91,14 @@ def _train(
     progress: Callable[[int], None],
 ) -> float:
     """Learn from rows ``learned``; the network gets the weights of the least ``error`` on rows ``kept``, returned."""
-    generator = torch.Generator().manual_seed(0)
     count = min(BATCH_SIZE, max(LEAST_BATCH, len(learned)))  # a handful of rows many times over teaches nothing more
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     best, best_step, weights = math.inf, 0, deepcopy(network.state_dict())
+    drawn = torch.randint(len(learned), (STEPS, count), generator=torch.Generator().manual_seed(0)).to(learned.device)
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, step / WARMUP_STEPS) * (1 + math.cos(math.pi * step / STEPS)) / 2
-        error(learned[torch.randint(len(learned), (count,), generator=generator).to(learned.device)]).backward()
+        error(learned[drawn[step - 1]]).backward()
         optimizer.step()
         optimizer.zero_grad()
         progress(step)

@@ -1,0 +1,56 @@
+"""Settings of processes and devices that are refused before work starts."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from heterodiff import devices
+from heterodiff.config import TrainingConfig
+from heterodiff.errors import ConfigError
+from heterodiff.training.precision import precision_of
+from heterodiff.training.processes import REFUSED, HostGroup, make_accelerator
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.value)
+def test_networks_split_over_processes_are_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ConfigError, match="torchrun"):
+        make_accelerator()
+
+
+def test_one_process_agrees_with_itself() -> None:
+    group = HostGroup(make_accelerator())
+    group.wait()
+    assert group.first_signal(None) is None
+    assert group.first_signal(15) == 15
+
+
+def test_float16_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        precision_of(TrainingConfig(precision="float16"))
+    assert precision_of(TrainingConfig(precision="auto")) is None
+    assert precision_of(TrainingConfig(precision="bfloat16")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps", "xpu:0", "no device", "cpu:x"])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"machine,? (which )?has cpu"):
+        devices.find_device(name)
+
+
+def test_device_by_name() -> None:
+    assert devices.find_device() == devices.default_device() == torch.device("cpu")
+    assert devices.find_device("cpu") == devices.find_device(torch.device("cpu")) == torch.device("cpu")
+    assert devices.free_memory(torch.device("cpu"))[0] > 1e6
+    assert "CPU threads" in devices.device_name(torch.device("cpu"))
+
+
+def test_deterministic_kernels_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with devices.deterministic_kernels(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with devices.deterministic_kernels(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
