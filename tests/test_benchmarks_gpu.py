@@ -47,6 +47,7 @@ def test_rows_on_the_cpu(tmp_path: Path) -> None:
     assert found["B train batch 1 eager"]["unet"]["to_unet"] == 1
     assert found["B train batch 1 eager"]["hae-v2"]["share_of_product"] > 0
     assert set(found["attention 32x32"]["head 16"]) == {"gather", "dense"}
+    assert found["TF32"]["largest_difference"] == 0
     assert found["norms"]["to_commit"].startswith('NORM_WAYS["cpu"] = ')
     assert rows["overflow float16"]["why"] == "float16 needs a GPU"
 
