@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text bench-anomaly clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -46,6 +46,10 @@ bench-text: $(INSTALLED)
 
 bench-anomaly: $(INSTALLED)
 	$(BIN)/python -m benchmarks.anomaly phantom others steps variants
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,7 @@
 """Timing that survives a noisy machine: everything that is compared takes turns in one run."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -58,9 +59,11 @@ def machine() -> dict[str, Any]:
     return {"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def write_results(name: str, content: dict[str, Any]) -> Path:
-    """Write benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
+def write_results(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write NAME.json in ``folder``, all of it or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
+    os.replace(unfinished, path)
     return path

@@ -1,0 +1,1 @@
+"""All that only an accelerator can tell, in one command; see :mod:`benchmarks.gpu.__main__`."""
