@@ -13,6 +13,8 @@ from PIL import Image
 
 import heterodiff
 from heterodiff.cli import main
+from heterodiff.config import RunConfig
+from heterodiff.errors import ConfigError
 from heterodiff.models.variants import VARIANTS
 from heterodiff.training.start import train
 from tests.training_runs import tiny_config
@@ -73,7 +75,8 @@ def test_five_line_config_trains_samples_and_evaluates(
     }
     assert call("check", run) == 0
     assert call("sample", run, "--class", "bird", "-n", "2", "--out", tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["bird_0000.png", "bird_0001.png", "grid.png"]
+    names = ["bird_0000.png", "bird_0001.png", "grid.png", "settings.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     with Image.open(tmp_path / "out" / "bird_0000.png") as picture:
         assert (picture.mode, picture.size) == ("L", (8, 8))
     capsys.readouterr()
@@ -87,7 +90,7 @@ def test_sampling_twice_gives_identical_files(run: Path, tmp_path: Path) -> None
     for name in ("a", "b"):
         assert call("sample", run, "--class", "3", "-n", "8", "--seed", "0", "--out", tmp_path / name) == 0
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert len(names) == 17  # npy in the digits' units and a png of each, and the grid
+    assert len(names) == 18  # npy in the digits' units and a png of each, the grid, and the settings
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert call("sample", run, "--class", "3", "-n", "8", "--seed", "1", "--out", tmp_path / "c") == 0
     assert (tmp_path / "a" / "grid.png").read_bytes() != (tmp_path / "c" / "grid.png").read_bytes()
@@ -98,10 +101,7 @@ def test_models_as_json_has_all_variants(capsys: pytest.CaptureFixture) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert [row["variant"] for row in rows] == list(VARIANTS)
     for row in rows:
-        model = heterodiff.create_model(
-            row["variant"], sample_size=16, model_channels=32, channel_mult=(1, 2), in_channels=3, num_classes=10,
-            attention_resolutions=(4, 8),
-        )  # fmt: skip
+        model = heterodiff.create_model(row["variant"], sample_size=16, model_channels=32, channel_mult=(1, 2))
         assert row["parameters"] == sum(p.numel() for p in model.parameters())
         assert row["gflop"] > 0
         assert row["saved_mb"] > 0
@@ -263,3 +263,16 @@ def test_folder_that_cannot_be_written_is_an_error_before_training(images: Path,
         blocked = tmp_path / "locked"
         blocked.mkdir(mode=0o500)
     assert call("train", write_config(tmp_path, images), f"output={blocked / 'run'}", "--quiet") == 1
+
+
+def test_overrides_of_a_demo_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stop(config: RunConfig) -> None:
+        seeds = (config.training.seed, config.codec.training and config.codec.training.seed)
+        raise ConfigError(f"{config.training.steps} {seeds} {config.output} {config.codec.path}")
+
+    monkeypatch.setattr("heterodiff.demo.train", stop)
+    assert call("demo", "radar", "training.steps=7", "codec.training.seed=1", "--seed", "5", "--out", "a/b") == 1
+    assert call("demo", "radar", "training.steps=7", "output=c", "codec.path=d") == 1
+    assert capsys.readouterr().err.splitlines() == ["error: 7 (5, 1) a/b a/b_vae", "error: 7 (0, 0) c d"]
+    assert call("demo", "digits", "training.step=7") == 1
+    assert "did you mean 'steps'" in capsys.readouterr().err

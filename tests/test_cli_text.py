@@ -56,7 +56,7 @@ def test_pictures_of_each_prompt_with_a_grid_and_a_list(
     assert captured.out.startswith("drawn    6 pictures in ")
     assert f"pictures 6 in {out}\ngrid     {out / 'grid.png'}\n" in captured.out
     names = [f"{k:04d}_{name}.png" for k, name in enumerate(["a_red_circle"] * 3 + ["a_blue_square_in_the_centre"] * 3)]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png", "prompts.jsonl"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png", "prompts.jsonl", "settings.json"])
     assert [row["file_name"] for row in prompts_of(out)] == names
     assert [row["text"] for row in prompts_of(out)] == [prompt for prompt in prompts for _ in range(3)]
     expected = hd.load(shapes_run).generate_from_text(prompts, 3, num_inference_steps=2).images
@@ -142,7 +142,7 @@ def test_prompts_that_are_no_good_file_names(
     assert all(line.startswith("note     ") and len(line) < 400 for line in error.splitlines())
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.parent for path in written} == {tmp_path / "out"}
-    assert len(written) == 6
+    assert len(written) == 7  # four pictures, the grid, the prompts, the settings
     rows = prompts_of(tmp_path / "out")
     assert len(rows) == 4
     if what != "bytes of no encoding":

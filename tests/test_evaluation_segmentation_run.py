@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ from heterodiff.config_file import load_config, parse_config
 from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
+from heterodiff.evaluation import segmentation_run
 from heterodiff.evaluation.segmentation_run import (
     calibrate_run,
     evaluate_anomalies,
     finds_anomalies,
     segmentation_summary,
 )
+from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.anomaly_masks import Calibration, drop_small, half_peak_mask, peak_score
 from heterodiff.pipelines.load import load_generation, load_spec
-from heterodiff.pipelines.segment import Segmenter, load_calibration, save_calibration
+from heterodiff.pipelines.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
 from heterodiff.training.start import train
 
 
@@ -171,6 +174,39 @@ def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:
     else:
         assert "validation images" in lines[0]
         assert load_calibration(run, config.segmentation).healthy > 0
+
+
+def test_masks_are_found_in_the_precision_of_the_calibration(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(segmentation_run, "calibrate", lambda *_: CALIBRATION)
+    seen = []
+    forward = HAEUNet.forward
+
+    def spy(network: HAEUNet, sample: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        seen.append(sample.dtype)
+        return forward(network, sample, *rest, **more)
+
+    monkeypatch.setattr(HAEUNet, "forward", spy)
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(SystemExit) as ended:
+            main(["segment", str(run), "--calibrate", "--dtype", dtype, "--device", "cpu"])
+        assert ended.value.code == 0
+        assert json.loads((run / "calibration.json").read_text())["precision"] == dtype
+        evaluate_anomalies(run, device="cpu")
+        assert set(seen) == {getattr(torch, dtype)}
+        seen.clear()
+    stored = json.loads((run / "calibration.json").read_text())
+    del stored["precision"]  # as written by earlier versions
+    (run / "calibration.json").write_text(json.dumps(stored))
+    assert calibrated_precision(run) == "float32"
+    (run / "calibration.json").write_text(json.dumps({**stored, "precision": "float7"}))
+    with pytest.raises(RunError, match="float7"):
+        evaluate_anomalies(run)
+    with pytest.raises(SystemExit) as ended:
+        main(["segment", str(run), str(run), "--dtype", "bfloat16"])
+    assert ended.value.code == 1
+    assert "add --calibrate" in capsys.readouterr().err
 
 
 def test_limits_hold_for_the_settings_they_were_learned_with(run: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from heterodiff.errors import ConfigError
-from heterodiff.models import table
 from heterodiff.models.profile import ModelProfile, count_flops, count_saved_bytes, profile
 from heterodiff.models.table import model_table, print_table
 from heterodiff.models.variants import VARIANTS, create_model, list_models
@@ -99,12 +98,12 @@ def test_fake_numbers_with_a_condition_vector(variant, config):
     assert found.saved_mb == pytest.approx(count_saved_bytes(model, *inputs) / 2e6, rel=1e-9)
 
 
-def test_table_of_all_networks_and_of_one(monkeypatch, capsys):
+def test_table_of_all_networks_and_of_one(capsys):
     small = {"model_channels": 32, "sample_size": 8, "channel_mult": (1, 1), "condition_dim": 12}
-    monkeypatch.setattr(table, "DEFAULTS", table.DEFAULTS | small | {"condition_dim": None})
     rows = model_table({})
     assert [row["variant"] for row in rows] == list_models()
-    assert rows[-1]["config"] == {"latent_channels": 256, "latent_size": 7, "condition_dim": 512}
+    of_film = {"latent_channels": 256, "latent_size": 7, "condition_dim": 512}
+    assert rows[-1]["config"] == of_film | {"model_channels": 128, "channel_mult": (1, 2, 4)}
     assert 45e6 < rows[-1]["parameters"] < 55e6
     assert [row["variant"] for row in model_table(small)] == list(VARIANTS)
     (row,) = model_table({"variant": "film-unet", "latent_size": (3, 5), "model_channels": 32})
@@ -115,7 +114,7 @@ def test_table_of_all_networks_and_of_one(monkeypatch, capsys):
     print_table(rows)
     printed = " ".join(capsys.readouterr().out.split())
     assert "film-unet: for latent_channels=256, latent_size=7, condition_dim=512" in printed
-    assert "hae-v2-conservative: for sample_size=8" in printed
+    assert "hae-v2-conservative: for sample_size=64" in printed
 
 
 def test_flops_of_attention_count_the_keys_that_are_scored():

@@ -105,7 +105,7 @@ def test_files_are_the_images_and_a_second_time_identical(run: Path, tmp_path: P
     pipe = hd.load(run)
     images, _ = draw_classes(pipe, [3, 7], 2, seed=0)
     for folder in ("a", "b"):
-        write_images(*draw_classes(pipe, [3, 7], 2, seed=0), pipe, run, tmp_path / folder)
+        write_images(*draw_classes(pipe, [3, 7], 2, seed=0), pipe, tmp_path / folder)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     numbered = [f"{c}_000{k}.{suffix}" for c in (3, 7) for k in (0, 1) for suffix in ("npy", "png")]
     assert names == [*numbered, "grid.png"]
@@ -140,7 +140,7 @@ def broken(run: Path, tmp_path: Path, how: str) -> Path:
     elif how == "not JSON":
         (copy / "unet" / "config.json").write_text("{")
     elif how == "unknown scheduler":
-        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "PNDMScheduler"}))
+        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "PNDMSchedular"}))
     return copy
 
 
@@ -174,5 +174,5 @@ def test_classes_whose_names_clean_up_alike_do_not_overwrite_each_other(run: Pat
     pipe = hd.load(run)
     pipe.class_names = ("a b", "a_b", *map(str, range(8)))
     images, labels = draw_classes(pipe, [0, 1], 2, seed=0)
-    written = write_images(images, labels, pipe, run, tmp_path / "out")
+    written = write_images(images, labels, pipe, tmp_path / "out")
     assert len(set(written)) == len(written) == 5

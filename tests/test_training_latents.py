@@ -492,6 +492,26 @@ def test_a_finished_vae_of_other_settings_is_not_taken_silently(digits_vae: Path
     with pytest.raises(RunError, match=r"codec\.path=.*other settings(.|\n)*vae\.kl_weight: .* -> 0\.5"):
         train(config, quiet=True)
     assert codec_run(config.model_copy(update={"vae": trained.vae})) is None
+    shorter = trained.training.model_copy(update={"steps": 7})
+    with pytest.raises(RunError, match=r"training\.steps: 80 -> 7; 80 steps are done"):
+        codec_run(config.model_copy(update={"codec": CodecConfig(kind="kl-vae", path=digits_vae, training=shorter)}))
+
+
+def test_dry_run_and_check_do_not_mind_a_vae_of_other_settings(
+    digits_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trained = load_config(digits_vae / "config.yaml")
+    config = RunConfig(
+        data=trained.data, codec=CodecConfig(kind="kl-vae", path=digits_vae, training=trained.training)
+    ).model_copy(update={"vae": trained.vae, "output": tmp_path / "run"})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    channels = "vae.latent_channels=3"
+    for arguments in (("train", "--dry-run"), ("check",)):
+        assert call(arguments[0], tmp_path / "config.yaml", channels, *arguments[1:]) == 0
+        out = capsys.readouterr().out
+        assert f"train would refuse codec.path={digits_vae}: its VAE was trained with other settings" in out
+        assert "AutoencoderKL to 3x4x4" in out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

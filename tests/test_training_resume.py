@@ -1,15 +1,21 @@
 """A run that was stopped and resumed is bit by bit the run that was not."""
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from heterodiff.cli import main
 from heterodiff.config_file import dump_config
 from heterodiff.errors import CheckpointError, HeterodiffError, RunError
 from heterodiff.training.checkpoint import list_checkpoints
@@ -54,7 +60,7 @@ def start_training(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "heterodiff.cli", "train", str(config_file)]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
@@ -66,18 +72,28 @@ def wait_for_row(output: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("training wrote no row within a minute")
 
 
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "killed", training__steps=300, training__checkpoint_every=3)
+    workers = 2 if number == signal.SIGKILL else 0
+    config = tiny_config(
+        tmp_path / "killed", training__steps=300, training__checkpoint_every=3, training__num_workers=workers
+    )
     config_file = tmp_path / "config.yaml"
     config_file.write_text(dump_config(config))
     process = start_training(config_file, tmp_path / "log.txt")
     wait_for_row(tmp_path / "killed", process)
+    started = workers_of(process)
+    assert len(started) == workers
     process.send_signal(number)
     assert process.wait(60) == code, (tmp_path / "log.txt").read_text()
+    assert psutil.wait_procs(started, timeout=30)[1] == []  # nobody is left behind
     step, _, _ = last_checkpoint(tmp_path / "killed")
     assert 3 <= step < 290
     stop = step + 5
@@ -87,6 +103,31 @@ def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_p
         quiet=True,
         stop_after=stop,
     )
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_signal_to_all_processes_loses_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """As Slurm, Docker and Ctrl-C send it: to the loader workers, too. There was no checkpoint before."""
+    options = {"training__steps": 300, "training__checkpoint_every": 1000, "training__num_workers": 2}
+    config = tiny_config(tmp_path / "killed", **options)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(dump_config(config))
+    process = start_training(config_file, tmp_path / "log.txt")
+    wait_for_row(tmp_path / "killed", process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    os.killpg(process.pid, number)
+    assert process.wait(60) == code, (tmp_path / "log.txt").read_text()
+    assert [worker for worker in workers if worker.is_running()] == []
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    step, _, _ = last_checkpoint(tmp_path / "killed")
+    assert 5 <= step < 290
+    train(config, quiet=True, stop_after=step + 3)
+    train(tiny_config(tmp_path / "straight", **options), quiet=True, stop_after=step + 3)
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -164,8 +205,6 @@ def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    import shutil
-
     for name, width in (("a", 32), ("b", 64)):
         train(tiny_config(tmp_path / name, model__model_channels=width, training__steps=4), quiet=True, stop_after=2)
     shutil.rmtree(tmp_path / "a" / CHECKPOINTS)
@@ -205,8 +244,6 @@ def test_nonfinite_losses_change_nothing_and_stop_the_run(tmp_path: Path, monkey
 
 
 def test_weights_that_were_lost_are_made_again_from_the_checkpoint(tmp_path: Path) -> None:
-    import shutil
-
     config = tiny_config(tmp_path / "run", training__steps=4)
     train(config, quiet=True)
     weights = tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -244,3 +281,117 @@ def test_stop_during_a_preview_loses_nothing(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 10
     assert last_checkpoint(tmp_path / "run")[0] == 4
     assert not list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+def call(*arguments: str | Path) -> int:
+    """Exit code of ``heterodiff arguments``."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def config_file(folder: Path, **overrides: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(dump_config(tiny_config(folder / "run", **overrides)))
+    return path
+
+
+def rates_of(output: Path) -> dict[int, float]:
+    """Learning rate by step."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["lr"] for row in rows if "lr" in row}
+
+
+def test_finished_run_of_a_constant_rate_is_lengthened_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    constant = {"training__lr_schedule": "constant", "training__log_every": 2}
+    train(tiny_config(tmp_path / "straight", training__steps=10, **constant), quiet=True)
+    file = config_file(tmp_path, training__steps=6, **constant)
+    assert call("train", file) == 0
+    capsys.readouterr()
+    assert call("train", file, "training.steps=10") == 0
+    out = capsys.readouterr().out
+    assert "note     training.steps is 10, before 6\n" in out
+    assert "going on from step 6" in out
+    assert "done     step 10 of 10" in out
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    capsys.readouterr()
+    assert call("train", file, "training.steps=10") == 0  # finished: nothing to note
+    assert "note" not in capsys.readouterr().out
+
+
+def test_lengthened_run_follows_the_half_cosine_of_the_new_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rate = 1e-3
+    file = config_file(tmp_path, training__steps=4, training__warmup_steps=0, training__learning_rate=rate)
+    assert call("train", file, "training.log_every=1", "training.lr_schedule=cosine") == 0
+    capsys.readouterr()
+    assert call("train", file, "training.log_every=1", "training.steps=8") == 0
+    assert "training.steps is 8, before 4; the learning rate follows" in (out := capsys.readouterr().out)
+    assert "0.0005 in place of 0" in out  # half of the new way is gone
+    lengths = dict.fromkeys(range(4), 4) | dict.fromkeys(range(4, 8), 8)
+    expected = {s + 1: rate * (1 + math.cos(math.pi * s / length)) / 2 for s, length in lengths.items()}
+    assert rates_of(tmp_path / "run") == pytest.approx(expected)
+
+
+def test_run_is_not_made_shorter_than_it_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config_file(tmp_path, training__steps=8, training__checkpoint_every=2)
+    assert call("train", file, "--stop-after", "4", "--quiet") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert call("train", file, "training.steps=3", "--quiet") == 1
+    assert "training.steps: 8 -> 3; 4 steps are done" in capsys.readouterr().err
+    last = tmp_path / "run" / CHECKPOINTS / "step_00000004"
+    assert call("train", file, "training.steps=3", "--resume", last, "--quiet") == 1
+    assert "4 steps are done, more than training.steps=3; set it to at least 4" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert call("train", file, "training.steps=5", "--quiet") == 0
+    assert last_checkpoint(tmp_path / "run")[0] == 5
+
+
+FOLDERS = {
+    "another run": (["model.model_channels=64"], "train would refuse {run}: holds a run with another configuration"),
+    "another split": (["data.split_seed=5"], "data.split_seed: 0 -> 5"),
+    "finished": ([], None),
+    "to be longer": (["training.steps=9"], None),
+    "shorter than done": (["training.steps=1"], "training.steps: 2 -> 1; 2 steps are done"),
+    "interrupted": ([], None),
+    "no run": ([], "train would refuse {run}: holds files but no run"),
+    "a file": ([], "train would refuse {run}: expected a folder for the run, found a file"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a configuration and its finished run of two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert call("train", config_file(folder, training__steps=2), "--quiet") == 0
+    return folder
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_dry_run_and_check_work_whatever_the_folder_holds(
+    case: str, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    overrides, note = FOLDERS[case]
+    run = tmp_path / "run"
+    if case == "no run":
+        run.mkdir()
+        (run / "thesis.txt").write_text("precious")
+    elif case == "a file":
+        run.write_text("precious")
+    else:
+        shutil.copytree(begun / "run", run)
+    file = config_file(tmp_path, training__steps=4 if case == "interrupted" else 2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments in (("train", file, "--dry-run", *overrides), ("check", file, *overrides)):
+        capsys.readouterr()
+        assert call(*arguments) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        assert "936,049 parameters" in captured.out or case == "another run"
+        assert ("train would refuse" in captured.out) == (note is not None)
+        assert note is None or note.format(run=run) in captured.out
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert not Path("runs/dry-run").exists()

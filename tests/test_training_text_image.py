@@ -891,6 +891,16 @@ def test_what_cannot_work_stops_before_the_first_step(case: str, shapes_run: Pat
     assert [path.name for path in left if path.is_file() and path.name != ".lock"] == []
 
 
+def test_dry_run_does_not_mind_a_folder_of_another_run(shapes_run: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
+    result = dry_run(text_config(shapes_run, alignment__latent_channels=5, codec__training={"steps": 60}))
+    assert "image codec to 5x4x4" in result.network
+    assert "holds a run with another configuration" in result.notes[0]
+    assert "alignment.latent_channels: 6 -> 5" in result.notes[0]
+    assert "other settings" in result.notes[1]
+    assert before == {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
+
+
 def test_captions_that_are_cut_are_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(text_config(tmp_path / "run", text__max_tokens=6, training__steps=1)))

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from heterodiff.errors import ConfigError, HeterodiffError, unknown_name
+from heterodiff import __version__
+from heterodiff.errors import ConfigError, HeterodiffError, is_out_of_memory, unknown_name
 from heterodiff.memory import keep_freed_memory
 
 app = typer.Typer(
@@ -23,10 +24,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_PICTURES = MOST_STEPS = 1_000_000
+MOST_CANDIDATES = 10_000
+
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped one (digits).", show_default=False)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1, mps, ...; default: a GPU if there is one.", show_default=False
+    ),
+]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of the denoiser: float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images drawn at once; fewer take less memory.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value]...", help="Changes to the configuration.")
@@ -47,8 +67,17 @@ def find_config(name: str) -> Path:
     return path if path.exists() or path.suffix else shipped
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heterodiff {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
@@ -64,6 +93,7 @@ def demo(
             help="Real digits, simulated radar, pictures with captions, or simulated heads with lesions.",
         ),
     ] = "digits",
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ and the name, as runs/digits.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -72,7 +102,7 @@ def demo(
 
     if what not in DEMOS:
         raise ConfigError(unknown_name("demo", what, DEMOS))
-    run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed)
+    run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed, overrides or [])
 
 
 @app.command()
@@ -157,7 +187,7 @@ def encode(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the latents.", show_default=False)],
     overrides: Overrides = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_PICTURES, help="Images encoded at once.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in each file.")] = 1024,
 ) -> None:
     """Encode the images of a configuration once, to train on their latents; an interrupted start can be repeated."""
@@ -189,34 +219,61 @@ def sample(
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
     ] = None,
-    number: Annotated[int, typer.Option("-n", min=1, help="Images of each class.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Images of each class.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's (20).")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmpp, unipc, euler, heun or flow-euler.")] = None,
     seed: Seed = 0,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile the network first; pays off for many images.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the images; default: RUN/generated.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the images; default: a new one in RUN/generated.")
+    ] = None,
 ) -> None:
-    """Draw images from a trained model: separate files and a labelled grid."""
+    """Draw images from a trained model: separate files, a labelled grid, and the settings in settings.json."""
     from heterodiff.errors import compile_error
-    from heterodiff.pipelines.files import all_classes, draw_classes, write_images
+    from heterodiff.pipelines.files import all_classes, class_title, draw_classes, write_images
     from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.output_folder import call_settings, check_output, make_output
 
-    pipeline = load_generation(run, compile=compile_)
+    pipeline = load_generation(run, device, compile_, dtype)
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
+    settings = call_settings(
+        "sample",
+        run,
+        pipeline,
+        classes=[class_title(pipeline, label) for label in chosen],
+        number=number,
+        seed=seed,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+    )
+    check_output(out, settings)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
     try:
         images, labels = draw_classes(
-            pipeline, chosen, number, seed, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler
+            pipeline,
+            chosen,
+            number,
+            seed,
+            batch_size or 100,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
         )
     except RuntimeError as error:
         raise compile_error(error, "--compile") or error from error
     seconds = time.perf_counter() - start
-    folder = out or run / "generated"
-    written = write_images(images, labels, pipeline, run, folder, columns=min(number, 10))
+    folder = make_output(run, out, settings)
+    written = write_images(images, labels, pipeline, folder, columns=min(number, 10))
     typer.echo(f"drawn    {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.1f} images/s")
     typer.echo(f"images   {len(written) - 1} in {folder}\ngrid     {written[-1]}")
 
@@ -225,25 +282,38 @@ def sample(
 def text2image(
     run: RunArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Pictures of each prompt.")] = 4,
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(min=1, help="Draw so many for each picture and keep the one that the captioner finds truest."),
+        typer.Option(
+            min=1,
+            max=MOST_CANDIDATES,
+            help="Draw so many for each picture and keep the one that the captioner finds truest.",
+        ),
     ] = None,
     seed: Seed = 0,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: RUN/generated.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; default: a new one in RUN/generated.")
+    ] = None,
 ) -> None:
     """Draw pictures of prompts with a run of recipe text-image."""
     from heterodiff.errors import compile_error
+    from heterodiff.pipelines.drawing import explaining_memory
     from heterodiff.pipelines.load import load_text_image
+    from heterodiff.pipelines.output_folder import call_settings, check_output, make_output
     from heterodiff.pipelines.text_files import write_pictures
     from heterodiff.pipelines.text_image import text_notes
 
@@ -251,13 +321,29 @@ def text2image(
         raise ConfigError(
             "--direct is one pass, without --negative, --steps, --guidance, --sampler and --candidates; leave them out"
         )
-    pipeline = load_text_image(run, compile=compile_)
+    pipeline = load_text_image(run, device, compile_, dtype)
+    each = 1 if direct else number  # decoding directly always gives the same
+    at_once = batch_size or 64
+    settings = call_settings(
+        "text2image",
+        run,
+        pipeline,
+        prompts=prompts,
+        negative=negative,
+        direct=direct,
+        candidates=candidates or pipeline.defaults.candidates,
+        number=each,
+        seed=seed,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+    )
+    check_output(out, settings)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
-    each = 1 if direct else number  # decoding directly always gives the same
     notes: list[str] = []
     try:
-        with text_notes() as notes:
+        with explaining_memory(min(at_once, len(prompts) * each), pipeline.device), text_notes() as notes:
             images = pipeline.generate_from_text(
                 prompts,
                 each,
@@ -268,6 +354,7 @@ def text2image(
                 negative_prompts=negative,
                 sampler=sampler,
                 candidates=candidates,
+                batch_size=at_once,
             ).images
     except RuntimeError as error:
         raise compile_error(error, "--compile") or error from error
@@ -275,7 +362,7 @@ def text2image(
         for note in notes:
             typer.echo(f"note     {note}", err=True)
     seconds = time.perf_counter() - start
-    written = write_pictures(images, prompts, out or run / "generated", pipeline.spec)
+    written = write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec)
     typer.echo(f"drawn    {len(images)} pictures in {seconds:.1f} s, {len(images) / seconds:.1f} pictures/s")
     typer.echo(f"pictures {len(written) - 1} in {written[-1].parent}\ngrid     {written[-1]}")
 
@@ -284,7 +371,7 @@ def text2image(
 def caption(
     run: RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, help="Captions of each image.")] = 1,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_PICTURES, help="Captions of each image.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(help="Of the sampling; 0 takes the likeliest words. Default: 0 for one caption, else 0.9."),
@@ -293,6 +380,7 @@ def caption(
     top_p: Annotated[float, typer.Option(help="And among the likeliest that make up this probability.")] = 0.9,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid words that occurred.")] = 1.0,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: file_name, text.")] = False,
 ) -> None:
     """Write captions of image files with a run of recipe text-image."""
@@ -300,7 +388,7 @@ def caption(
     from heterodiff.pipelines.load import load_text_image
     from heterodiff.pipelines.text_files import read_usable
 
-    pipeline = load_text_image(run)
+    pipeline = load_text_image(run, device)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
     if temperature is None:
         temperature = 0.0 if number == 1 else 0.9
@@ -329,20 +417,33 @@ def segment(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First learn the limits of masks from the run's validation images.")
     ] = False,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="With --calibrate: precision of the network from then on, float32, bfloat16 or float16; default: "
+            "float32.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for masks and maps; default: RUN/segmented.")] = None,
 ) -> None:
     """Find anomalies with a run of healthy and unhealthy images: masks, anomaly maps, scores. Not a medical device."""
+    from heterodiff.devices import find_device
     from heterodiff.evaluation.segmentation_run import calibrate_run
     from heterodiff.pipelines.segment_files import prepare_folders, segment_folder
     from heterodiff.training.interrupt import Interrupted, StopRequest
 
     if data is None and not calibrate:
         raise ConfigError(f"name a folder of patients, or prepare the run: heterodiff segment {run} --calibrate")
+    if dtype is not None and not calibrate:
+        raise ConfigError("--dtype: a run segments in the precision that it was calibrated in; add --calibrate")
+    find_device(device)
     folder = out or run / "segmented"
     if calibrate:
         if data is not None:
             prepare_folders(run, data, folder)  # what is wrong with them is said before calibrating, which takes long
-        for line in calibrate_run(run):
+        for line in calibrate_run(run, device, dtype):
             typer.echo(line)
     if data is None:
         typer.echo(f"next     heterodiff evaluate {run}")
@@ -351,7 +452,12 @@ def segment(
     try:
         with request.listening():
             rows, problems = segment_folder(
-                run, data, folder, lambda line: typer.echo(f"patient  {line}"), lambda *_: request.raise_if_asked()
+                run,
+                data,
+                folder,
+                lambda line: typer.echo(f"patient  {line}"),
+                lambda *_: request.raise_if_asked(),
+                device,
             )
     except (Interrupted, KeyboardInterrupt):
         stopped_by = signal.Signals(request.signal or signal.SIGINT)
@@ -372,6 +478,7 @@ def evaluate(
         typer.Option(
             "-n",
             min=2,
+            max=MOST_PICTURES,
             help="Images of each class to draw; default: 50, or with --augmentation as many as it has training images "
             "(at most 500). For a run on texts, prompts to draw and pictures to caption; default: 200.",
             show_default=False,
@@ -393,14 +500,24 @@ def evaluate(
         ),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers of each kind that --augmentation trains.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the run's (20).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; default: the run's (20).")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is unguided.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's.")] = None,
     seed: Seed = 0,
+    device: Device = None,
+    batch_size: BatchSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Measure a trained model against real images; writes its numbers, pictures and report.html into the run."""
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    from heterodiff.devices import find_device
+
+    find_device(device)
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    options["device"] = device
+    if batch_size is not None:
+        options["batch_size"] = batch_size
     if augmentation:
         from heterodiff.evaluation import augmentation_run, augmentation_summary
 
@@ -421,17 +538,23 @@ def evaluate(
 
     patients = other_patients(run, data) if data else None
     if finds_anomalies(run, patients):
-        given = {"-n": number, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
+        given = {
+            "-n": number,
+            "--steps": steps,
+            "--guidance": guidance,
+            "--sampler": sampler,
+            "--batch-size": batch_size,
+        }
         if unused := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
                 f"{unused[0]}: {run} finds anomalies in all test images, as its segmentation settings say; leave it "
                 "out, or change these and calibrate again"
             )
-        result, summary = evaluate_anomalies(run, patients), segmentation_summary
+        result, summary = evaluate_anomalies(run, patients, device), segmentation_summary
     elif is_vae(run):
-        result, summary = evaluate_vae(run, seed, data), vae_summary
+        result, summary = evaluate_vae(run, seed, data, device), vae_summary
     elif is_text_image(run):
-        result = evaluate_text_image(run, seed, 200 if number is None else number, data, steps, guidance, sampler)
+        result = evaluate_text_image(run, seed, 200 if number is None else number, data, **options)
         summary = text_image_summary
     else:
         result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
@@ -488,6 +611,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing after the last checkpoint is kept", file=sys.stderr)
         code = 130
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("HETERODIFF_DEBUG") or not is_out_of_memory(error):
+            raise
+        code = _fail("out of memory; free some, or compute on another --device")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit
         code = 1

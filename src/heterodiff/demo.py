@@ -1,6 +1,7 @@
 """The demo: the whole way from images to a report, in minutes on a laptop."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from heterodiff.config import RunConfig
@@ -23,22 +24,21 @@ DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_smal
 """Names of the shipped configurations."""
 
 
-def run_demo(config_file: Path, out: Path, seed: int) -> None:
+def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] = ()) -> None:
     """Train the run of ``config_file`` in ``out`` (or go on with it), draw from it, evaluate, report.
 
     A run on the latents of a VAE trains that in the folder ``<out>_vae`` first, and evaluates it too.
 
+    Args:
+        overrides: ``key.path=value``, as for ``heterodiff train``.
+
     Raises:
-        HeterodiffError: ``out`` holds something else.
+        HeterodiffError: ``out`` holds something else, or an override cannot be used.
     """
     start = time.perf_counter()
-    seeds = [f"output={out}", f"training.seed={seed}"]
-    config = load_config(config_file, seeds)
-    if config.codec.training is not None:
-        seeds.append(f"codec.training.seed={seed}")
-    if config.codec.kind == "kl-vae":
-        seeds.append(f"codec.path={out.with_name(f'{out.name}_vae')}")
-    config = load_config(config_file, seeds)
+    config = _demo_config(config_file, out, seed, overrides)
+    assert config.output is not None
+    out = config.output
     result = train(config)
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
@@ -51,6 +51,18 @@ def run_demo(config_file: Path, out: Path, seed: int) -> None:
     print(f"time     {time.perf_counter() - start:.0f} s")
     for line in lines:
         print(line)
+
+
+def _demo_config(config_file: Path, out: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
+    """The run of ``config_file`` in ``out``; what ``overrides`` say comes last."""
+    own = [f"output={out}", f"training.seed={seed}"]
+    config = load_config(config_file, [*own, *overrides])
+    if config.codec.training is not None:
+        own.append(f"codec.training.seed={seed}")
+    if config.codec.kind == "kl-vae":
+        assert config.output is not None
+        own.append(f"codec.path={config.output.with_name(f'{config.output.name}_vae')}")
+    return load_config(config_file, [*own, *overrides])
 
 
 def _classes(config: RunConfig, out: Path, seed: int) -> list[str]:

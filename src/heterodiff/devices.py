@@ -8,9 +8,11 @@ from typing import Any
 import psutil
 import torch
 
-from heterodiff.errors import ConfigError
+from heterodiff.errors import ConfigError, unknown_name
 
 Device = str | torch.device
+DType = str | torch.dtype
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_device() -> torch.device:
@@ -67,6 +69,27 @@ def has_bfloat16(device: torch.device) -> bool:
         return device.type == "cpu"
     supported = getattr(_module(device), "is_bf16_supported", None)
     return bool(supported()) if supported is not None else False
+
+
+def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
+    """Return the precision called ``dtype``; None means the best for drawing images on ``device``.
+
+    That is bfloat16 on CUDA where it is not emulated, else float32.
+
+    Raises:
+        ConfigError: an unknown precision; the known ones are named.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(unknown_name("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a precision, as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

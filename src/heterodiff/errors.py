@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "_status_alloc_failed")
+
 
 class HeterodiffError(ValueError):
     """A user's mistake or unusable input. The command line prints it as one message and exits with 1."""
@@ -34,6 +36,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a ``name`` of some ``kind`` that is not among the ``known`` ones."""
     known = list(known)
     return f"unknown {kind} '{name}'{nearest_name(name, known)}; known: {', '.join(known)}"
+
+
+def reason(error: Exception) -> str:
+    """Return what ``error`` says, on one line and not too long."""
+    if "trust_remote_code" in str(error):  # how transformers refuses it, and how to allow it
+        return "its auto_map asks for Python code of its own, and custom code is never run"
+    return f"{' '.join(str(error).split()):.300}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: that of the machine, or of a device, however its library says so."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    )
 
 
 def compile_error(error: Exception, setting: str) -> HeterodiffError | None:

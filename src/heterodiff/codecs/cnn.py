@@ -69,7 +69,10 @@ class Backbone(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel
 
-        self.network = AutoModel.from_config(AutoConfig.for_model(**config)).float()  # whatever it is stored in
+        settings = AutoConfig.for_model(**config)
+        settings._attn_implementation = None  # transformers would fetch and run a kernel of that name
+        network = AutoModel.from_config(settings, trust_remote_code=False)
+        self.network = network.float()  # whatever it is stored in
         self.projection = nn.LazyConv2d(channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,10 +13,15 @@ def _pair(value: Any) -> Any:
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Positive = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=16_384)]
+"""Channels, or pixels of a side: above it, no machine has the memory for a single layer or image."""
+Depth = Annotated[int, Field(gt=0, le=64)]
+BatchSize = Annotated[int, Field(gt=0, le=1_048_576)]
+Timesteps = Annotated[int, Field(gt=0, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Levels = Annotated[tuple[Positive, ...], Field(min_length=1)]
-Size = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
+Levels = Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
+Size = Annotated[tuple[Width, Width], BeforeValidator(_pair)]
 
 
 class Section(BaseModel):

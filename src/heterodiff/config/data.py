@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from heterodiff.config.base import Fraction, Positive, Section, Seed, Size, UserPath
+from heterodiff.config.base import Fraction, Section, Seed, Size, UserPath, Width
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -141,7 +141,7 @@ class DataConfig(Section):
     file_column: str = Field("file_name", description="column or key of the file name in metadata.csv/jsonl")
     text_column: str = Field("text", description="column or key of the caption in metadata.csv/jsonl")
     image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
-    channels: Positive | None = Field(
+    channels: Width | None = Field(
         None,
         description="expected channels; 8-bit pictures are converted to 1, 3 or 4; default: those of the first image",
     )

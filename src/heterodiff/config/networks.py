@@ -4,30 +4,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from heterodiff.config.base import Fraction, Levels, Positive, Section, UserPath
+from heterodiff.config.base import Depth, Fraction, Levels, Section, UserPath, Width
 from heterodiff.config.training import TrainingConfig
+from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY
 
 
 class ModelConfig(Section):
     """The denoiser; see ``heterodiff models`` and the docs of the HAE family."""
 
     variant: str = "hae-v2"
-    model_channels: Positive = 64
+    model_channels: Width = MODEL_CHANNELS
     channel_mult: Levels | None = Field(None, description="default chosen from the image size")
-    layers_per_block: Positive = 2
-    patch_size: Positive = Field(
+    layers_per_block: Depth = LAYERS_PER_BLOCK
+    patch_size: Width = Field(
         1, description="see patches of so many pixels a side as one position: 2 costs a fourth (not film-unet)"
     )
-    attention_resolutions: tuple[Positive, ...] | None = Field(
-        None, description="downsampling factors with attention; default: the last two levels below 32x32"
+    attention_resolutions: tuple[Width, ...] | None = Field(
+        None, description="downsampling factors with attention; default: those with maps of at most 16x16"
     )
     dropout: Fraction = 0.0
-    num_heads: Positive = 4
-    num_head_channels: Positive | None = None
+    num_heads: Width = NUM_HEADS
+    num_head_channels: Width | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
-    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = SPARSITY
     memory_optimization: bool | None = Field(
         None, description="compute what is cheap again in the backward pass; default: for hae-v2-conservative"
     )
@@ -81,11 +82,11 @@ class VAEConfig(Section):
     init_from: UserPath | None = Field(
         None, description="start from this VAE (a run, or a diffusers AutoencoderKL) instead of from scratch"
     )
-    latent_channels: Positive = 4
+    latent_channels: Width = 4
     block_out_channels: Levels = Field(
         (32, 64, 64), description="channels of each level; every level after the first halves height and width"
     )
-    layers_per_block: Positive = 1
+    layers_per_block: Depth = 1
     mid_block_attention: bool = False
     kl_weight: Annotated[float, Field(ge=0)] = Field(
         1e-6, description="of the KL divergence of an image's posterior, summed over its latent, in nats"
@@ -116,19 +117,19 @@ class TextConfig(Section):
     max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
         64, description="longest text, start and end token included; longer ones are cut, with a warning"
     )
-    width: Positive = Field(256, description="of the encoder trained from scratch")
-    layers: Positive = 4
-    num_heads: Positive = Field(4, description="of the encoder trained from scratch and of the captioner")
+    width: Width = Field(256, description="of the encoder trained from scratch")
+    layers: Depth = 4
+    num_heads: Width = Field(4, description="of the encoder trained from scratch and of the captioner")
     dropout: Fraction = 0.0
-    embedding_dim: Positive = Field(512, description="of the vector that stands for a text, and of that for an image")
-    captioner_width: Positive = 256
-    captioner_layers: Positive = 4
+    embedding_dim: Width = Field(512, description="of the vector that stands for a text, and of that for an image")
+    captioner_width: Width = 256
+    captioner_layers: Depth = 4
 
 
 class AlignmentConfig(Section):
     """The image codec of recipe `text-image`, and the losses that train it together with the text networks."""
 
-    latent_channels: Positive = 256
+    latent_channels: Width = 256
     block_out_channels: Levels | None = Field(
         None,
         description="channels of the encoder's stages, each of which halves height and width; default: from 32 up to "

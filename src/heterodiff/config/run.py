@@ -10,6 +10,7 @@ from heterodiff.config.data import DataConfig
 from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
 from heterodiff.config.training import DiffusionConfig, TrainingConfig
 from heterodiff.config.use import SamplingConfig, SegmentationConfig
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS
 
 
 class RunConfig(Section):
@@ -46,7 +47,7 @@ class RunConfig(Section):
         if not sections["alignment"].get("joint") and sections["codec"].get("path") is None:
             output = content.get("output") or "runs/text-image"
             codec |= {"path": f"{output}/alignment", "training": sections["training"]}
-        model = {"variant": "film-unet", "model_channels": 128, "channel_mult": (1, 2, 4)}
+        model = {"variant": "film-unet", "model_channels": FILM_MODEL_CHANNELS, "channel_mult": FILM_CHANNEL_MULT}
         if sections["model"].get("variant", "film-unet") != "film-unet":
             model = {}
         given = {name: value for name, value in sections["codec"].items() if (name, value) != ("path", None)}

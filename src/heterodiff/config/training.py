@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from heterodiff.config.base import Positive, Section, Seed
+from heterodiff.config.base import BatchSize, Positive, Section, Seed
 
 
 class DiffusionConfig(Section):
     """The forward process and what the network learns."""
 
     schedule: Literal["linear", "cosine"] = Field("linear", description="betas; not used by prediction: flow")
-    num_train_timesteps: Annotated[int, Field(ge=10)] = 1000
+    num_train_timesteps: Annotated[int, Field(ge=10, le=1_000_000)] = 1000
     prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
     learn_variance: bool = False
     weighting: Literal["none", "min-snr"] = "none"
@@ -32,8 +32,8 @@ class TrainingConfig(Section):
     """The loop."""
 
     steps: Positive = 20_000
-    batch_size: Positive = Field(64, description="images per optimiser step, over all processes")
-    accumulation_steps: Positive = Field(1, description="parts a process computes its share of a batch in")
+    batch_size: BatchSize = Field(64, description="images per optimiser step, over all processes")
+    accumulation_steps: BatchSize = Field(1, description="parts a process computes its share of a batch in")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -52,7 +52,7 @@ class TrainingConfig(Section):
         description="on a GPU: kernels that give the same bits every time, so that a resumed run equals one that was "
         "not interrupted bit by bit; slower. On a CPU it always does",
     )
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     seed: Seed = 0
     log_every: Positive = 20
     preview_every: Positive = 1000

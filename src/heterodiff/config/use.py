@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from heterodiff.config.base import Positive, Section, Seed
+from heterodiff.config.base import BatchSize, Positive, Section, Seed, Timesteps, Width
 
 
 class SamplingConfig(Section):
     """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
 
     sampler: str = "dpmpp"
-    num_inference_steps: Positive = 20
+    num_inference_steps: Timesteps = 20
     guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 = unguided")
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="share of the noise levels, 0 = clean and 1 = pure noise, that is guided"
@@ -19,7 +19,7 @@ class SamplingConfig(Section):
     dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="quantile of |x0| that is scaled back to 1 (Saharia et al. 2022); default: clip only"
     )
-    candidates: Positive = Field(
+    candidates: BatchSize = Field(
         1,
         description="recipe text-image: draw so many for each picture and keep the one in which the captioner finds "
         "the prompt likeliest",
@@ -41,8 +41,8 @@ class SegmentationConfig(Section):
         description="forward-process: AnoFPDM; ddib: encode, decode as healthy; partial-noising: AnoDDPM, which needs "
         "no labels in training",
     )
-    depth: Positive = Field(600, description="noise depth: timesteps below this one are used")
-    num_inference_steps: Positive = Field(60, description="evenly spaced among them; a step takes two network calls")
+    depth: Timesteps = Field(600, description="noise depth: timesteps below this one are used")
+    num_inference_steps: Timesteps = Field(60, description="evenly spaced among them; a step takes two network calls")
     patience: Positive | None = Field(
         None,
         description="forward-process: leave an image once healthy and unconditional predictions of no channel differed "
@@ -62,7 +62,7 @@ class SegmentationConfig(Section):
         description="from which value of the smoothed map on a mask marks: a quantile of the map, the lower the more "
         "the predictions differ, as AnoFPDM does; or half its peak, which suits noisy maps of a short training, too",
     )
-    smoothing: Positive = Field(
+    smoothing: Width = Field(
         5, description="side in pixels of the square over which maps are smoothed; 1: not at all, for small anomalies"
     )
     drop_small: Annotated[int, Field(ge=0)] | None = Field(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -17,6 +18,7 @@ __all__ = ["draw_noise", "list_samplers", "make_sampler", "sample"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[int, int, Tensor], None]
+AfterStep = Callable[[int, int, Any, Tensor], tuple[Tensor, bool]]
 
 
 def draw_noise(shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
@@ -66,6 +68,7 @@ def sample(
     clip_sample: bool = False,
     dynamic_threshold: float | None = None,
     callback: Callback | None = None,
+    after_step: AfterStep | None = None,
 ) -> Tensor:
     """Draw clean images or latents; any sampler serves any schedule and prediction.
 
@@ -86,6 +89,8 @@ def sample(
         clip_sample: clip predicted x0 to [-1, 1].
         dynamic_threshold: quantile of Saharia et al. 2022 instead of plain clipping.
         callback: called after each step as (step from 1, number of steps, predicted x0).
+        after_step: called after each step as (step from 1, number of steps, timestep, z in the sampler's scale);
+            returns the z to go on with, and whether to go on.
 
     Returns:
         (B, C, H, W) float32.
@@ -110,4 +115,8 @@ def sample(
         z = _step(prepared, index, z, x0, channels, generator)
         if callback is not None:
             callback(number, len(prepared.steps), x0)
+        if after_step is not None:
+            z, go_on = after_step(number, len(prepared.steps), t, z)
+            if not go_on:
+                break
     return z

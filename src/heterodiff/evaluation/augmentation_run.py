@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.augmentation import augmentation_study
 from heterodiff.evaluation.augmentation_picture import augmentation_picture
@@ -16,6 +17,7 @@ from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
 from heterodiff.evaluation.progress import pictures_at_once, progress_tasks
 from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
 from heterodiff.evaluation.run import held_out_images, images_of, run_data
+from heterodiff.files import fresh
 from heterodiff.pipelines.files import draw_classes
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.load import load_generation, load_spec
@@ -40,6 +42,8 @@ def study_run(
     per_class: int | None = None,
     seed: int = 0,
     seeds: Sequence[int] = (0, 1, 2),
+    device: Device | None = None,
+    batch_size: int | None = None,
     **options: Any,
 ) -> AugmentationRun:
     """Measure what images drawn from the run are worth as training data for a classifier.
@@ -52,6 +56,8 @@ def study_run(
             class, scaled down together where one has more than 500.
         seed: of the images.
         seeds: of the classifiers.
+        device: see :func:`heterodiff.load`.
+        batch_size: images drawn at once; default: as the device likes it.
         **options: of :class:`heterodiff.pipelines.generate.GenerationPipeline`, such as guidance_scale.
 
     Returns:
@@ -72,11 +78,11 @@ def study_run(
     held_out = held_out_images(run, data, data_path)
     train, real = images_of(data.train), (held_out.images, held_out.labels)
     (_, labels), _, _ = study_sets(train, real, data.spec.class_names)  # refuses unusable sets before anything is drawn
-    pipeline = load_generation(run)
+    pipeline = load_generation(run, device)
     counts = generated_counts(labels, per_class, MAX_PER_CLASS if per_class is None else None)
     with progress_tasks() as task:
         start = time.perf_counter()
-        generated = _draw(pipeline, counts, seed, task("drawing images", sum(counts.values())), options)
+        generated = _draw(pipeline, counts, seed, task("drawing images", sum(counts.values())), batch_size, options)
         seconds = time.perf_counter() - start
         report_fit = task("training classifiers", 3 * (len(dict.fromkeys(seeds)) + 1))
         study = augmentation_study(
@@ -88,8 +94,8 @@ def study_run(
     study["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     study["images"] = {"seed": seed, "seconds": seconds}
     numbers, picture = run / AUGMENTATION_FILE, run / AUGMENTATION_PICTURE
-    numbers.write_text(json.dumps(study, indent=1) + "\n", "utf-8")
-    picture.write_bytes(augmentation_picture(study))
+    fresh(numbers).write_text(json.dumps(study, indent=1) + "\n", "utf-8")
+    fresh(picture).write_bytes(augmentation_picture(study))
     return AugmentationRun(study, numbers, picture, write_report(run))
 
 
@@ -98,7 +104,8 @@ def _draw(
     counts: dict[int, int],
     seed: int,
     progress: Callable[[int], None],
+    batch_size: int | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    at_once = pictures_at_once(pipeline.device)
+    at_once = batch_size or pictures_at_once(pipeline.device)
     return draw_classes(pipeline, list(counts), list(counts.values()), seed, at_once, progress, **options)

@@ -27,6 +27,7 @@ from heterodiff.evaluation.metric_sections import (
 )
 from heterodiff.evaluation.segmentation_sections import segmentation_cards, segmentation_section
 from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
+from heterodiff.files import fresh
 
 REPORT_NAME = "report.html"
 AUGMENTATION_FILE = "augmentation.json"
@@ -283,7 +284,7 @@ def write_report(run_dir: Path) -> Path:
     header = [f"<h1>{escape(name)}</h1>", page.paragraph(f"Report of a heterodiff run · {_device(files)}", "soft")]
     document = page.page(f"{name} · heterodiff", [*header, *notices, *sections])
     target = run_dir / REPORT_NAME
-    unfinished = run_dir / f".{REPORT_NAME}.part"
+    unfinished = fresh(run_dir / f".{REPORT_NAME}.part")
     unfinished.write_text(document, "utf-8")
     os.replace(unfinished, target)
     return target

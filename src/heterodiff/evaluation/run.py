@@ -17,9 +17,11 @@ from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.latents import read_index
 from heterodiff.data.sources import load_data
 from heterodiff.data.volumes import known_fingerprint
+from heterodiff.devices import Device
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
+from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
 from heterodiff.pipelines.load import (
@@ -141,7 +143,13 @@ def _digest(image: Tensor) -> bytes:
 
 
 def evaluate_run(
-    run: Path, per_class: int = 20, seed: int = 0, data_path: Path | None = None, **options: Any
+    run: Path,
+    per_class: int = 20,
+    seed: int = 0,
+    data_path: Path | None = None,
+    device: Device | None = None,
+    batch_size: int = 100,
+    **options: Any,
 ) -> Evaluation:
     """Draw ``per_class`` images of each class from the run and compare them with its real images.
 
@@ -149,6 +157,8 @@ def evaluate_run(
 
     Args:
         data_path: real images unseen in training to compare with, instead of the validation split.
+        device: see :func:`heterodiff.load`.
+        batch_size: images drawn at once.
         **options: of :class:`heterodiff.pipelines.generate.GenerationPipeline`, such as guidance_scale.
 
     Raises:
@@ -156,8 +166,8 @@ def evaluate_run(
     """
     data = run_data(run)
     held_out = held_out_images(run, data, data_path)
-    pipeline = load_generation(run)
-    images, labels = draw_classes(pipeline, all_classes(pipeline), per_class, seed, **options)
+    pipeline = load_generation(run, device)
+    images, labels = draw_classes(pipeline, all_classes(pipeline), per_class, seed, batch_size, **options)
     train = images_of(data.train)
     real = (held_out.images, held_out.labels)
     metrics = evaluate_generation(images, labels, train, real, data.spec.class_names, seed)
@@ -167,9 +177,9 @@ def evaluate_run(
     titles = [class_title(pipeline, int(label)) for label in labels]
     shown = [i for i in range(len(images)) if i % per_class < 10]
     picture = run / "samples.png"
-    image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class)).save(picture)
-    nearest_picture(images, train[0], metrics).save(run / "nearest.png")
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class)).save(fresh(picture))
+    nearest_picture(images, train[0], metrics).save(fresh(run / "nearest.png"))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

@@ -15,12 +15,14 @@ from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
 from heterodiff.data.volumes import known_fingerprint
+from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
+from heterodiff.files import fresh
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import (
@@ -31,7 +33,14 @@ from heterodiff.pipelines.load import (
     load_spec,
     read_json,
 )
-from heterodiff.pipelines.segment import Segmentation, Segmenter, load_calibration, save_calibration
+from heterodiff.pipelines.segment import (
+    DEFAULT_PRECISION,
+    Segmentation,
+    Segmenter,
+    calibrated_precision,
+    load_calibration,
+    save_calibration,
+)
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
@@ -75,8 +84,12 @@ def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[in
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
-def calibrate_run(run: Path) -> list[str]:
+def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None = None) -> list[str]:
     """Learn the limits of masks from the run's validation images and their labels, and keep them in the run.
+
+    Args:
+        device: see :func:`heterodiff.load`.
+        dtype: precision of the network, kept with the limits; masks are found in it. Default: float32.
 
     Returns:
         what was found, a line each.
@@ -86,7 +99,7 @@ def calibrate_run(run: Path) -> list[str]:
     """
     data = run_data(run)  # says what is missing of the run
     settings = load_config(run / CONFIG_FILE).segmentation
-    segmenter = Segmenter(load_generation(run), settings)
+    segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
     classes = data.spec.class_names
     alone = settings.method == "partial-noising"  # which needs no unhealthy images; those without labels are healthy
     if settings.healthy not in classes and (classes or not alone):
@@ -102,7 +115,7 @@ def calibrate_run(run: Path) -> list[str]:
     unhealthy = labels != classes.index(settings.healthy) if classes else ~known
     divergence, score = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
-    path = save_calibration(run, calibration, settings)
+    path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
     total = calibration.healthy + calibration.unhealthy
     if not calibration.unhealthy:
         return [
@@ -117,13 +130,14 @@ def calibrate_run(run: Path) -> list[str]:
     ]
 
 
-def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evaluation:
+def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
     Writes ``evaluation/segmentation.png``, ``evaluation.json`` and ``report.html`` into the run folder.
 
     Args:
         elsewhere: other images, all of which are measured in place of the run's, see :func:`other_patients`.
+        device: see :func:`heterodiff.load`; the precision is that of the calibration.
 
     Raises:
         HeterodiffError: no usable run, not calibrated, or no test images.
@@ -140,7 +154,7 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=read_json(run / SPLIT_FILE))
     assert test.mask is not None  # asked before, by `finds_anomalies`
     settings, count = config.segmentation, len(test.images)
-    segmenter = Segmenter(load_generation(run), settings)
+    segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
     with progress_tasks() as start:
         maps = _all_maps(segmenter, test.images, start("test images", count))
         found = [(segmenter.masks(one, calibration), segmenter.smoothed(one), one.calls) for one in maps]
@@ -171,8 +185,8 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None) -> Evalua
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
-    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(picture)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(fresh(picture))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

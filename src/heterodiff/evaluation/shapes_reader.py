@@ -25,6 +25,7 @@ from heterodiff.data.builtin.shapes import (
     render,
 )
 from heterodiff.devices import default_device
+from heterodiff.files import fresh
 
 VERSION = "3"
 """Of network, training and renders: change it with any of them, and stored weights are not used any more."""
@@ -200,7 +201,7 @@ class ShapesReader:
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
+        unfinished = fresh(path.with_suffix(".part"))
         unfinished.write_bytes(save(self.network.state_dict(), self._key()))
         unfinished.replace(path)
 

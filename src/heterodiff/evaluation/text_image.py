@@ -23,6 +23,7 @@ from heterodiff.evaluation.progress import pictures_at_once
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.evaluation.retrieval import recall
 from heterodiff.evaluation.shapes_reader import ShapesReader, draw_renders
+from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.text_image import TextImagePipeline
 
@@ -113,23 +114,26 @@ def draw_pictures(
     prompts: Sequence[str],
     seed: int,
     progress: Progress = _quiet,
+    batch_size: int | None = None,
     **options: Any,
 ) -> Tensor:
     """A picture of each prompt (N, C, H, W) in [0, 1]; picture k from noise that depends on ``seed`` and k alone.
 
     Args:
+        batch_size: pictures drawn at once; default: as the device likes it.
         **options: of :meth:`TextImagePipeline.generate_image_from_text`, such as guidance_scale.
     """
     embeddings, generators = embed_texts(pipeline, prompts), seeded_generators(seed, len(prompts))
-    at_once = pictures_at_once(pipeline.device)
+    at_once = batch_size or pictures_at_once(pipeline.device)
     parts = []
     for start in range(0, len(prompts), at_once):
         rows = slice(start, start + at_once)
-        parts.append(
-            pipeline.generate_image_from_text(
-                embeddings[rows], generators=generators[rows], texts=prompts[rows], **options
+        with explaining_memory(len(prompts[rows]), pipeline.device):
+            parts.append(
+                pipeline.generate_image_from_text(
+                    embeddings[rows], generators=generators[rows], texts=prompts[rows], batch_size=at_once, **options
+                )
             )
-        )
         progress(min(start + at_once, len(prompts)))
     return torch.cat(parts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heterodiff.config import ShapesConfig
 from heterodiff.data.builtin.shapes import scene_of
+from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
 from heterodiff.evaluation.progress import StartTask, progress_tasks
@@ -34,6 +35,7 @@ from heterodiff.evaluation.text_image import (
 )
 from heterodiff.evaluation.text_image_sections import WAYS
 from heterodiff.evaluation.vae_run import spread
+from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image, pipeline_kind
 from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
@@ -62,6 +64,8 @@ def evaluate_text_image(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    device: Device | None = None,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Measure retrieval, reconstruction, pictures of prompts and captions, on pictures that were not trained on.
 
@@ -74,12 +78,14 @@ def evaluate_text_image(
             seen, and where the model judges itself.
         data: a folder of captioned images to use instead of the validation split.
         num_inference_steps, guidance_scale, sampler: default to the run's ``sampling`` section.
+        device: see :func:`heterodiff.load`.
+        batch_size: pictures drawn at once; default: as the device likes it.
 
     Raises:
         HeterodiffError: no usable run, no held-out images with captions, data that are not there any more, or options
             that do not fit.
     """
-    pipeline = load_text_image(run)
+    pipeline = load_text_image(run, device)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "sampler": sampler}
     options = {name: value for name, value in given.items() if value is not None}
     if pipeline.unet is None and options:
@@ -90,7 +96,7 @@ def evaluate_text_image(
     everything = CaptionedImages.choose(held_out, captions, MAX_RETRIEVAL_IMAGES, seed)
     folder = run / EVALUATION_FOLDER
     with progress_tasks() as task, text_notes() as notes:
-        measuring = _Measuring(pipeline, options, seed, task)
+        measuring = _Measuring(pipeline, options, seed, task, batch_size)
         pictures = _pictures(measuring, everything)  # first: a sampler that does not fit is found before the long part
         metrics: dict[str, Any] = {"held_out": record, "seed": seed, "number": number}
         if pipeline.unet is not None:
@@ -120,8 +126,8 @@ def evaluate_text_image(
         record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(run / name)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+        picture.save(fresh(run / name))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, run / PROMPTS_PICTURE, write_report(run))
 
 
@@ -133,13 +139,14 @@ class _Measuring:
     options: dict[str, Any]
     seed: int
     task: StartTask
+    batch_size: int | None = None
 
     def pictures(self, prompts: Sequence[str], what: str) -> dict[str, Tensor]:
         """Pictures (N, C, H, W) of ``prompts`` by each way that there is."""
         drawn = {}
         for name, options in ways_of(self.pipeline, **self.options).items():
             progress = self.task(f"{what}, {name}", len(prompts))
-            drawn[name] = draw_pictures(self.pipeline, prompts, self.seed, progress, **options)
+            drawn[name] = draw_pictures(self.pipeline, prompts, self.seed, progress, self.batch_size, **options)
         return drawn
 
     def captions(self, parts: Iterator[Tensor], number: int, what: str) -> list[str]:

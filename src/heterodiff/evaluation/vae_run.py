@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from heterodiff.codecs.latent import measure, scaled_std
+from heterodiff.devices import Device
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.classifiers import ConvReader, SvmReader
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.evaluation.report import write_report
 from heterodiff.evaluation.run import Evaluation, held_out_images, images_of, run_data
+from heterodiff.files import fresh
 from heterodiff.pipelines.load import load, pipeline_kind
 from heterodiff.pipelines.reconstruct import ENCODE_BATCH, ReconstructionPipeline, comparison_picture
 
@@ -31,18 +33,19 @@ def is_vae(run: Path) -> bool:
     return pipeline_kind(run) == ReconstructionPipeline.__name__
 
 
-def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None) -> Evaluation:
+def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device: Device | None = None) -> Evaluation:
     """Reconstruct real images that the VAE was not trained on and measure what is lost.
 
     Writes ``samples.png`` (original, reconstruction, difference), ``evaluation.json`` and ``report.html`` into the run.
 
     Args:
         data_path: images to use instead of the validation split.
+        device: see :func:`heterodiff.load`.
 
     Raises:
         HeterodiffError: no usable run, no held-out images, or data that are not there any more.
     """
-    pipeline = load(run)
+    pipeline = load(run, device)
     if not isinstance(pipeline, ReconstructionPipeline):
         raise RunError(f"{run}: expected a run of recipe vae, found one that draws images")
     data = run_data(run)
@@ -63,8 +66,8 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None) -> Eva
     }
     rows = torch.linspace(0, len(reconstructed) - 1, min(SHOWN, len(reconstructed))).long()
     picture = run / "samples.png"
-    comparison_picture(held_out.images[rows], reconstructed[rows]).save(picture)
-    (run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    comparison_picture(held_out.images[rows], reconstructed[rows]).save(fresh(picture))
+    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
 
 

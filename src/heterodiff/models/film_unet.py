@@ -9,6 +9,7 @@ from torch import nn
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS, LAYERS_PER_BLOCK, NUM_HEADS
 from heterodiff.models.denoiser import Denoiser, check_widths
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.unet import Stage
@@ -57,10 +58,10 @@ class FiLMUNet(Denoiser):
         condition_dim: int | None = 512,
         guess_channels: int = 0,
         out_channels: int | None = None,
-        model_channels: int = 128,
-        channel_mult: Sequence[int | float] = (1, 2, 4),
-        layers_per_block: int = 2,
-        num_heads: int = 8,
+        model_channels: int = FILM_MODEL_CHANNELS,
+        channel_mult: Sequence[int | float] = FILM_CHANNEL_MULT,
+        layers_per_block: int = LAYERS_PER_BLOCK,
+        num_heads: int = NUM_HEADS,
         dropout: float = 0.0,
         use_checkpoint: bool = False,
     ):

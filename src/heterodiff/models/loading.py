@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
-from heterodiff.errors import CheckpointError
+from heterodiff.errors import CheckpointError, reason
 
 AGAIN = "train the run again, or copy the folder again"
 
@@ -56,8 +56,7 @@ def load_weights(cls: Any, folder: Path) -> Any:
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: damaged network ({reason:.300}); {AGAIN}") from None
+        raise CheckpointError(f"{folder}: damaged network ({reason(error)}); {AGAIN}") from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         names = ", ".join(map(str, wrong[:4]))

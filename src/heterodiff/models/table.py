@@ -6,24 +6,14 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heterodiff.models.profile import profile
-from heterodiff.models.variants import NETWORKS, VARIANTS, list_models
+from heterodiff.models.variants import NETWORKS, VARIANTS, create_model, list_models
 
-DEFAULTS: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 3,
-    "model_channels": 64,
-    "channel_mult": (1, 2, 2, 4),
-    "attention_resolutions": (4, 8),
-    "num_classes": 10,
-}
-"""The network of the HAE family that ``heterodiff models`` describes where nothing else is asked for."""
-
-OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "film-unet": {"latent_channels": 256, "latent_size": 7, "condition_dim": 512},
-}
-"""The same for the other networks."""
+SIZE = ("sample_size", "in_channels", "model_channels", "channel_mult", "attention_resolutions", "num_classes")
+OTHER_SIZE = {"film-unet": ("latent_channels", "latent_size", "condition_dim", "model_channels", "channel_mult")}
+"""What is shown of a network's arguments beside those that are given."""
 
 
 def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,8 +21,8 @@ def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     the row describes.
 
     Args:
-        arguments: of :func:`heterodiff.create_model`, over ``DEFAULTS`` for the HAE family. With ``variant`` the table
-            has that network alone; without, the whole family, and with no arguments at all every network.
+        arguments: of :func:`heterodiff.create_model`, with its defaults. With ``variant`` the table has that network
+            alone; without, the whole family, and with no arguments at all every network.
 
     Raises:
         ConfigError: arguments that no network can be built from.
@@ -43,12 +33,12 @@ def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    config = OTHER_DEFAULTS.get(name, DEFAULTS) | given
-    if given.get("condition_dim") is not None and "num_classes" not in given:
-        config.pop("num_classes", None)  # a network takes one kind of condition
-    size = config["latent_size" if name in OTHER_DEFAULTS else "sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    found = asdict(profile(name, height, width, **config))
+    with FakeTensorMode():
+        filled = create_model(name, **given).config
+    height, width = (filled.sample_size,) * 2 if isinstance(filled.sample_size, int) else filled.sample_size
+    found = asdict(profile(name, height, width, **given))
+    shown = dict.fromkeys([*OTHER_SIZE.get(name, SIZE), *given])
+    config = {key: filled[key] for key in shown if filled[key] is not None}
     return {**found, "summary": (VARIANTS | NETWORKS)[name].summary, "config": config}
 
 

@@ -20,6 +20,7 @@ from heterodiff.models.blocks import (
     zero_,
 )
 from heterodiff.models.conditioning import zero_rows
+from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY, default_levels
 from heterodiff.models.denoiser import Denoiser, Recompute, check_widths, embedding_mlp, readable
 from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
@@ -58,9 +59,11 @@ class HAEUNet(Denoiser):
         variant: a name of ``heterodiff.list_models()``.
         model_channels: base width mc; level i has mc * channel_mult[i] channels.
         layers_per_block: residual blocks a level (the decoder has one more).
-        attention_resolutions: downsampling factors at which attention follows each residual block.
+        attention_resolutions: downsampling factors at which attention follows each residual block; default: those
+            with maps of at most 16 positions a side.
         dropout: probability in residual blocks and Transformer MLPs.
-        channel_mult: width factor of each level; fractions such as 0.5 are allowed.
+        channel_mult: width factor of each level; fractions such as 0.5 are allowed; default: by sample_size, see
+            :func:`heterodiff.models.defaults.default_levels`.
         num_classes: class labels are 0 .. num_classes - 1, and -1 for none; None for an unconditional network.
         num_heads, num_head_channels, num_heads_upsample: attention heads; num_head_channels (if given) sets the
             width of a head instead of their number; num_heads_upsample (if given) holds in the decoder.
@@ -95,13 +98,13 @@ class HAEUNet(Denoiser):
         in_channels: int = 3,
         out_channels: int | None = None,
         variant: str = "unet",
-        model_channels: int = 128,
-        layers_per_block: int = 2,
-        attention_resolutions: Sequence[int] = (8, 16),
+        model_channels: int = MODEL_CHANNELS,
+        layers_per_block: int = LAYERS_PER_BLOCK,
+        attention_resolutions: Sequence[int] | None = None,
         dropout: float = 0.0,
-        channel_mult: Sequence[int | float] = (1, 2, 4, 8),
+        channel_mult: Sequence[int | float] | None = None,
         num_classes: int | None = None,
-        num_heads: int = 4,
+        num_heads: int = NUM_HEADS,
         num_head_channels: int | None = None,
         num_heads_upsample: int | None = None,
         use_scale_shift_norm: bool = False,
@@ -117,13 +120,17 @@ class HAEUNet(Denoiser):
         class_embedding: str = "mlp",
         condition_tokens: bool = True,
         attention_pattern: str = "multiscale",
-        sparsity: float = 0.9,
+        sparsity: float = SPARSITY,
         max_keys: int = 512,
         pattern_seed: int = 0,
         condition_dim: int | None = None,
         patch_size: int = 1,
     ):
         super().__init__()
+        channel_mult, attention_resolutions = default_levels(
+            sample_size, patch_size, channel_mult, attention_resolutions
+        )
+        self.register_to_config(channel_mult=channel_mult, attention_resolutions=attention_resolutions)
         self._check_arguments()
         spec = VARIANTS[variant]
         self.memory_optimization = spec.memory_optimization if memory_optimization is None else memory_optimization

@@ -11,8 +11,8 @@ from torch import Tensor
 from heterodiff.errors import RunError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.pictures import image_grid, save_image, to_pil
+from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
-from heterodiff.pipelines.load import load_spec
 
 GRID_FILE = "grid.png"
 MAX_GRID_IMAGES = 400
@@ -50,6 +50,9 @@ def draw_classes(
 
     Returns:
         images (N, C, H, W) in [0, 1] and labels (N,), class after class.
+
+    Raises:
+        RunError: out of memory.
     """
     counts = [count] * len(classes) if isinstance(count, int) else count
     labels = [c for c, n in zip(classes, counts, strict=True) for _ in range(n)]
@@ -59,14 +62,17 @@ def draw_classes(
     parts = []
     for start in range(0, max(1, len(labels)), batch_size):  # none at all: the pipeline says so
         chosen = slice(start, start + batch_size)
-        parts.append(pipeline(labels[chosen], generator=generators[chosen], batch_size=batch_size, **options).images)
+        some = labels[chosen]
+        with explaining_memory(len(some), pipeline.device):
+            drawn = pipeline(some, generator=generators[chosen], batch_size=batch_size, **options)
+        parts.append(drawn.images)
         if progress is not None:
             progress(min(start + batch_size, len(labels)))
     return torch.cat(parts), torch.tensor(labels)
 
 
 def write_images(
-    images: Tensor, labels: Tensor, pipeline: GenerationPipeline, run: Path, folder: Path, columns: int | None = None
+    images: Tensor, labels: Tensor, pipeline: GenerationPipeline, folder: Path, columns: int | None = None
 ) -> list[Path]:
     """Write each image as ``<class>_<k>.png`` and all together as ``grid.png``.
 
@@ -76,7 +82,7 @@ def write_images(
     Raises:
         RunError: ``folder`` cannot be written.
     """
-    spec = load_spec(run)
+    spec = pipeline.spec
     titles = [class_title(pipeline, int(label)) for label in labels]
     written: list[Path] = []
     numbers: dict[str, int] = {}

@@ -1,56 +1,70 @@
 """Drawing images from a trained class-conditional model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.codecs.base import Codec, PixelCodec
 from heterodiff.codecs.kl_vae import KLVAECodec, latent_shape
-from heterodiff.config import SamplingConfig
 from heterodiff.diffusion.guidance import guided_denoiser, null_labels
-from heterodiff.diffusion.sampling import draw_noise, sample
-from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import HAEUNet, check_size
-from heterodiff.pictures import to_pil
+from heterodiff.pipelines.drawing import (
+    DrawingPipeline,
+    GenerationOutput,
+    StepCallback,
+    check_output_type,
+    to_output,
+)
+from heterodiff.pipelines.run_files import DATA_FILE
 
 Labels = int | str | Sequence[int | str] | Tensor
 
 
-@dataclass
-class GenerationOutput(BaseOutput):
-    """Images of a pipeline: a tensor (B, C, H, W) in [0, 1], or a list of PIL images."""
-
-    images: Tensor | list[Image]
-
-
-class GenerationPipeline(DiffusionPipeline):
+class GenerationPipeline(DrawingPipeline):
     """Network and schedule of a run, ready to draw images; ``heterodiff.load`` builds it from a run folder.
 
     Args:
         unet: the denoiser, called as ``unet(z, time, class_labels=...)``.
-        scheduler: the diffusers scheduler that describes the training schedule and the prediction type.
+        scheduler: the diffusers scheduler that describes the training schedule and the prediction type; one of another
+            kind is also drawn with.
         vae: for a denoiser of latents, the AutoencoderKL that they come from, with their mean and std.
+        id2label: names of the classes by index.
+        sampling, image_spec, draws_with_scheduler: what ``save_pretrained`` keeps of the attributes.
     """
 
     _optional_components = ["vae"]
 
-    def __init__(self, unet: HAEUNet, scheduler: Any, vae: AutoencoderKL | None = None):
+    def __init__(
+        self,
+        unet: HAEUNet,
+        scheduler: Any,
+        vae: AutoencoderKL | None = None,
+        id2label: dict | None = None,
+        sampling: dict | None = None,
+        image_spec: dict | None = None,
+        draws_with_scheduler: bool = False,
+    ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.codec: Codec = PixelCodec() if vae is None else KLVAECodec(vae)
-        self.defaults = SamplingConfig()
-        self.class_names: tuple[str, ...] = ()
+        self._take_settings(sampling, image_spec, draws_with_scheduler)
+        self.class_names: tuple[str, ...] = _in_order(id2label or {})
         height, width = _pair(unet.config.sample_size)
         self.image_size = (height * self.codec.factor, width * self.codec.factor)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "id2label": {str(k): name for k, name in enumerate(self.class_names)}}
+
+    def read_run(self, folder: Path) -> None:
+        super().read_run(folder)
+        if self.spec is not None and (folder / DATA_FILE).is_file():
+            self.class_names = self.spec.class_names
 
     def class_index(self, label: int | str) -> int:
         """The index of a class: an integer is an index (-1: no condition), a text a name or else an index.
@@ -99,8 +113,13 @@ class GenerationPipeline(DiffusionPipeline):
         batch_size: int = 100,
         output_type: str = "pt",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Draw images.
+
+        A scheduler that was assigned to ``pipe.scheduler`` draws, unless ``sampler`` is given. It decides about the
+        spacing of the steps and about clipping, by its own settings.
 
         Args:
             class_labels: class names or indices, one an image (-1: no condition); or a single one.
@@ -112,7 +131,12 @@ class GenerationPipeline(DiffusionPipeline):
                 which others are drawn with it.
             size: (height, width) of the images, or a number for both; default: that of the training images.
             batch_size: how many images to draw at once.
-            output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"pil"`` for pictures.
+            output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"np"`` for an array (B, H, W, C),
+                ``"pil"`` for pictures.
+            callback_on_step_end: called after each step of each batch as (pipeline, step from 0, timestep,
+                {"latents": z}); may return {"latents": z} to go on with. If it sets ``pipeline.interrupt``, the batch
+                is returned as it is then, and no other is drawn.
+            callback_on_step_end_tensor_inputs: what the callback gets: "latents".
 
         Returns:
             :class:`GenerationOutput`, or with ``return_dict=False`` a tuple of its images.
@@ -120,8 +144,8 @@ class GenerationPipeline(DiffusionPipeline):
         Raises:
             ConfigError: unknown class, sampler or output type; a label outside the range; steps that do not fit.
         """
-        if output_type not in ("pt", "pil"):
-            raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
+        check_output_type(output_type)
+        callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         labels = self._labels(class_labels, num_images)
         if len(labels) < 1 or batch_size < 1:
             raise ConfigError(f"{len(labels)} images in batches of {batch_size}: expected at least one of each")
@@ -132,9 +156,13 @@ class GenerationPipeline(DiffusionPipeline):
             raise ConfigError(f"dynamic_threshold {dynamic_threshold}: expected a quantile above 0 and at most 1")
         if dynamic_threshold is not None and not self.codec.clip_sample:
             raise ConfigError("dynamic_threshold is for models of pixels; latents have no fixed range")
+        if dynamic_threshold is not None and self._replaced and sampler is None:
+            raise ConfigError("dynamic_threshold needs a sampler=; an assigned scheduler clips by its own settings")
         latent_size = self._latent_size(_pair(size) if size is not None else self.image_size)
-        parts = []
+        parts: list[Tensor] = []
         for start in range(0, len(labels), batch_size):
+            if self.interrupt:
+                break
             some = labels[start : start + batch_size]
             z = self._draw(
                 some,
@@ -142,14 +170,14 @@ class GenerationPipeline(DiffusionPipeline):
                 latent_size,
                 scale=d.guidance_scale if guidance_scale is None else guidance_scale,
                 interval=guidance_interval or d.guidance_interval,
-                sampler=sampler or d.sampler,
+                sampler=sampler,
                 num_inference_steps=d.num_inference_steps if num_inference_steps is None else num_inference_steps,
                 timesteps=timesteps,
                 dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
+                callback=callback,
             )
             parts.append(self.codec.decode(z).cpu())
-        drawn = torch.cat(parts)
-        images: Tensor | list[Image] = drawn if output_type == "pt" else [to_pil(image) for image in drawn]
+        images = to_output(torch.cat(parts), output_type)
         return GenerationOutput(images=images) if return_dict else (images,)
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -167,48 +195,38 @@ class GenerationPipeline(DiffusionPipeline):
         *,
         scale: float,
         interval: tuple[float, float],
-        sampler: str,
-        num_inference_steps: int,
-        timesteps: Sequence[int] | None,
-        dynamic_threshold: float | None,
+        callback: StepCallback,
+        **steps: Any,
     ) -> Tensor:
-        unet = self.unet
+        alike = bool((labels < 0).all()) and scale >= 0  # without any condition both branches are the same
         labels = labels.to(self.device)
-        conditional = unet.config.num_classes is not None
-        schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        conditional = self.unet.config.num_classes is not None
 
         def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-            return unet(z, time, class_labels=condition if conditional else None).sample
+            return self.network(z, time, class_labels=condition if conditional else None)
 
-        alike = bool((labels < 0).all()) and scale >= 0  # without any condition both branches are the same
         denoise = guided_denoiser(
             model_call,
             labels,
             null_labels(labels),
             1.0 if alike else scale,
-            schedule.num_train_timesteps,
+            self.schedule.num_train_timesteps,
             interval,
         )
-        channels = unet.config.in_channels
         with self.progress_bar(total=1) as bar:
 
-            def progress(step: int, total: int, x0: Tensor) -> None:
+            def progress(total: int) -> None:
                 bar.total = total
                 bar.update(1)
 
-            return sample(
+            return self.draw_latents(
                 denoise,
-                schedule,
-                prediction_of(self.scheduler),
-                noise=draw_noise((len(labels), channels, *size), generator, self.device),
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
-                timesteps=timesteps,
-                generator=generator,
-                learned_variance=(unet.config.out_channels or channels) == 2 * channels,
+                (len(labels), self.unet.config.in_channels, *size),
+                generator,
                 clip_sample=self.codec.clip_sample,
-                dynamic_threshold=dynamic_threshold,
-                callback=progress,
+                callback=callback,
+                progress=progress,
+                **steps,
             )
 
 
@@ -219,6 +237,11 @@ def seeded_generators(seed: int, count: int, first: int = 0) -> list[torch.Gener
         generator = torch.Generator()
         generators.append(generator.manual_seed((seed * 1_000_003 + k) & 0x7FFFFFFFFFFFFFFF))
     return generators
+
+
+def _in_order(id2label: Mapping[Any, str]) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ...; JSON keeps the indices as texts."""
+    return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
 def _count(num_images: int | None) -> int:

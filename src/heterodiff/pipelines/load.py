@@ -1,6 +1,6 @@
 """From a run folder to the pipeline that fits it."""
 
-import json
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,33 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config_file import load_config
-from heterodiff.data.dataset import ImageSpec
-from heterodiff.devices import find_device
-from heterodiff.errors import CheckpointError, RunError, unknown_name
+from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype
+from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
+from heterodiff.pipelines.run_files import CONFIG_FILE, DATA_FILE, INDEX_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.pipelines.text_image import TextImagePipeline
 from heterodiff.text.networks import load_networks
 
-DATA_FILE = "data.json"
-SPLIT_FILE = "split.json"
-CONFIG_FILE = "config.yaml"
-INDEX_FILE = "model_index.json"
-
+__all__ = ["CONFIG_FILE", "DATA_FILE", "INDEX_FILE", "SPLIT_FILE", "load", "load_generation", "load_spec", "read_json"]
 
 Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
 
 
-def load(run: str | Path, device: str | torch.device | None = None, compile: bool = False) -> Pipeline:
-    """Load the pipeline of a run folder, or of a folder written by ``heterodiff import``.
+def load(run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None) -> Pipeline:
+    """Load the pipeline of a run folder, or of a folder written by ``heterodiff import`` or ``pipe.save_pretrained``.
 
     Args:
         run: folder with ``model_index.json`` and the folders it names; ``config.yaml`` and ``data.json``, where
             present, bring sampling defaults and class names.
-        device: default: a GPU if there is one, else the CPU.
+        device: as "cuda", "cuda:1", "mps" or "cpu"; default: a GPU if there is one, else the CPU.
         compile: compile the network with torch.compile: about a minute at the first call, and again for each other
             batch or image size, for faster steps after it. On a CPU this needs a C++ compiler.
+        dtype: precision of the denoiser, torch.bfloat16, torch.float16 or torch.float32, or its name; default: bfloat16
+            on CUDA, else float32. All else, such as a VAE, stays in float32.
 
     Returns:
         What draws images; for a run of recipe ``vae`` what reconstructs them, of recipe ``text-image`` or
@@ -48,43 +46,44 @@ def load(run: str | Path, device: str | torch.device | None = None, compile: boo
     Raises:
         RunError: no such folder, or nothing to load in it yet.
         CheckpointError: weights or configuration that cannot be read, or of another kind.
-        ConfigError: a device that this machine does not have.
+        ConfigError: a device that this machine does not have; a precision that is unknown, or not for this run.
     """
     device = find_device(device)
+    precision = find_dtype(dtype, device)
     folder = Path(run)
     kind = pipeline_kind(folder)
+    loaders = {GenerationPipeline.__name__: _load_generation, TextImagePipeline.__name__: _load_text_image}
     if kind == ReconstructionPipeline.__name__:
+        if dtype is not None and precision != torch.float32:
+            raise ConfigError(f"{folder}: a VAE computes in float32; leave {dtype_name(precision)} out")
         return ReconstructionPipeline(load_vae(folder)).to(device)
-    if kind == TextImagePipeline.__name__:
-        return _load_text_image(folder, compile).to(device)
-    if kind != GenerationPipeline.__name__:
+    if kind not in loaders:
         raise CheckpointError(
             f"{folder / INDEX_FILE}: expected a GenerationPipeline, ReconstructionPipeline or TextImagePipeline, found "
             f"{kind}; it needs another loader"
         )
-    vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
-    pipeline = GenerationPipeline(_load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae)
-    if (folder / CONFIG_FILE).is_file():
-        config = load_config(folder / CONFIG_FILE)
-        pipeline.defaults = config.sampling
-        if config.codec.kind == "kl-vae" and vae is None:
-            raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
-    spec = load_spec(folder)
-    if spec is not None:
-        pipeline.class_names = spec.class_names
+    try:
+        pipeline = loaders[kind](folder)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    pipeline.read_run(folder)
     pipeline.set_progress_bar_config(disable=True)
-    if compile:
-        pipeline.unet.compile(dynamic=False)
+    if pipeline.unet is not None:
+        torch.nn.Module.to(pipeline.unet, dtype=precision)  # not diffusers' own, which warns of what does not apply
+        if compile:
+            pipeline.unet.compile(dynamic=False)
     return pipeline.to(device)
 
 
-def load_generation(run: str | Path, compile: bool = False) -> GenerationPipeline:
+def load_generation(
+    run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None
+) -> GenerationPipeline:
     """Load a run that draws images, see :func:`load`.
 
     Raises:
         RunError: also for a run of recipe ``vae``, which draws none.
     """
-    pipeline = load(run, compile=compile)
+    pipeline = load(run, device, compile, dtype)
     if isinstance(pipeline, TextImagePipeline):
         raise RunError(f'{run}: draws images of texts, not of classes; use `heterodiff text2image {run} "a prompt"`')
     if not isinstance(pipeline, GenerationPipeline):
@@ -95,19 +94,37 @@ def load_generation(run: str | Path, compile: bool = False) -> GenerationPipelin
     return pipeline
 
 
-def load_text_image(run: str | Path, compile: bool = False) -> TextImagePipeline:
+def load_text_image(
+    run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None
+) -> TextImagePipeline:
     """Load a run of recipe ``text-image`` or ``alignment``, see :func:`load`.
 
     Raises:
         RunError: also for a run of another recipe.
     """
-    pipeline = load(run, compile=compile)
+    pipeline = load(run, device, compile, dtype)
     if not isinstance(pipeline, TextImagePipeline):
         raise RunError(f"{run}: knows no texts; train a run of recipe text-image (`heterodiff train shapes`)")
     return pipeline
 
 
-def _load_text_image(folder: Path, compile: bool) -> TextImagePipeline:
+def _load_generation(folder: Path) -> GenerationPipeline:
+    vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
+    if vae is None and (folder / CONFIG_FILE).is_file() and load_config(folder / CONFIG_FILE).codec.kind == "kl-vae":
+        raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
+    return GenerationPipeline(
+        _load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae, **_kept(folder, GenerationPipeline)
+    )
+
+
+def _kept(folder: Path, pipeline: type[Any]) -> dict[str, Any]:
+    """Settings that ``save_pretrained`` kept for a class of pipelines; earlier folders have none."""
+    names = set(inspect.signature(pipeline).parameters) - set(pipeline._optional_components)
+    # Components are lists of a module and a class.
+    return {k: v for k, v in read_json(folder / INDEX_FILE).items() if k in names and not isinstance(v, list)}
+
+
+def _load_text_image(folder: Path) -> TextImagePipeline:
     networks = load_networks(folder)
     unet = scheduler = None
     if (folder / "unet").is_dir():
@@ -126,14 +143,15 @@ def _load_text_image(folder: Path, compile: bool) -> TextImagePipeline:
                 f"{folder / 'unet'}: takes {takes[0]} channels and embeddings of {takes[1]}, but the image codec "
                 f"brings {given[0]} and {given[1]}; they are of different runs: copy the folder again"
             )
-    pipeline = TextImagePipeline(
-        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
+    return TextImagePipeline(
+        networks.image_codec,
+        networks.text_encoder,
+        networks.tokenizer,
+        networks.captioner,
+        unet,
+        scheduler,
+        **_kept(folder, TextImagePipeline),
     )
-    if (folder / CONFIG_FILE).is_file():
-        pipeline.set_up(load_config(folder / CONFIG_FILE), load_spec(folder))
-    if compile and unet is not None:
-        unet.compile(dynamic=False)
-    return pipeline
 
 
 def pipeline_kind(folder: Path) -> str:
@@ -167,33 +185,6 @@ def check_preprocessing(run: Path, made: str | None) -> None:
         )
 
 
-def load_spec(run: Path) -> ImageSpec | None:
-    """What the run in folder ``run`` remembers about its images; None for a folder that was not trained here.
-
-    Raises:
-        DataError, CheckpointError: the file is damaged.
-    """
-    path = run / DATA_FILE
-    return ImageSpec.from_dict(read_json(path).get("spec", {})) if path.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; the folder is incomplete, train or import it again")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _load_unet(folder: Path) -> HAEUNet:
     kind = read_json(folder / "config.json").get("_class_name")
     if kind != HAEUNet.__name__:
@@ -224,11 +215,11 @@ def _load_unet(folder: Path) -> HAEUNet:
 
 def _load_scheduler(folder: Path) -> Any:
     config = read_json(folder / "scheduler_config.json")
-    known = ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"]
     name = str(config.get("_class_name"))
+    known = [found for found in dir(schedulers) if found.endswith("Scheduler")]
     if name not in known:
-        raise CheckpointError(f"{folder}: {unknown_name('scheduler', name, known)}")
+        raise CheckpointError(f"{folder}: diffusers has no scheduler '{name}'{nearest_name(name, known)}")
     try:
         return getattr(schedulers, name).from_config(config)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise CheckpointError(f"{folder}: a scheduler cannot be made from this configuration: {error}") from None

@@ -1,6 +1,5 @@
 """Finding anomalies with a class-conditional model of a run: maps, masks and a decision for every image."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from heterodiff.config import SegmentationConfig
+from heterodiff.devices import DTYPES
 from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noising_timesteps, partial_noising
 from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
-from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
-from heterodiff.errors import CheckpointError, ConfigError, RunError
+from heterodiff.errors import CheckpointError, ConfigError, RunError, unknown_name
+from heterodiff.files import fresh
 from heterodiff.pipelines.anomaly_masks import (
     Calibration,
     anomaly_mask,
@@ -26,9 +26,11 @@ from heterodiff.pipelines.anomaly_masks import (
     smoothed_map,
 )
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
-from heterodiff.pipelines.load import read_json
+from heterodiff.pipelines.run_files import read_json, weights_digest
 
 CALIBRATION_FILE = "calibration.json"
+DEFAULT_PRECISION = "float32"
+"""Of the network in segmentation where none is chosen; also that of calibrations that name none."""
 
 Progress = Callable[[int, int], None]
 
@@ -75,7 +77,7 @@ class Segmenter:
         self.pipeline, self.settings = pipeline, settings
         if pipeline.vae is not None:
             raise ConfigError("segmentation compares pixels; this run denoises latents of a VAE: train one on pixels")
-        self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+        self.schedule = pipeline.schedule
         steps = self.schedule.num_train_timesteps
         if settings.depth > steps:
             raise ConfigError(f"segmentation.depth={settings.depth}: the run was trained on {steps} timesteps")
@@ -104,16 +106,16 @@ class Segmenter:
             images: (B, C, H, W) in [0, 1].
             first: number of the first of them among all images, on which its noise depends.
         """
-        pipeline, settings, unet = self.pipeline, self.settings, self.pipeline.unet
+        pipeline, settings = self.pipeline, self.settings
         x = images.to(pipeline.device, torch.float32) * 2 - 1
         labels = torch.full((len(x),), self.healthy, device=x.device)
         none = null_labels(labels)
-        conditional = unet.config.num_classes is not None
+        conditional = pipeline.unet.config.num_classes is not None
 
         def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-            return unet(z, time, class_labels=condition if conditional else None).sample
+            return pipeline.network(z, time, class_labels=condition if conditional else None)
 
-        network = (model_call, self.schedule, prediction_of(pipeline.scheduler))
+        network = (model_call, self.schedule, pipeline.prediction)
         guidance, steps = settings.guidance_scale, self.timesteps
         common: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
@@ -151,16 +153,13 @@ class Segmenter:
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
 
 
-def _weights(run: Path) -> str:
-    """Sixteen letters that change with the network's weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted((run / "unet").glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def save_calibration(run: Path, calibration: Calibration, settings: SegmentationConfig) -> Path:
+def save_calibration(
+    run: Path, calibration: Calibration, settings: SegmentationConfig, precision: str = DEFAULT_PRECISION
+) -> Path:
     """Write ``calibration.json`` into the run's folder, with the settings and weights that it holds for.
+
+    Args:
+        precision: of the network, as ``bfloat16``; masks are found in the same.
 
     Raises:
         RunError: the file cannot be written.
@@ -168,16 +167,35 @@ def save_calibration(run: Path, calibration: Calibration, settings: Segmentation
     path = run / CALIBRATION_FILE
     content: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
-        "weights": _weights(run),
+        "weights": weights_digest(run),
+        "precision": precision,
         **calibration.to_dict(),
     }
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room, or copy the run") from None
     return path
+
+
+def calibrated_precision(run: Path) -> str:
+    """The precision that the run was calibrated in; the default where it is not calibrated.
+
+    Raises:
+        RunError: one that is unknown here.
+    """
+    try:
+        found = read_json(run / CALIBRATION_FILE).get("precision", DEFAULT_PRECISION)
+    except CheckpointError:
+        return DEFAULT_PRECISION  # `load_calibration` says what is wrong
+    if found not in DTYPES:
+        raise RunError(
+            f"{run / CALIBRATION_FILE}: {unknown_name('precision', found, DTYPES)}; run `heterodiff segment {run} "
+            "--calibrate`"
+        )
+    return str(found)
 
 
 def load_calibration(run: Path, settings: SegmentationConfig, channels: int | None = None) -> Calibration:
@@ -203,7 +221,7 @@ def load_calibration(run: Path, settings: SegmentationConfig, channels: int | No
         stored = stored if isinstance(stored, dict) else {}
         other = [key for key in (*wanted, *stored) if stored.get(key, ...) != wanted.get(key, ...)]
         raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
-    if content.get("weights") != _weights(run):
+    if content.get("weights") != weights_digest(run):
         raise RunError(f"{path}: calibrated before the run was trained further, so its limits do not fit; {way_out}")
     try:
         return Calibration.from_dict(content, channels)

@@ -18,11 +18,20 @@ from heterodiff.data.findings import printable
 from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
+from heterodiff.devices import Device
 from heterodiff.errors import DataError, RunError
+from heterodiff.files import fresh
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.load import CONFIG_FILE, check_preprocessing, load_generation
-from heterodiff.pipelines.segment import CALIBRATION_FILE, Progress, Segmentation, Segmenter, load_calibration
+from heterodiff.pipelines.segment import (
+    CALIBRATION_FILE,
+    Progress,
+    Segmentation,
+    Segmenter,
+    calibrated_precision,
+    load_calibration,
+)
 
 SLICES_AT_ONCE = 16
 SHOWN, SHOWN_SIDE = 6, 128
@@ -51,6 +60,7 @@ def segment_folder(
     out: Path,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda step, total: None,
+    device: Device | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Find anomalies in all patients below ``data``, one after the other; patients that are done already are left.
 
@@ -59,9 +69,12 @@ def segment_folder(
     Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
     shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all.
 
+    The network computes in the precision that the run was calibrated in.
+
     Args:
         report: gets a line about each patient.
         progress: called after each step of a few slices; what it raises stops the work, and finished patients are kept.
+        device: see :func:`heterodiff.load`.
 
     Returns:
         the rows of ``patients.csv``, and what is wrong with the patients that are missing in it.
@@ -70,7 +83,8 @@ def segment_folder(
         HeterodiffError: a run that was not trained on volumes or is not calibrated, or folders that cannot be used.
     """
     config, patients = prepare_folders(run, data, out)
-    layout, segmenter = layout_of(config.data.volumes), Segmenter(load_generation(run), config.segmentation)
+    pipeline = load_generation(run, device, dtype=calibrated_precision(run))
+    layout, segmenter = layout_of(config.data.volumes), Segmenter(pipeline, config.segmentation)
     channels = segmenter.pipeline.unet.config.in_channels
     if len(layout.modalities) != channels:
         raise RunError(
@@ -97,7 +111,7 @@ def segment_folder(
     # Names that are no UTF-8 are written as they are on disk.
     with (
         _writing(out),
-        (out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        fresh(out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -208,10 +222,10 @@ def _segment(
         (folder / DONE_FILE).unlink(missing_ok=True)  # first: it does not hold for what is written now
         save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
         save_like(folder / MAP_FILE, volumes.map, reference)
-        picture.save(folder / PICTURE_FILE)
+        picture.save(fresh(folder / PICTURE_FILE))
         content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
         temporary = folder / f"{DONE_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
     return row
 
@@ -245,7 +259,7 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
     header["cal_min"] = header["cal_max"] = 0  # viewers would show a mask in the window of the volume: black
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), reference.affine, header)
     temporary = path.with_name(f".unfinished.{path.name}")  # nibabel goes by the suffix, and hidden it is no volume
-    nibabel.save(image, temporary)
+    nibabel.save(image, fresh(temporary))
     temporary.replace(path)
 
 

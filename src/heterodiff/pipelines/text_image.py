@@ -1,29 +1,34 @@
 """Text to image and image to text with a run of recipe ``text-image``."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec, scaled
-from heterodiff.config import RunConfig, SamplingConfig
+from heterodiff.config import RunConfig
+from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.reading import read_images
 from heterodiff.diffusion.guidance import guided_denoiser
-from heterodiff.diffusion.sampling import draw_noise, sample
-from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.unet import HAEUNet
-from heterodiff.pictures import to_pil
-from heterodiff.pipelines.generate import GenerationOutput, seeded_generators
+from heterodiff.pipelines.drawing import (
+    DrawingPipeline,
+    GenerationOutput,
+    StepCallback,
+    check_output_type,
+    to_output,
+)
+from heterodiff.pipelines.generate import seeded_generators
+from heterodiff.pipelines.run_files import CONFIG_FILE
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import encode_texts
@@ -73,13 +78,14 @@ def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: 
     return network(torch.cat([z_t, expected.to(z_t)], dim=1), time, condition=scaled(embeddings)).sample
 
 
-class TextImagePipeline(DiffusionPipeline):
+class TextImagePipeline(DrawingPipeline):
     """The networks of a run of recipe ``text-image`` or ``alignment``; ``heterodiff.load`` builds it from the folder.
 
     Args:
         image_codec, text_encoder, tokenizer, captioner: see their classes.
         unet, scheduler: the denoiser of the codec's maps and its schedule; without them images come from embeddings
             directly.
+        sampling, image_spec, draws_with_scheduler, resize: what ``save_pretrained`` keeps of the attributes.
     """
 
     _optional_components = ["unet", "scheduler"]
@@ -92,6 +98,10 @@ class TextImagePipeline(DiffusionPipeline):
         captioner: Captioner,
         unet: FiLMUNet | HAEUNet | None = None,
         scheduler: Any = None,
+        sampling: dict | None = None,
+        image_spec: dict | None = None,
+        draws_with_scheduler: bool = False,
+        resize: str = "crop",
     ):
         super().__init__()
         self.register_modules(
@@ -103,9 +113,16 @@ class TextImagePipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.codec = CNNCodec(image_codec)
-        self.defaults = SamplingConfig()
-        self.spec: ImageSpec | None = None
-        self.resize: Any = "crop"
+        self._take_settings(sampling, image_spec, draws_with_scheduler)
+        self.resize: Any = resize
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "resize": self.resize}
+
+    def read_run(self, folder: Path) -> None:
+        super().read_run(folder)
+        if (folder / CONFIG_FILE).is_file():
+            self.resize = load_config(folder / CONFIG_FILE).data.resize
 
     def set_up(self, config: RunConfig, spec: ImageSpec | None) -> "TextImagePipeline":
         """Take the sampling defaults and the way to read images from a run."""
@@ -175,10 +192,14 @@ class TextImagePipeline(DiffusionPipeline):
         candidates: int | None = None,
         batch_size: int = 64,
         output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Draw pictures of ``prompts``, prompt after prompt.
 
-        Sample k of a prompt depends on the prompt, the seed and k alone, not on the other prompts.
+        Sample k of a prompt depends on the prompt, the seed and k alone, not on the other prompts. A scheduler that was
+        assigned to ``pipe.scheduler`` draws, unless ``sampler`` is given.
 
         Args:
             prompts: one or several; an empty one is "no condition".
@@ -187,10 +208,14 @@ class TextImagePipeline(DiffusionPipeline):
             negative_prompts: what to steer away from: guidance against this text instead of "no condition"; one for
                 all prompts, or one for each.
             batch_size: how many pictures to draw at once.
-            output_type: ``"pt"`` for a tensor (N, C, H, W) in [0, 1], ``"pil"`` for pictures.
+            output_type: ``"pt"`` for a tensor (N, C, H, W) in [0, 1], ``"np"`` for an array (N, H, W, C),
+                ``"pil"`` for pictures.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see
+                :class:`heterodiff.pipelines.generate.GenerationPipeline`; of the denoiser's steps, for each candidate.
 
         Returns:
-            :class:`heterodiff.pipelines.generate.GenerationOutput`, its pictures in ``images``.
+            :class:`heterodiff.pipelines.drawing.GenerationOutput`, its pictures in ``images``; or with
+            ``return_dict=False`` a tuple of them.
 
         Raises:
             ConfigError: no prompts, a number that does not fit, an unknown sampler; a run without a denoiser.
@@ -201,8 +226,7 @@ class TextImagePipeline(DiffusionPipeline):
                 f"{len(texts)} prompts, {num_samples_per_prompt} samples each, {batch_size} at once: expected at least "
                 "one of each"
             )
-        if output_type not in ("pt", "pil"):
-            raise ConfigError(f"output_type '{output_type}': expected 'pt' or 'pil'")
+        check_output_type(output_type)
         if not use_diffusion and candidates is not None:
             raise ConfigError("candidates are drawn by the diffusion; leave them out to decode directly")
         negative = None
@@ -224,8 +248,11 @@ class TextImagePipeline(DiffusionPipeline):
             candidates=candidates,
             texts=[text for text in texts for _ in range(num_samples_per_prompt)],
             batch_size=batch_size,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return GenerationOutput(images=images if output_type == "pt" else [to_pil(image) for image in images])
+        found = to_output(images, output_type)
+        return GenerationOutput(images=found) if return_dict else (found,)
 
     @torch.no_grad()
     def generate_image_from_text(
@@ -242,6 +269,8 @@ class TextImagePipeline(DiffusionPipeline):
         candidates: int | None = None,
         texts: Sequence[str] | None = None,
         batch_size: int = 64,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of embeddings (B, D), those of texts or of images.
 
@@ -288,17 +317,22 @@ class TextImagePipeline(DiffusionPipeline):
             )
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        parts = []
+        callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        parts: list[Tensor] = []
         with self.progress_bar(total=steps * candidates * -(-len(condition) // batch_size)) as bar:
             for start in range(0, len(condition), batch_size):
+                if self.interrupt:
+                    break
                 rows = slice(start, start + batch_size)
                 given = condition[rows], null[rows], list(generators[rows])
                 drawn = (
-                    self.codec.decode(self._draw(*given, steps, scale, sampler, lambda *_: bar.update(1)))
+                    self.codec.decode(self._draw(*given, steps, scale, sampler, callback, lambda _: bar.update(1)))
                     for _ in range(candidates)
+                    if not self.interrupt
                 )
-                parts.append(next(drawn) if candidates == 1 else self._likeliest(drawn, (texts or ())[rows], given[0]))
-        return torch.cat([part.cpu() for part in parts])
+                best = next(drawn) if candidates == 1 else self._likeliest(drawn, (texts or ())[rows], given[0])
+                parts.append(best.cpu())
+        return torch.cat(parts)
 
     def _likeliest(self, drawn: Iterator[Tensor], texts: Sequence[str], condition: Tensor) -> Tensor:
         """Of candidates, each images (B, C, H, W), the image a row that makes its text likeliest to the captioner.
@@ -325,33 +359,30 @@ class TextImagePipeline(DiffusionPipeline):
         steps: int,
         scale: float,
         sampler: str | None,
-        callback: Callable[[int, int, Tensor], None],
+        callback: StepCallback,
+        progress: Callable[[int], None],
     ) -> Tensor:
         if self.unet is None:
             raise RunError(
                 "this run has no denoiser (recipe alignment); train one with recipe text-image, or decode directly "
                 "(use_diffusion=False, --direct)"
             )
-        schedule = NoiseSchedule.from_scheduler(self.scheduler)
         denoise = guided_denoiser(
-            lambda z, time, given: predict(self.unet, z, time, *given),
+            lambda z, time, given: predict(self.unet, z.to(self.unet.dtype), time, *given).float(),
             (condition, self.codec.guess(condition)),  # once, not at each step
             (null, self.codec.guess(null)),
             scale,
-            schedule.num_train_timesteps,
+            self.schedule.num_train_timesteps,
             self.defaults.guidance_interval,
         )
-        shape = (len(condition), self.codec.latent_channels, *self.image_codec.latent_size)
-        return sample(
+        return self.draw_latents(
             denoise,
-            schedule,
-            prediction_of(self.scheduler),
-            noise=draw_noise(shape, generators, self.device),
-            sampler=sampler or self.defaults.sampler,
+            (len(condition), self.codec.latent_channels, *self.image_codec.latent_size),
+            generators,
+            sampler=sampler,
             num_inference_steps=steps,
-            generator=generators,
-            learned_variance=(self.unet.config.out_channels or shape[1]) == 2 * shape[1],
             callback=callback,
+            progress=progress,
         )
 
     # ---- image to text --------------------------------------------------------------------------------------

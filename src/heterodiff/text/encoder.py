@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.errors import CheckpointError, ConfigError, reason
 from heterodiff.models.loading import load_network
-from heterodiff.text.loading import AGAIN, find_pretrained, make_config, read_json, reason
+from heterodiff.text.loading import AGAIN, find_pretrained, make_config, read_json
 from heterodiff.text.tokenizer import tokenizer_fingerprint
 
 _BERT_KEYS = (

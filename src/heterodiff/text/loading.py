@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.errors import CheckpointError, ConfigError, reason
 
 AGAIN = "copy it again, or correct its path"
 
@@ -60,8 +60,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}; {AGAIN}")
     return content
-
-
-def reason(error: Exception) -> str:
-    """What ``error`` says, on one line and not too long."""
-    return f"{' '.join(str(error).split()):.300}"

@@ -13,8 +13,8 @@ from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from heterodiff.errors import CheckpointError, ConfigError, DataError
-from heterodiff.text.loading import AGAIN, find_pretrained, reason
+from heterodiff.errors import CheckpointError, ConfigError, DataError, reason
+from heterodiff.text.loading import AGAIN, find_pretrained
 
 # Threads of the tokenizers library and forked data loaders do not go together: it would say so at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

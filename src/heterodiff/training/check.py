@@ -25,7 +25,7 @@ from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.start import timed_steps, trial
+from heterodiff.training.start import from_scratch, timed_steps, trial
 
 MAX_LISTED = 50
 
@@ -109,6 +109,9 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         if not findings.passed or summary.spec is None:
             return
         spec = summary.spec
+    config, notes = from_scratch(config)
+    for note in notes:
+        print(f"note  {'':10} {note}")
     try:
         if (needed := codec_run(config)) is not None:
             print(f"note  {'':10} {needed.output} holds no finished codec; it is trained first, as checked here")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError
+from heterodiff.files import remove
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -66,8 +67,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
+        remove(target)
         temporary.rename(target)
         _flush(folder)
     except (OSError, SafetensorError) as error:
@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         free = shutil.disk_usage(folder).free
         raise CheckpointError(f"{_no_room(target, needed, free)} ({error})") from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return target
 
 
@@ -125,7 +125,7 @@ def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
 
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
+        remove(path)
 
 
 def share_files(folder: Path) -> None:

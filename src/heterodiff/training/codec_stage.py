@@ -11,6 +11,7 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
 from heterodiff.training.loop import check_batch
+from heterodiff.training.memory_plan import check_fits
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
@@ -38,7 +39,7 @@ def codec_run(config: RunConfig) -> RunConfig | None:
         return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
     before = load_config(codec.path / CONFIG_FILE)
     wanted = before.model_copy(update=keys)  # other sections do not matter to it
-    if changes := changed_keys(before, wanted):
+    if changes := changed_keys(before, wanted, weights_step(codec.path) or 0):
         raise RunError(
             f"codec.path={codec.path}: {_name(config)} was trained with other settings; undo these, set codec.path to "
             "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)
@@ -84,6 +85,7 @@ def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
     precision_of(config.training)
     check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))
     on_latents = replace(spec, channels=channels, height=height, width=width)
+    check_fits(config.model_copy(update={"recipe": "diffusion", "codec": CodecConfig()}), on_latents)
     try:
         recipe = DiffusionRecipe(config.model_copy(update={"codec": CodecConfig()}), on_latents)
     except ConfigError as error:

@@ -9,6 +9,7 @@ from heterodiff.data.augment import augment
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.devices import free_memory, pins_memory
 from heterodiff.training.batches import Batch, StepBatches
+from heterodiff.training.interrupt import ignore_signals
 
 KEPT_SHARE = 0.25
 """Share of a device's free memory that images may take by themselves; the rest is for training steps."""
@@ -57,6 +58,7 @@ class Feed:
             sampler=range(start, stop),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
             pin_memory=pins_memory(self.device),
         )
 

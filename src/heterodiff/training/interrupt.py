@@ -5,9 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 
 class Interrupted(Exception):
     """Work that may be given up at any time was given up because a stop was asked for."""
+
+
+def ignore_signals(_: int) -> None:
+    """Let a loader worker outlive a signal to the whole group of processes, as schedulers and terminals send it.
+
+    The main process needs its workers until the step is done, and ends them itself. If it is killed, they notice: a
+    worker of torch looks for its parent every few seconds.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -28,7 +40,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        before = {n: signal.signal(n, self._handle) for n in STOPPING}
         try:
             yield self
         finally:

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from heterodiff.files import fresh
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -100,10 +102,10 @@ class Journal:
         return [row for row in rows if isinstance(row, dict)]
 
     def _forget_after(self, step: int) -> None:
-        if not self.writes or not self.path.is_file():
+        if not self.writes:
             return
         kept = [row for row in self._rows() if row.get("step", 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
+        temporary = fresh(self.path.with_suffix(".tmp"))
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         temporary.replace(self.path)
 

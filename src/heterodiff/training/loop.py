@@ -16,7 +16,8 @@ from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.devices import can_fuse_optimizer, deterministic_kernels
-from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
+from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
@@ -306,11 +307,19 @@ class Trainer:
                 picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
         except Interrupted:
             return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._write()  # no step is lost for want of a picture
+            raise RunError(
+                f"out of memory in the preview after step {self.step}, whose checkpoint is written; go on with "
+                f"training.preview_every={self.config.training.steps}, which leaves all but the last one out"
+            ) from error
         finally:
             watch.remove()
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step_{self.step:06d}.png")
+        picture.save(fresh(folder / f"step_{self.step:06d}.png"))
         journal.picture(self.step, picture)
         if measured:
             journal.row(self.step, measured)
@@ -344,6 +353,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
+        self._write()
+        self.hosts.wait()
+
+    def _write(self) -> None:
         if self.accelerator.is_main_process:
             checkpoint = capture(self.step, self.recipe, self.parts, self.ema, self.scaler)
             checkpoint.state |= {
@@ -354,7 +367,6 @@ class Trainer:
             }
             write_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
             self.save_weights()
-        self.hosts.wait()
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
         """Train until the configured steps are done, ``stop_after`` is reached, or a signal asks to stop.
@@ -370,6 +382,7 @@ class Trainer:
         journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal, deterministic_kernels(training.deterministic):
             self._steps(stop, request, journal, on_step)
+            self._read(journal)
             self._save()
             if self.step == stop and request.signal is None:
                 self._evaluate(journal, request)
@@ -388,7 +401,7 @@ class Trainer:
             clock.steps += 1
             journal.advance(self.step)
             logs = self.step % training.log_every == 0 or self.step == training.steps
-            saves = self.step % training.checkpoint_every == 0 or self.step == stop
+            saves = any(self.step % every == 0 for every in (training.checkpoint_every, training.preview_every))
             if logs or saves or on_step is not None or self.device.type == "cpu":
                 loss = self._read(journal)
                 if on_step is not None:

@@ -1,6 +1,8 @@
 """How much memory training will need, and what to change when that is more than there is."""
 
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,11 +11,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from heterodiff.codecs.cnn import STAGES
 from heterodiff.codecs.kl_vae import latent_shape as latent_shape_of
 from heterodiff.codecs.kl_vae import read_vae_config
 from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.devices import default_device, free_memory
+from heterodiff.errors import ConfigError
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
 from heterodiff.training.precision import precision_of
@@ -30,6 +35,8 @@ TRANSIENT_SHARE = 0.25
 """Of what is kept where nothing is recomputed: what comes and goes while gradients flow back."""
 SCRATCH_BYTES = 200e6
 """Room that kernels and the optimiser work in, as measured with small networks on a CPU."""
+UNCERTAINTY = 1.6
+"""The estimate is at most so many times what a process takes."""
 USABLE_SHARE = 0.9
 """Of the free memory; the rest is for what no estimate sees (fragments, libraries, other programs)."""
 SMALLER = {"vae": "vae.block_out_channels", "alignment": "alignment.block_out_channels"}
@@ -66,7 +73,8 @@ def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
 
 def images_at_once(config: RunConfig) -> int:
     """Images that one process has in the network at the same time."""
-    return config.training.batch_size // config.training.accumulation_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, config.training.batch_size // (config.training.accumulation_steps * processes))
 
 
 @dataclass(frozen=True)
@@ -135,10 +143,16 @@ def _vae_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
 
 
 def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
-    """Of real tensors, since pretrained parts are loaded; with captions of the greatest length.
+    """Of real tensors where pretrained parts are loaded; with captions of the greatest length.
 
     The vocabulary, which the captions decide, is left out: of the memory it takes little unless it is pretrained.
     """
+    pretrained = config.text.encoder is not None or config.alignment.backbone is not None
+    with nullcontext() if pretrained else FakeTensorMode(allow_non_fake_inputs=True):
+        return _alignment_cost_here(config, spec)
+
+
+def _alignment_cost_here(config: RunConfig, spec: ImageSpec) -> _Cost:
     size, length = config.text.vocabulary_size, config.text.max_tokens
     encoder = config.text.encoder
     tokenizer = train_tokenizer(["?"], size) if encoder is None else load_tokenizer(encoder)
@@ -158,6 +172,43 @@ def _alignment_cost(config: RunConfig, spec: ImageSpec) -> _Cost:
             found = profile(config.model.variant, *shape[2:], **arguments)
         kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
     return _Cost.of(dtype, parameters, kept, kept)
+
+
+def check_fits(config: RunConfig, spec: ImageSpec) -> None:
+    """Refuse training that cannot fit into the memory of this machine, before anything large is built.
+
+    Small networks on small images are not estimated, which takes seconds.
+
+    Raises:
+        ConfigError: it needs far more memory than is free; what would fit is named.
+    """
+    free, where = free_memory(default_device())
+    pixels = spec.height * spec.width
+    batch = 2 * 4 * spec.channels * pixels * config.training.batch_size  # images and noise, in float32
+    if batch > free:
+        fits = int(free / (batch / config.training.batch_size))
+        raise ConfigError(
+            f"training.batch_size={config.training.batch_size}: its images alone take {batch / 1e9:,.1f} GB, "
+            f"{free / 1e9:.1f} GB are free {where}; up to {fits} would fit beside nothing else: choose far fewer"
+        )
+    if _at_most(config, spec) < free or training_memory_bytes(config, spec) < UNCERTAINTY * free:
+        return
+    _, text = advice(config, spec, free)
+    raise ConfigError(f"{free / 1e9:.1f} GB free {where}; training needs {text}")
+
+
+def _at_most(config: RunConfig, spec: ImageSpec) -> float:
+    """More bytes than training takes with any network of these widths, roughly."""
+    model, vae, text, alignment = config.model, config.vae, config.text, config.alignment
+    widths, depth = [model.model_channels * mult for mult in model.channel_mult or (1, 8)], model.layers_per_block
+    if config.recipe == "vae":
+        widths, depth = [*vae.block_out_channels, 2 * vae.latent_channels], vae.layers_per_block
+    elif config.recipe == "alignment" or alignment.joint:
+        widths = [*(alignment.block_out_channels or STAGES), *widths, alignment.latent_channels]
+        widths += [text.width, text.captioner_width]
+        depth = max(depth, text.layers, text.captioner_layers)
+    kept = 500 * depth * widths[0] * spec.height * spec.width * images_at_once(config)
+    return kept + 10 * depth * BYTES_PER_PARAMETER * 9 * max(widths) ** 2
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:

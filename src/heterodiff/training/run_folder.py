@@ -1,10 +1,10 @@
 """A run folder: who may write to it, what it was started with, and where to go on."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +15,11 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from heterodiff.config import RunConfig
 from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
-from heterodiff.pipelines.load import CONFIG_FILE, INDEX_FILE, read_json
+from heterodiff.files import fresh, remove
+from heterodiff.pipelines.run_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
 from heterodiff.training.checkpoint import share_files
 
 LOCK_FILE = ".lock"
-WEIGHTS_FILE = "weights.json"
 LATENTS = "latents"
 ALIGNMENT = "alignment"
 """Folders of the latents that a run encodes for itself and of the codec it trains, before it begins itself."""
@@ -43,12 +43,13 @@ FREE_TO_CHANGE = (
     "training.max_nonfinite_steps",
     "training.num_workers",
     "training.preview_every",
+    "training.steps",
     "training.tensorboard",
     "codec.path",
     "codec.training",
     "segmentation",
 )
-"""Keys (and sections) that a resumed run may change: they do not alter what is learned."""
+"""Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:
@@ -67,17 +68,22 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
-    """Differences that would make a resumed run another run, as ``key: before -> now``."""
+def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[str]:
+    """Differences that would make a resumed run another run, as ``key: before -> now``.
+
+    Args:
+        reached: steps that are done; a run can be made longer, but not shorter than that.
+    """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     free = [key for key in FREE_TO_CHANGE if key != "training.accumulation_steps" or parts_are_alike(now)]
-    if now.training.lr_schedule == "constant":  # otherwise the learning rates of all steps depend on it
-        free.append("training.steps")
-    return [
+    changes = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
         if old.get(key) != new.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
     ]
+    if now.training.steps < reached:
+        changes.append(f"training.steps: {before.training.steps} -> {now.training.steps}; {reached} steps are done")
+    return changes
 
 
 def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
@@ -101,7 +107,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         raise RunError(
             f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
         )
-    if changes := changed_keys(load_config(folder / CONFIG_FILE), config):
+    reached = (weights_step(folder) or 0) if resume == "auto" else 0
+    if changes := changed_keys(load_config(folder / CONFIG_FILE), config, reached):
         raise RunError(
             f"{folder}: holds a run with another configuration; set output=... to a new folder, or undo:\n  "
             + "\n  ".join(changes)
@@ -118,8 +125,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a file that is there keeps its content
+        file = os.fdopen(os.open(folder / LOCK_FILE, flags, 0o666), "r+")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RunError(f"{folder / LOCK_FILE}: a link, expected a file of the run itself; remove it") from None
         raise RunError(f"{folder}: cannot be written: {error.strerror}; set output=... elsewhere") from None
     with file:
         try:
@@ -131,7 +141,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = fresh(path.with_name(path.name + ".tmp"))
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
@@ -146,11 +156,10 @@ def fingerprint(config: RunConfig) -> str:
     Without the defaults, so that a setting that a later version adds does not make earlier runs strangers.
     """
     flat, default = (flatten(c.model_dump(mode="json")) for c in (config, RunConfig()))
-    free = (*FREE_TO_CHANGE, "training.steps")
     fixed = {
         k: v
         for k, v in flat.items()
-        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in free)
+        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in FREE_TO_CHANGE)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -176,17 +185,17 @@ def save_pipeline(folder: Path, step: int, write: Callable[[Path], None]) -> Non
     """Let ``write`` make a pipeline folder of ``step`` and move its parts into ``folder``, each whole or not at all."""
     (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     staging = folder / ".pipeline"
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     write(staging)
     share_files(staging)
     for part in staging.iterdir():
         if part.is_dir():
             old = folder / f".{part.name}.old"
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             if (folder / part.name).exists():
                 (folder / part.name).rename(old)
             part.rename(folder / part.name)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         else:
             part.replace(folder / part.name)
     staging.rmdir()

@@ -5,8 +5,9 @@ import os
 import platform
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,27 @@ import torch
 
 import heterodiff
 from heterodiff.config import RunConfig
+from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
 from heterodiff.data.volumes import known_fingerprint
 from heterodiff.devices import device_name
-from heterodiff.errors import CheckpointError, ConfigError, RunError, compile_error
+from heterodiff.errors import (
+    CheckpointError,
+    ConfigError,
+    HeterodiffError,
+    RunError,
+    compile_error,
+    is_out_of_memory,
+)
 from heterodiff.models.variants import VARIANTS
-from heterodiff.pipelines.load import DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
+from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.codec_stage import check_denoiser, codec_run, resting_keys
 from heterodiff.training.latents import prepare_latents, stored_latents
-from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult
-from heterodiff.training.memory_plan import advice, training_memory_bytes
+from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
+from heterodiff.training.memory_plan import advice, check_fits, training_memory_bytes
+from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.alignment import AlignmentRecipe
 from heterodiff.training.recipes.base import Recipe
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
@@ -36,6 +46,8 @@ from heterodiff.training.run_folder import check_run_folder, locked, save_config
 RUN_FILE = "run.json"
 TEXT_RECIPES = (AlignmentRecipe, TextImageRecipe)
 MAX_TEXT_NOTES = 3
+TRIAL = Path("runs/dry-run")
+"""Stands for the folder of a run that is tried out; nothing is written there."""
 WITH_MASKS = ("brain-phantom", "volumes")
 """Sources of images whose anomalies can be found."""
 
@@ -69,12 +81,16 @@ def train(
     checkpoint, notes = _find_checkpoint(folder, resume) if resuming else (None, [])
     if not resuming and resume not in ("auto", "never"):
         raise RunError(f"--resume {resume}: {folder} holds no run to go on with; set output= to the run's folder")
+    if checkpoint is not None:
+        notes = [*notes, *_new_length(folder, config, checkpoint.step)]
     current = checkpoint is not None and weights_step(folder) == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         if is_main_process():
             save_config(folder, config)  # how the run is used may have changed
         return TrainingResult(checkpoint.step, None, 0.0)
+    _check_training(config)
     if (needed := codec_run(config)) is not None:
+        _check_training(needed)
         data = load_run_data(needed)
         check_denoiser(config, data.spec)
         result = train(needed, quiet=quiet, data=data)
@@ -84,35 +100,53 @@ def train(
         if resuming:
             data = None  # the run has a split of its own, and maybe latents
     data = load_run_data(config) if data is None else data
-    recipe = build_recipe(config, data)
-    trainer = Trainer(config, recipe, data)
+    with _explaining(config, data.spec):
+        recipe = build_recipe(config, data)
+        trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
-    with locked(folder) if trainer.accelerator.is_main_process else nullcontext():
-        try:
-            if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
-                data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
-            if checkpoint is None and isinstance(recipe, TextImageRecipe):
-                error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
-                notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
-            if checkpoint is not None:
-                trainer.load_checkpoint(checkpoint)
-                if not current:  # stopped between the checkpoint and the weights made from it
-                    trainer.save_weights()
-            if trainer.accelerator.is_main_process:
-                _write_facts(folder, config, data, trainer)
-            if not quiet and trainer.accelerator.is_main_process:
-                _say_start(config, data, trainer, notes)
-            return trainer.run(stop_after, on_step, quiet)
-        except RuntimeError as error:
-            raise _explained(config, data.spec, error) from error
+    alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
+    with alone, _explaining(config, data.spec):
+        if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
+            data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
+        if checkpoint is None and isinstance(recipe, TextImageRecipe):
+            error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
+            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+        if checkpoint is not None:
+            trainer.load_checkpoint(checkpoint)
+            if not current:  # stopped between the checkpoint and the weights made from it
+                trainer.save_weights()
+        if trainer.accelerator.is_main_process:
+            _write_facts(folder, config, data, trainer)
+        if not quiet and trainer.accelerator.is_main_process:
+            _say_start(config, data, trainer, notes)
+        return trainer.run(stop_after, on_step, quiet)
 
 
-def _explained(config: RunConfig, spec: ImageSpec, error: RuntimeError) -> Exception:
-    """The error itself; or, if memory ran out or compilation failed, a message with the settings that help."""
-    if (failed := compile_error(error, "training.compile=true")) is not None:
+def _check_training(config: RunConfig) -> None:
+    """Refuse settings that cannot work on this machine before data are read.
+
+    Raises:
+        ConfigError: a precision that the device does not have, or batches that do not split.
+    """
+    precision_of(config.training)
+    check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def _explaining(config: RunConfig, spec: ImageSpec) -> Iterator[None]:
+    """Say which settings help if memory runs out or compilation fails; other errors stay as they are."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        explained = _explained(config, spec, error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explained(config: RunConfig, spec: ImageSpec, error: Exception) -> HeterodiffError | None:
+    if (failed := compile_error(error, "training.compile=true")) is not None or not is_out_of_memory(error):
         return failed
-    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-        return error
     _, text = advice(config, spec, 0.9 * training_memory_bytes(config, spec))  # it was too much, whatever was free
     return RunError(f"out of memory: a training step needs {text}; checkpoints are untouched")
 
@@ -133,6 +167,7 @@ def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
         raise ConfigError(
             f"data.random_crop={config.data.random_crop}: expected less than the image size, {spec.height}x{spec.width}"
         )
+    check_fits(config, spec)
     torch.manual_seed(config.training.seed)  # initial weights
     if config.recipe == "vae":
         if data.latents is not None:
@@ -173,6 +208,26 @@ def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list
         return None, []
     checkpoint, problems = found
     return checkpoint, [f"{problem}; using the checkpoint of step {checkpoint.step} instead" for problem in problems]
+
+
+def _new_length(folder: Path, config: RunConfig, step: int) -> list[str]:
+    """A note, if a run that goes on after ``step`` is to have another number of steps than before.
+
+    Raises:
+        RunError: it is to be shorter than ``step``.
+    """
+    before, now = load_config(folder / CONFIG_FILE).training, config.training
+    if now.steps < step:
+        raise RunError(
+            f"{folder}: {step} steps are done, more than training.steps={now.steps}; set it to at least {step}"
+        )
+    if now.steps == before.steps:
+        return []
+    note = f"training.steps is {now.steps}, before {before.steps}"
+    old, new = (learning_rate_at(step, training) for training in (before, now))
+    if old != new:
+        note += f"; the learning rate follows the schedule of the new length from here: {new:.2g} in place of {old:.2g}"
+    return [note]
 
 
 def _write_facts(folder: Path, config: RunConfig, data: LoadedData, trainer: Trainer) -> None:
@@ -289,23 +344,45 @@ class DryRun:
     step_seconds: float
     total_hours: float
     loss: float
+    notes: tuple[str, ...] = ()
+
+
+def from_scratch(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The run without those of its folders that hold something that :func:`train` refuses, and notes of what they hold.
+
+    To try a run out, which writes nothing, such folders are no hindrance.
+    """
+    notes = []
+    if config.output is not None:
+        try:
+            check_run_folder(config.output, config, "auto")
+        except HeterodiffError as error:
+            notes.append(f"train would refuse {error}")
+            config = config.model_copy(update={"output": None})
+    try:
+        codec_run(config)
+    except HeterodiffError as error:
+        notes.append(f"train would refuse {error}")
+        config = config.model_copy(update={"codec": config.codec.model_copy(update={"path": TRIAL / "codec"})})
+    return config, notes
 
 
 def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
     """A run in memory, for trying out; nothing is written.
 
     Raises:
-        HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
+        HeterodiffError: as :func:`train`, for anything but the folder that would stop it before the first step.
     """
-    if config.output is not None:
-        check_run_folder(config.output, config, "auto")
+    config, _ = from_scratch(config)
+    _check_training(config)
     data = load_run_data(config)
-    recipe = build_recipe(config, data)
-    config = config.model_copy(update={"output": config.output or Path("runs/dry-run")})
-    trainer = Trainer(config, recipe, data)
-    if isinstance(recipe, DiffusionRecipe):
-        without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
-        trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
+    with _explaining(config, data.spec):
+        recipe = build_recipe(config, data)
+        config = config.model_copy(update={"output": config.output or TRIAL})
+        trainer = Trainer(config, recipe, data)
+        if isinstance(recipe, DiffusionRecipe):
+            without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
+            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
     return trainer, recipe
 
 
@@ -315,19 +392,22 @@ def dry_run(config: RunConfig) -> DryRun:
     Where the run needs a codec that is still to be trained, this is about the codec's training.
 
     Raises:
-        HeterodiffError: as :func:`train`, for anything that would stop it before the first step.
+        HeterodiffError: as :func:`train`, for anything but the folders that would stop it before the first step.
     """
+    config, notes = from_scratch(config)
+    _check_training(config)
     if (needed := codec_run(config)) is not None:
         check_denoiser(config, load_run_data(needed).spec)
-    return timed_steps(*trial(needed or config))
+    return replace(timed_steps(*trial(needed or config)), notes=tuple(notes))
 
 
 def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:
     """Two training steps, the second timed, and what else is to be known before a run."""
     config, data = trainer.config, trainer.data
-    trainer.step_once()
-    start = time.perf_counter()
-    loss = trainer.step_once()
+    with _explaining(config, data.spec):
+        trainer.step_once()
+        start = time.perf_counter()
+        loss = trainer.step_once()
     seconds = time.perf_counter() - start
     spec = data.spec
     return DryRun(
@@ -357,4 +437,6 @@ def print_dry_run(result: DryRun) -> None:
         ("total", f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"),
     ):
         print(f"{name:8} {text}")
+    for note in result.notes:
+        print(f"note     {note}")
     print("nothing was written")

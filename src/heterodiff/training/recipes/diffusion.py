@@ -20,6 +20,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
@@ -29,18 +30,6 @@ from heterodiff.training.recipes.base import Losses
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
 PREVIEW_COLUMNS_LARGE = 4  # of images above 32x32, which take long to draw on a CPU
-
-DEFAULT_CHANNEL_MULT = (
-    (8, (1, 2)),
-    (32, (1, 2, 2)),
-    (64, (1, 2, 2, 4)),
-    (128, (1, 1, 2, 3, 4)),
-)
-"""Width factors of the levels by the longer side of the image; larger images use the last row plus one level."""
-
-FILM_CHANNEL_MULT = (1, 2, 4)
-ATTENTION_SIDE = 16
-"""Maps up to this side get attention by default."""
 
 
 def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
@@ -74,12 +63,9 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
             "dropout": m.dropout,
             "use_checkpoint": m.gradient_checkpointing,
         }
-    side = max(height, width) / m.patch_size
-    default_mult = next((mult for limit, mult in DEFAULT_CHANNEL_MULT if side <= limit), (1, 1, 2, 2, 4, 4))
-    channel_mult = m.channel_mult or default_mult
-    factors = [2**level for level in range(len(channel_mult))]
-    of_codec = spec.height // height
-    check_size(spec.height, spec.width, m.patch_size * factors[-1] * of_codec)  # in pixels, as the user gives them
+    channel_mult, attention = default_levels((height, width), m.patch_size, m.channel_mult, m.attention_resolutions)
+    factor = m.patch_size * 2 ** (len(channel_mult) - 1) * (spec.height // height)
+    check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
     return {
         "sample_size": (height, width),
         "in_channels": channels + guess_channels,
@@ -90,7 +76,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "channel_mult": channel_mult,
         "layers_per_block": m.layers_per_block,
         "patch_size": m.patch_size,
-        "attention_resolutions": m.attention_resolutions or tuple(f for f in factors if side / f <= ATTENTION_SIDE),
+        "attention_resolutions": attention,
         "dropout": m.dropout,
         "num_heads": m.num_heads,
         "num_head_channels": m.num_head_channels,
@@ -224,7 +210,7 @@ class DiffusionRecipe:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
         pipeline = GenerationPipeline(self.model, scheduler, vae)
-        pipeline.defaults = self.config.sampling
+        pipeline.defaults, pipeline.spec = self.config.sampling, self.spec
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from heterodiff.codecs.cnn import ImageCodec, default_stages
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.errors import CheckpointError
+from heterodiff.errors import CheckpointError, reason
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder, check_tokenizer
 from heterodiff.text.networks import TOKENIZER_FOLDER, TextNetworks
@@ -85,7 +85,7 @@ def codec_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     alignment = config.alignment
     backbone = None
     if alignment.backbone is not None:
-        backbone = _backbone_config(alignment.backbone)
+        backbone = _backbone_config(alignment.backbone).to_dict()
     return {
         "in_channels": spec.channels,
         "sample_size": (spec.height, spec.width),
@@ -96,13 +96,17 @@ def codec_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     }
 
 
-def _backbone_config(path: Path) -> dict[str, Any]:
+def _backbone_config(path: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = None  # transformers would fetch and run a kernel of that name
+        with torch.device("meta"):
+            AutoModel.from_config(config, trust_remote_code=False)
+        return config
+    except Exception as error:  # its validation has a family of errors of its own
         raise CheckpointError(
             f"alignment.backbone={path}: expected a folder with config.json and model.safetensors of a convolutional "
-            f"network of transformers, such as a ResNet ({' '.join(str(error).split()):.200})"
+            f"network of transformers, such as a ResNet ({reason(error)})"
         ) from None
 
 
@@ -133,10 +137,15 @@ def _freeze_unused(codec: ImageCodec, spec: ImageSpec) -> None:
 def _backbone_weights(path: Path) -> dict[str, Tensor]:
     try:
         network, info = AutoModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            config=_backbone_config(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"alignment.backbone={path}: {' '.join(str(error).split()):.200}") from None
+        raise CheckpointError(f"alignment.backbone={path}: {reason(error)}") from None
     weights = network.state_dict()
     if missing := sorted(info["missing_keys"]):  # these would be random
         raise CheckpointError(f"alignment.backbone={path}: weights missing ({', '.join(missing[:4])}); copy it again")

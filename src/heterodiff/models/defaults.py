@@ -1,0 +1,49 @@
+"""Default sizes of the denoisers: the same for ``create_model``, ``heterodiff models`` and a configuration."""
+
+from collections.abc import Sequence
+
+MODEL_CHANNELS = 64
+LAYERS_PER_BLOCK = 2
+NUM_HEADS = 4
+SPARSITY = 0.9
+
+FILM_MODEL_CHANNELS = 128
+FILM_CHANNEL_MULT = (1, 2, 4)
+
+CHANNEL_MULT_BY_SIDE = (
+    (8, (1, 2)),
+    (32, (1, 2, 2)),
+    (64, (1, 2, 2, 4)),
+    (128, (1, 1, 2, 3, 4)),
+)
+"""Width factors of the levels by the longer side of the maps; larger maps take ``LARGE_CHANNEL_MULT``."""
+LARGE_CHANNEL_MULT = (1, 1, 2, 2, 4, 4)
+
+ATTENTION_SIDE = 16
+"""Maps up to this side get attention by default."""
+
+
+def default_levels(
+    sample_size: int | Sequence[int],
+    patch_size: int = 1,
+    channel_mult: Sequence[int | float] | None = None,
+    attention_resolutions: Sequence[int] | None = None,
+) -> tuple[tuple[int | float, ...], tuple[int, ...]]:
+    """Levels of a network of the HAE family, where they are not given.
+
+    Args:
+        sample_size: height and width of the images or latents, or one number for both.
+        patch_size: pixels a side of what the first level sees as one position.
+        channel_mult, attention_resolutions: None where they are to be chosen.
+
+    Returns:
+        channel_mult by the size, and attention_resolutions: all downsampling factors at which maps are at most
+        16 positions a side.
+    """
+    side = (sample_size if isinstance(sample_size, int) else max(sample_size)) / max(1, patch_size)
+    if channel_mult is None:
+        channel_mult = next((mult for limit, mult in CHANNEL_MULT_BY_SIDE if side <= limit), LARGE_CHANNEL_MULT)
+    if attention_resolutions is None:
+        factors = (2**level for level in range(len(channel_mult)))
+        attention_resolutions = [factor for factor in factors if side / factor <= ATTENTION_SIDE]
+    return tuple(channel_mult), tuple(attention_resolutions)

@@ -1,0 +1,124 @@
+"""Where the pictures of a call go: a folder of their own, with the settings that they were drawn with."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import heterodiff
+from heterodiff.devices import dtype_name
+from heterodiff.errors import RunError
+from heterodiff.pipelines.drawing import DrawingPipeline
+from heterodiff.pipelines.run_files import WEIGHTS_FILE, read_json, weights_digest
+
+GENERATED = "generated"
+SETTINGS_FILE = "settings.json"
+PICTURES = (".png", ".npy")
+TRIES = 100
+
+
+def call_settings(
+    command: str,
+    run: Path,
+    pipeline: DrawingPipeline,
+    *,
+    seed: int,
+    number: int,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Return all that the pictures of a call depend on, defaults filled in, for ``settings.json``.
+
+    Args:
+        number: pictures of each class or prompt.
+        sampler, steps, guidance: None for the run's own.
+        **others: such as classes or prompts.
+    """
+    defaults = pipeline.defaults
+    return {
+        "command": command,
+        **others,
+        "number": number,
+        "seed": seed,
+        "sampler": sampler or pipeline.default_sampler,
+        "num_inference_steps": defaults.num_inference_steps if steps is None else steps,
+        "guidance_scale": defaults.guidance_scale if guidance is None else guidance,
+        "guidance_interval": list(defaults.guidance_interval),
+        "dynamic_threshold": defaults.dynamic_threshold,
+        "dtype": dtype_name(pipeline.unet.dtype) if pipeline.unet is not None else "float32",
+        "device": pipeline.device.type,
+        "weights": {
+            "step": read_json(run / WEIGHTS_FILE).get("step") if (run / WEIGHTS_FILE).is_file() else None,
+            "digest": weights_digest(run),
+        },
+        "heterodiff": heterodiff.__version__,
+    }
+
+
+def check_output(out: Path | None, settings: dict[str, Any]) -> None:
+    """Check, before anything is drawn, that pictures of a call with ``settings`` may go to ``out``.
+
+    The same call may write there again: its pictures replace themselves.
+
+    Raises:
+        RunError: it holds pictures of another call; the setting that differs is named.
+    """
+    if out is None or not out.is_dir():
+        return
+    way_out = "choose another --out, or leave it out for a new folder in the run"
+    if (out / SETTINGS_FILE).is_file():
+        found = read_json(out / SETTINGS_FILE)
+        for key in (*settings, *found):
+            if found.get(key) != settings.get(key):
+                differing = f"{key} {_short(found.get(key))}, not {_short(settings.get(key))}"
+                raise RunError(f"{out}: holds pictures drawn with {differing}; {way_out}")
+    elif any(path.suffix in PICTURES for path in out.iterdir()):
+        raise RunError(f"{out}: holds pictures of something else (it has no {SETTINGS_FILE}); {way_out}")
+
+
+def make_output(run: Path, out: Path | None, settings: dict[str, Any]) -> Path:
+    """Make the folder for the pictures of a call, with ``settings.json`` in it.
+
+    Args:
+        out: None for a new folder ``RUN/generated/0001-dpmpp-20-w2-seed0``, numbered by call.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder = _new_folder(run / GENERATED, settings) if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        # What no encoding can express becomes \udcff, which JSON reads back as it was.
+        (folder / SETTINGS_FILE).write_text(text + "\n", "utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise RunError(f"{out or run}: cannot be written: {error.strerror or error}; choose another --out") from None
+    return folder
+
+
+def _new_folder(parent: Path, settings: dict[str, Any]) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    numbers = [int(found[1]) for path in parent.iterdir() if (found := re.match(r"(\d+)-", path.name))]
+    first = max(numbers, default=0) + 1
+    for number in range(first, first + TRIES):  # another call may take a number at the same time
+        folder = parent / f"{number:04d}-{_name(settings)}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise OSError(f"no free number from {first} on")
+
+
+def _name(settings: dict[str, Any]) -> str:
+    if settings.get("direct"):
+        return f"direct-seed{settings['seed']}"
+    steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
+    return f"{settings['sampler']}-{steps}-w{guidance:g}-seed{settings['seed']}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
