@@ -52,6 +52,12 @@ def test_attention_block_equals_the_outer_product(rows, size, dtype, tolerance):
         assert (f - w).abs().max() <= tolerance * max(1, w.abs().max())
 
 
+def attend(q, k, v, c, weight, bias, merge_tokens):
+    """q, k, v and the answer (B, heads, T, d)."""
+    kv = torch.stack([k, v], dim=-2).transpose(1, 2)
+    return attend_with_condition(q.transpose(1, 2), kv, c, weight, bias, merge_tokens).transpose(1, 2)
+
+
 @pytest.mark.parametrize("merge_tokens", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
 def test_attention_to_merged_and_separate_tokens(scale, merge_tokens):
@@ -66,7 +72,7 @@ def test_attention_to_merged_and_separate_tokens(scale, merge_tokens):
     tokens = (weight @ (c[:, :, None] * c[:, None]) + bias[:, None]).view(2, 3, 2, 8, 20).transpose(3, 4)
     keys, values = torch.cat([tokens[:, :, 0], k], 2), torch.cat([tokens[:, :, 1], v], 2)
     expected = (q @ keys.mT / 8**0.5).softmax(-1) @ values
-    found = attend_with_condition(q, k, v, c, weight, bias, merge_tokens)
+    found = attend(q, k, v, c, weight, bias, merge_tokens)
     wanted = gradients(expected, inputs)
     largest = max(w.abs().max() for w in wanted)
     for f, w in zip(gradients(found, inputs), wanted, strict=True):
@@ -87,8 +93,8 @@ def test_half_precision_is_near_to_float32(merge_tokens):
         torch.zeros(64),
     ]
     inputs[3][1] = 0
-    expected = attend_with_condition(*inputs, merge_tokens)
-    found = attend_with_condition(*(t.bfloat16() for t in inputs), merge_tokens)
+    expected = attend(*inputs, merge_tokens)
+    found = attend(*(t.bfloat16() for t in inputs), merge_tokens)
     assert found.dtype == torch.bfloat16
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 

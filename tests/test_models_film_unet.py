@@ -64,7 +64,7 @@ def test_default_size():
 
 
 def slow_block(block: ResBlock, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """A residual block with FiLM, value by value of scale and shift."""
+    """A residual block with FiLM, value by value of scale and shift; ``embedding`` after its SiLU."""
     norm, _, conv = block.in_layers
     h = F.conv2d(F.silu(F.group_norm(x, 32, norm.weight, norm.bias)), conv.weight, conv.bias, padding=1)
     norm, _, _, conv = block.out_layers
@@ -73,8 +73,8 @@ def slow_block(block: ResBlock, x: torch.Tensor, embedding: torch.Tensor) -> tor
     for row in range(len(x)):
         channels = h.shape[1]
         for i in range(channels):
-            scale = linear.weight[i] @ F.silu(embedding[row]) + linear.bias[i]
-            shift = linear.weight[channels + i] @ F.silu(embedding[row]) + linear.bias[channels + i]
+            scale = linear.weight[i] @ embedding[row] + linear.bias[i]
+            shift = linear.weight[channels + i] @ embedding[row] + linear.bias[channels + i]
             h[row, i] = h[row, i] * (1 + scale) + shift
     h = F.conv2d(F.silu(h), conv.weight, conv.bias, padding=1)
     return h + block.skip_connection(x)
@@ -90,7 +90,7 @@ def test_every_block_is_scaled_and_shifted_by_time_and_text():
         model(x, TIMES, condition=condition)
         text = model.condition_emb(condition)
         text[1] = 0
-        expected = model.time_embed(timestep_embedding(TIMES, 64).double()) + text
+        expected = F.silu(model.time_embed(timestep_embedding(TIMES, 64).double()) + text)
         assert len(seen) == 3 + 2 + 4  # encoder, middle, decoder
         for block, h, embedding, out in seen:
             assert largest(embedding - expected) <= 1e-12 * largest(expected)

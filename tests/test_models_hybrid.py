@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from heterodiff.models.hybrid import HybridBlock, PatternSpec
 from heterodiff.models.sparse_attention import DENSE_LIMIT, Grid, make_pattern
@@ -42,7 +43,7 @@ def outputs_and_gradients(variant, size, pattern, dtype):
     parameters = dict(block.named_parameters())
     visible = visible_keys(pattern, *size)
     assert (visible.shape[1] > DENSE_LIMIT) == (size in LARGE)
-    ours = block(x, embedding)
+    ours = block(x, F.silu(embedding))
     expected = dense_hybrid.hybrid_block(parameters, x, embedding, visible)
     weights = torch.randn_like(expected)
     inputs = {"x": x, "embedding": embedding, **parameters}
@@ -83,10 +84,10 @@ def test_given_masks_replace_the_pattern():
     grid = Grid(5, 6, (4, 8))
     mask = torch.rand(grid.length, grid.length) < 0.7
     mask.fill_diagonal_(False)
-    before = block(x, embedding)
+    before = block(x, F.silu(embedding))
     block.transformer_branch.multihead_attn.set_mask(mask)
     expected = dense_hybrid.hybrid_block(dict(block.named_parameters()), x, embedding, ~mask[: grid.local])
-    assert (block(x, embedding) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (block(x, F.silu(embedding)) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (before - expected).abs().max() > 1e-3
 
 

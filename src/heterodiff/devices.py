@@ -149,6 +149,17 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         switches.fill_uninitialized_memory = filled
 
 
+def use_tf32(device: torch.device) -> None:
+    """Let GPUs round the factors of float32 products to TensorFloat-32, ten bits of fraction in place of 23.
+
+    Sums stay float32. Nothing changes on other devices. Training and every loaded pipeline call this, so that the
+    thresholds of ``segment`` are learned and applied with the same rounding.
+    """
+    if device.type in ("cuda", "xpu"):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has finished, so that a clock can be read."""
     if device.type != "cpu":

@@ -48,8 +48,10 @@ def reason(error: Exception) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: that of the machine, or of a device, however its library says so."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY))
     )
 
 

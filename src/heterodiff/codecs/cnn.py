@@ -65,6 +65,9 @@ class Backbone(nn.Module):
         channels: what its map is brought to.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: Mapping[str, Any], channels: int):
         super().__init__()
         from transformers import AutoConfig, AutoModel
@@ -74,11 +77,12 @@ class Backbone(nn.Module):
         network = AutoModel.from_config(settings, trust_remote_code=False)
         self.network = network.float()  # whatever it is stored in
         self.projection = nn.LazyConv2d(channels, 1)
+        for name, values in zip(("mean", "std"), IMAGENET, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> map (B, channels, h, w)."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in IMAGENET)
-        return self.projection(self.network(((images + 1) / 2 - mean) / std).last_hidden_state)
+        return self.projection(self.network(((images + 1) / 2 - self.mean) / self.std).last_hidden_state)
 
 
 class ImageCodec(ModelMixin, ConfigMixin):

@@ -2,8 +2,9 @@
 
 Parameter names and shapes are those of guided-diffusion, so that its checkpoints load as they are.
 Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view
-(B, H*W, C) free of copies. What a convolution or linear layer returns is added to in place: neither
-keeps its output for the backward pass, and a map less is written and read.
+(B, H*W, C) free of copies. What a convolution returns is added to in place: it does not keep its output for the
+backward pass, and a map less is written and read. What a linear layer returns for tokens is a view, of which autograd
+would copy the gradient.
 """
 
 import math
@@ -20,6 +21,8 @@ from heterodiff.models.normalization import GroupNorm32, norm_silu
 
 class Pointwise(nn.Conv1d):
     """A 1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
+
+    bias: nn.Parameter
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
@@ -92,7 +95,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timestep.device))
     angles = timestep.float()[:, None] * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, width % 2))
+    return F.pad(embedding, (0, 1)) if width % 2 else embedding
 
 
 class Downsample(nn.Module):
@@ -142,6 +145,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), bias, stride=2, padding=1)
 
 
+def embedding_layers(embedding_dim: int, out_features: int) -> nn.Sequential:
+    """What a block makes of SiLU(embedding), which is computed once for all blocks; named as in guided-diffusion."""
+    return nn.Sequential(nn.Identity(), nn.Linear(embedding_dim, out_features))
+
+
 class ResBlock(nn.Module):
     """Residual block conditioned on the embedding, by addition or by scale and shift (FiLM).
 
@@ -173,9 +181,7 @@ class ResBlock(nn.Module):
             self.resample: nn.Module | None = Upsample(in_channels, use_conv=False)
         else:
             self.resample = Downsample(in_channels, use_conv=False) if resample == "down" else None
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
-        )
+        self.emb_layers = embedding_layers(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
         self.out_layers = FusedSequential(
             GroupNorm32(out_channels),
             nn.SiLU() if use_scale_shift_norm else make_activation(activation),
@@ -195,7 +201,7 @@ class ResBlock(nn.Module):
         return self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
 
     def forward(self, x: Tensor, embedding: Tensor, recompute: bool = False) -> Tensor:
-        """x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H', W').
+        """x (B, C_in, H, W), SiLU of the embedding (B, E) -> (B, C_out, H', W').
 
         Args:
             recompute: compute norms, activations and dropout again in the backward pass instead of keeping what the
@@ -227,11 +233,13 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """x (B, C, H, W), condition (B, E) or None (no row has one) -> (B, C, H, W)."""
         height, width = x.shape[2:]
-        qkv = self.qkv(to_tokens(self.norm(x)))
-        q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)  # each (B, heads, T, d)
+        qkv = self.qkv(to_tokens(self.norm(x))).unflatten(-1, (self.num_heads, 3, -1))
+        q, kv = qkv.split([1, 2], dim=3)  # (B, T, heads, 1 or 2, d)
+        q = q.squeeze(3)
         if self.encoder_kv is None:
-            a = F.scaled_dot_product_attention(q, k, v)
+            k, v = kv.transpose(1, 2).unbind(3)
+            a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
         else:
             weight = self.encoder_kv.weight.squeeze(-1)
-            a = attend_with_condition(q, k, v, condition, weight, self.encoder_kv.bias)
-        return to_map(self.proj_out(a.transpose(1, 2).flatten(2)).add_(to_tokens(x)), height, width)
+            a = attend_with_condition(q, kv, condition, weight, self.encoder_kv.bias)
+        return to_map(self.proj_out(a.flatten(2)) + to_tokens(x), height, width)

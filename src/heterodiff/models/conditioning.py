@@ -32,11 +32,10 @@ def zero_rows(c: Tensor, given: Tensor, zero_threshold: float | None) -> Tensor:
 
 def attend_with_condition(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: Tensor,
     condition: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     merge_tokens: bool | None = None,
 ) -> Tensor:
     """Attention over the positions and the E condition tokens.
@@ -50,35 +49,44 @@ def attend_with_condition(
     mean of c_s under the weights exp(alpha c_s). Where c = 0 that is log E and r = 0.
 
     Args:
-        q, k, v: (B, heads, T, d).
+        q: (B, T, heads, d).
+        kv: (B, T, heads, 2, d), keys and values.
         condition: c (B, E), rows of zeros where there is no condition; None if that is all rows.
         weight, bias: (2 * heads * d, E) and (2 * heads * d,), rows per head [k; v].
-        merge_tokens: make one token of the E; default: where that is cheaper, for at most E positions.
+        merge_tokens: make one token of the E. Default: on a CPU, for at most E positions, where that is less work;
+            elsewhere it is four times the kernel launches, and heads get a width that fused kernels do not take.
 
     Returns:
-        (B, heads, T, d).
+        (B, T, heads, d).
     """
-    batch, heads, positions, width = q.shape
     if merge_tokens is None:
-        merge_tokens = positions <= weight.shape[1]
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    bias_k, bias_v = bias.to(q.dtype).view(heads, 2, 1, width).unbind(1)
-    if condition is None:
-        total = q.new_full((), math.log(weight.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32)).expand(
-            q.shape[:3]
-        )
-        return _attend_with_one(q, k, v, total, None, bias_k, bias_v)
-    factors = F.linear(condition, weight).to(q.dtype).view(batch, heads, 2, 1, width)
-    u, w = factors.unbind(2)
+        merge_tokens = q.device.type == "cpu" and q.shape[1] <= weight.shape[1]
     if merge_tokens:
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        return _attend_merged(q, kv, condition, weight, bias)
+    batch, _, heads, _, width = kv.shape
+    tokens = bias.to(q.dtype).expand(batch, weight.shape[1], -1)
+    if condition is not None:
+        c, factors = condition.to(q.dtype), F.linear(condition, weight).to(q.dtype)
+        tokens = torch.baddbmm(tokens, c[:, :, None], factors[:, None])
+    every = tokens.unflatten(-1, (heads, 2, width)).to(kv.dtype), kv
+    k, v = torch.cat([t.permute(3, 0, 2, 1, 4) for t in every], dim=3)  # each (B, heads, E + T, d)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+
+
+def _attend_merged(q: Tensor, kv: Tensor, condition: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`attend_with_condition` with one token in place of the E."""
+    q, (k, v) = q.transpose(1, 2), kv.transpose(1, 2).unbind(3)
+    batch, heads, _, width = q.shape
+    bias_k, bias_v = bias.to(q.dtype).view(heads, 2, 1, width).unbind(1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if condition is None:
+        total, offset = q.new_full((), math.log(weight.shape[1]), dtype=dtype).expand(q.shape[:3]), None
+    else:
+        u, w = F.linear(condition, weight).to(q.dtype).view(batch, heads, 2, 1, width).unbind(2)
         alpha = (q * u).sum(-1, dtype=dtype) * width**-0.5
         total, mean = log_sum_and_mean(alpha, condition.to(dtype))
-        return _attend_with_one(q, k, v, total, mean.unsqueeze(-1).to(q.dtype) * w, bias_k, bias_v)
-    c = condition.to(q.dtype)[:, None, :, None]
-    keys, values = torch.cat([u * c + bias_k, k], dim=2), torch.cat([w * c + bias_v, v], dim=2)
-    return F.scaled_dot_product_attention(q, keys, values)
+        offset = mean.unsqueeze(-1).to(q.dtype) * w
+    return _attend_with_one(q, k, v, total, offset, bias_k, bias_v).transpose(1, 2)
 
 
 def _attend_with_one(

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import recomputed, timestep_embedding
@@ -201,14 +201,13 @@ class Denoiser(ModelMixin, ConfigMixin):
         """
         self._check_sample(sample)
         batch = sample.shape[0]
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
+        timestep = _on_device(timestep, sample.device).reshape(-1).expand(batch)
         embedding = self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.dtype))
         condition = self._whitened(condition)
         of_class, of_vector = self.class_condition(class_labels, batch), self.vector_condition(condition, batch)
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
-        if c is not None:
-            embedding = embedding + c
-        h = pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
+        embedding = F.silu(embedding if c is None else embedding + c)  # once for all blocks
+        h = F.pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
         skips = []
         for stage in self.input_blocks:
@@ -218,8 +217,17 @@ class Denoiser(ModelMixin, ConfigMixin):
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, c, recompute)
         out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)
-        out = pixel_shuffle(out, self.patch_size)
+        out = F.pixel_shuffle(out, self.patch_size)
         return UNetOutput(sample=out) if return_dict else (out,)
+
+
+def _on_device(timestep: Tensor | float, device: torch.device) -> Tensor:
+    """``timestep`` on ``device``; one number is written there by a kernel, which nobody has to wait for."""
+    if isinstance(timestep, Tensor) and timestep.numel() == 1 and device.type != "cpu" and readable(timestep):
+        timestep = timestep.item()
+    if isinstance(timestep, Tensor):
+        return timestep.to(device, non_blocking=True)
+    return torch.full((1,), timestep, device=device)
 
 
 def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, to_map, to_tokens
+from heterodiff.models.attention_ways import DevicePattern, choose_way, sparse_attention
+from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, embedding_layers, to_map, to_tokens
 from heterodiff.models.normalization import GroupNorm32
-from heterodiff.models.sparse_attention import DevicePattern, Grid, make_pattern, sparse_attention
+from heterodiff.models.sparse_attention import Grid, make_pattern
 
 REGIONAL_PATCHES = (4, 8)
 NUM_HEADS = 8
@@ -53,6 +54,7 @@ class SparseSelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
         self.given_masks: dict[int, Tensor] = {}
+        self.given_way: str | None = None
         self._placed: dict[tuple[int, int, torch.device], DevicePattern] = {}
 
     def device_pattern(self, height: int, width: int, device: torch.device) -> DevicePattern:
@@ -69,12 +71,14 @@ class SparseSelfAttention(nn.Module):
         grid = Grid(height, width, REGIONAL_PATCHES)
         if grid.length in self.given_masks:
             visible = ~self.given_masks[grid.length][: grid.local]
-            placed = DevicePattern(visible.to(device), None, None, None)
+            placed = DevicePattern("dense", visible.to(device))
         else:
             p = self.pattern
             pattern = make_pattern(p.kind, grid, p.sparsity, p.max_keys, p.seed)
+            head_width = self.out_proj.in_features // self.num_heads
+            way = self.given_way or choose_way(device.type, grid.length, head_width)
             with torch.inference_mode(False):  # else a pattern first met in sampling could not serve training
-                placed = DevicePattern.place(pattern, device)
+                placed = DevicePattern.place(pattern, device, way)
         self._placed[height, width, device] = placed
 
     @torch.compiler.assume_constant_result
@@ -85,6 +89,11 @@ class SparseSelfAttention(nn.Module):
     def set_mask(self, mask: Tensor) -> None:
         """Use ``mask`` (S, S), True = hidden, whenever the sequence has S tokens."""
         self.given_masks[mask.shape[0]] = mask
+        self._placed.clear()
+
+    def use_way(self, way: str | None) -> None:
+        """Compute attention in ``way`` of ``attention_ways.py``, whatever its table says; None: as it says."""
+        self.given_way = way
         self._placed.clear()
 
     def forward(self, local: Tensor, regional: Tensor, height: int, width: int) -> Tensor:
@@ -165,7 +174,7 @@ class MultiScaleTransformer(nn.Module):
         embedded = h if self.shared_patch_embed is None else self.shared_patch_embed(h)
         local = self.local_norm(to_tokens(embedded))
         a = self.multihead_attn(local, self._regional_tokens(embedded), height, width)
-        return to_map(self.mlp(self.norm_out(a)).add_(a).add_(to_tokens(h)), height, width)
+        return to_map((self.mlp(self.norm_out(a)) + a).add_(to_tokens(h)), height, width)
 
 
 class HybridBlock(nn.Module):
@@ -191,11 +200,11 @@ class HybridBlock(nn.Module):
             conv3x3(channels, channels),
         )
         self.transformer_branch = MultiScaleTransformer(channels, spec, bottleneck_ratio, dropout, pattern)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, channels))
+        self.emb_layers = embedding_layers(embedding_dim, channels)
         self.fusion_conv = nn.Conv2d(2 * channels if spec.concat_fusion else channels, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
+        """x (B, C, H, W), SiLU of the embedding (B, E) -> (B, C, H, W)."""
         h = x + self.emb_layers(embedding)[:, :, None, None]
         a, b = self.conv_branch(h), self.transformer_branch(h)
         fused = torch.cat([a, b], dim=1) if self.concat_fusion else a.add_(b).mul_(0.5)

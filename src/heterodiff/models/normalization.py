@@ -1,4 +1,4 @@
-"""GroupNorm, and GroupNorm with SiLU that keeps one map for the backward pass instead of three."""
+"""GroupNorm, alone or with SiLU, that keeps one map for the backward pass and the memory format of its input."""
 
 from typing import Any
 
@@ -9,6 +9,17 @@ from torch.autograd.function import once_differentiable
 
 NORM_GROUPS = 32
 
+NORM_WAYS = {"cpu": "kernel"}
+"""How a kind of device computes norms; ``kernel`` where no row says otherwise.
+
+``kernel`` is torch's own, in float32: one launch where it takes channels-last maps, else two more that copy them.
+``tokens`` reads and writes channels-last maps in their own precision, with statistics in float32: less memory traffic
+and more, small launches. Whether that pays, only a measurement on the device can tell.
+"""
+
+NCHW_KERNELS = ("cuda", "xpu", "mps")
+"""Devices whose group norm takes maps row by row only."""
+
 
 class GroupNorm32(nn.GroupNorm):
     """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
@@ -17,14 +28,7 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _group_norm(x, self.weight, self.bias, self.eps).to(x.dtype)
-
-
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """In float32, or float64 for float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    # torch.group_norm, unlike F.group_norm, accepts one value per group (1x1 maps, 32 channels).
-    return torch.group_norm(x.to(dtype), NORM_GROUPS, weight.to(dtype), bias.to(dtype), eps)
+        return _norm(x, self, silu=False)
 
 
 def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
@@ -32,29 +36,141 @@ def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
 
     Plain autograd keeps x for the norm, norm(x) for the SiLU and the result for whatever follows. Here norm(x) is
     computed again in the backward pass, which costs a hundredth of a convolution, and the SiLU works in place.
-    Compiled code fuses and recomputes by itself, so that it gets the plain form.
     """
-    if torch.compiler.is_compiling():
-        return F.silu(_group_norm(x, norm.weight, norm.bias, norm.eps)).to(x.dtype)
-    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.eps)
+    return _norm(x, norm, silu=True)
 
 
-class _NormSiLU(torch.autograd.Function):
+def _norm(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
+    if torch.compiler.is_compiling():  # compiled code fuses and recomputes by itself
+        weight, bias = norm.weight.to(dtype := _wide(x)), norm.bias.to(dtype)
+        # torch.group_norm, unlike F.group_norm, accepts one value per group (1x1 maps, 32 channels).
+        y = torch.group_norm(x.to(dtype), NORM_GROUPS, weight, bias, norm.eps)
+        return (F.silu(y) if silu else y).to(x.dtype)
+    way = NORM_WAYS.get(x.device.type, "kernel")
+    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(x, norm.weight, norm.bias, norm.eps, silu)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _KernelNorm(torch.autograd.Function):
+    """torch's kernels, called directly: its own autograd makes gradients NCHW on every device but the CPU."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.eps = eps
-        return F.silu(_group_norm(x, weight, bias, eps), inplace=True).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        y, mean, rstd = _kernel(x, weight, bias, eps)
+        ctx.eps, ctx.silu = eps, silu
+        ctx.save_for_backward(x, weight, bias, *(() if silu else (mean, rstd)))
+        return _like(F.silu(y, inplace=True) if silu else y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            x, weight, bias = inputs = [
-                t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            y = _group_norm(x, weight, bias, ctx.eps)
-        grad = torch.ops.aten.silu_backward(grad.to(y.dtype), y.detach())
-        found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad))
-        return (*(next(found) if n else None for n in needed), None)
+        x, weight, bias, *statistics = ctx.saved_tensors
+        grad = _kernel_layout(grad, x)
+        if ctx.silu:
+            y, *statistics = _kernel(x, weight, bias, ctx.eps)
+            grad = torch.ops.aten.silu_backward(grad, y)
+        batch, channels, height, width = x.shape
+        found = torch.ops.aten.native_group_norm_backward(
+            grad,
+            _kernel_layout(x, x),
+            *statistics,
+            weight.to(_wide(x)),
+            batch,
+            channels,
+            height * width,
+            NORM_GROUPS,
+            ctx.needs_input_grad[:3],
+        )
+        to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
+        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x), and mean and 1/std of each group (B, 32)."""
+    batch, channels, height, width = x.shape
+    weight, bias = weight.to(_wide(x)), bias.to(_wide(x))
+    return torch.native_group_norm(
+        _kernel_layout(x, x), weight, bias, batch, channels, height * width, NORM_GROUPS, eps
+    )
+
+
+def _kernel_layout(map_: Tensor, x: Tensor) -> Tensor:
+    """``map_`` in the precision and the memory format in which the device's kernel takes ``x``."""
+    rows = x.device.type in NCHW_KERNELS or not x.is_contiguous(memory_format=torch.channels_last)
+    return map_.to(_wide(x), memory_format=torch.contiguous_format if rows else torch.channels_last)
+
+
+def _like(map_: Tensor, x: Tensor) -> Tensor:
+    """``map_`` in the precision of ``x``, and in channels-last where ``x`` is."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return map_.to(x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class _TokenNorm(torch.autograd.Function):
+    """The formulas of Wu & He 2018 on channels-last maps, seen as (B, positions, groups, channels of a group)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        t, mean, rstd = _statistics(x, eps)
+        ctx.silu = silu
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        y = _scaled(t, mean, rstd, weight, bias)
+        return _from_groups(F.silu(y, inplace=True) if silu else y, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        t, g = _groups(x), _groups(grad)
+        if ctx.silu:
+            g = torch.ops.aten.silu_backward(g, _scaled(t, mean, rstd, weight, bias))
+        wide = g.to(_wide(x))
+        to_bias = wide.sum(1)  # of each image, (B, groups, channels)
+        to_weight = ((wide * t).sum(1) - mean * to_bias) * rstd
+        gamma, count = _per_group(weight, x), t[0, :, 0].numel()
+        mean_g = (to_bias * gamma).sum(-1, keepdim=True) / count
+        mean_gx = (to_weight * gamma).sum(-1, keepdim=True) / count * rstd
+        shift = (mean_gx * mean - mean_g) * rstd
+        found = torch.addcmul(
+            torch.addcmul(shift[:, None], t, (mean_gx * rstd)[:, None], value=-1), wide, (gamma * rstd)[:, None]
+        )
+        grad_weight, grad_bias = (s.sum(0).flatten().to(weight.dtype) for s in (to_weight, to_bias))
+        return _from_groups(found, x), grad_weight, grad_bias, None, None
+
+
+def _groups(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, 32, C / 32); a view when ``x`` is channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1, NORM_GROUPS, x.shape[1] // NORM_GROUPS)
+
+
+def _from_groups(y: Tensor, x: Tensor) -> Tensor:
+    """What :func:`_groups` made, as a map like ``x``."""
+    batch, channels, height, width = x.shape
+    return _like(y.view(batch, height, width, channels).permute(0, 3, 1, 2), x)
+
+
+def _per_group(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.to(_wide(x)).view(NORM_GROUPS, -1)
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` in groups, and mean and 1/std of each group (B, 32, 1)."""
+    t, wide = _groups(x), _wide(x)
+    if x.dtype == wide:
+        variance, mean = torch.var_mean(t, (1, 3), correction=0)
+    else:  # a cancellation in float32 is less than the rounding of the numbers themselves
+        mean = t.mean((1, 3), dtype=wide)
+        squares = torch.linalg.vector_norm(t, 2, (1, 3), dtype=wide).square() / t[0, :, 0].numel()
+        variance = torch.addcmul(squares, mean, mean, value=-1).clamp_min(0)
+    return t, mean[..., None], (variance + eps).rsqrt()[..., None]
+
+
+def _scaled(t: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One scale and one shift of each channel, read and written in the precision of ``t``."""
+    scale = _per_group(weight, t) * rstd
+    shift = torch.addcmul(_per_group(bias, t), mean, scale, value=-1)
+    return torch.addcmul(shift[:, None], t, scale[:, None], out=torch.empty_like(t))

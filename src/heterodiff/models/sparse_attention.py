@@ -1,24 +1,18 @@
-"""Deterministic sparse attention patterns and attention that only touches the keys they name.
+"""Deterministic sparse attention patterns; ``attention_ways.py`` computes the attention.
 
 A sequence holds S = L + R tokens: L = H*W local ones in row-major order, then the regional tokens of each patch
 size p in turn, ceil(H/p) * ceil(W/p) of them. Only local tokens ask. Queries are grouped into blocks that share
-one key list, so that attention is one gather and one dense product per block.
+one key list, so that attention can be one gather and one dense product per block.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 DENSE_LIMIT = 512
-"""Up to this sequence length the key sets are applied as a mask to dense attention, which is faster there."""
+"""Up to this sequence length every query has keys of its own, for dense attention under a mask."""
 BLOCK_ROUNDING = 1.16
 """Blocks of queries may share up to this many times the nominal number of keys."""
 MIN_KEYS = 16
@@ -28,8 +22,6 @@ LARGEST_TILE = 8
 """Side of the largest square of queries that share their keys."""
 REGIONAL_SHARE = 0.8
 SEQUENCE_BLOCK = 16
-GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
-"""Keys and values gathered at once: on a CPU what stays in its cache, elsewhere what keeps it busy."""
 
 PATTERNS = ("multiscale", "sequence")
 
@@ -211,119 +203,3 @@ def _pattern(queries: np.ndarray, keys: np.ndarray, grid: Grid) -> KeyPattern:
     position = np.empty(grid.local, dtype=np.int64)
     position[flat[::-1]] = np.arange(len(flat))[::-1]  # the first answer of a token that appears twice
     return KeyPattern(queries, np.sort(keys, axis=1), position, grid.length)
-
-
-@dataclass(frozen=True)
-class DevicePattern:
-    """A :class:`KeyPattern` as tensors on one device, ready for :func:`sparse_attention`."""
-
-    mask: Tensor | None
-    queries: Tensor | None
-    keys: Tensor | None
-    position: Tensor | None
-
-    @classmethod
-    def place(cls, pattern: KeyPattern, device: torch.device) -> "DevicePattern":
-        if pattern.length <= DENSE_LIMIT:
-            return cls(torch.from_numpy(pattern.visible()).to(device), None, None, None)
-        tensors = (torch.from_numpy(a).to(device) for a in (pattern.queries, pattern.keys, pattern.position))
-        return cls(None, *tensors)
-
-
-def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
-    """Multi-head attention in which a query only meets the keys of its pattern.
-
-    Args:
-        q: (B, L, C) queries.
-        kv: (B, S, 2C) keys and values side by side, so that one gather serves both.
-        pattern: the key lists; keys that it leaves out are neither scored nor stored for S > ``DENSE_LIMIT``.
-        num_heads: C is split into so many heads.
-
-    Returns:
-        (B, L, C).
-    """
-    width = q.shape[-1] // num_heads
-    if pattern.mask is not None:
-        qh = q.unflatten(-1, (num_heads, width)).transpose(1, 2)
-        kh, vh = kv.unflatten(-1, (2, num_heads, width)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=pattern.mask)
-        return out.transpose(1, 2).flatten(2)
-    assert pattern.queries is not None
-    assert pattern.keys is not None
-    assert pattern.position is not None
-    if torch.compiler.is_compiling():
-        out = _attend_blocks(q, kv, pattern.queries, pattern.keys, num_heads)
-    else:
-        out = _BlockAttention.apply(q, kv, pattern.queries, pattern.keys, num_heads)
-    return _take(out, _flat(pattern.position, out))
-
-
-def _flat(index: Tensor, x: Tensor) -> Tensor:
-    """Tokens ``index`` of every row of x (B, S, C) as indices of its B*S tokens, along which gathering is fastest."""
-    batch, length = x.shape[:2]
-    if batch == 1:
-        return index.flatten()
-    first = length * torch.arange(batch, device=index.device)
-    return (first[:, None] + index.flatten()).flatten()
-
-
-def _take(x: Tensor, flat: Tensor) -> Tensor:
-    """(B, S, C), B n indices -> (B, n, C)."""
-    return x.flatten(0, 1).index_select(0, flat).view(x.shape[0], -1, x.shape[2])
-
-
-def _attend_blocks(q: Tensor, kv: Tensor, queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
-    """Gather and attend: q (B, L, C), kv (B, S, 2C), queries (n, Q), keys (n, K) -> (B, n Q, C)."""
-    return _attend(_take(q, _flat(queries, q)), _take(kv, _flat(keys, kv)), len(queries), num_heads)
-
-
-def _attend(qb: Tensor, kvb: Tensor, blocks: int, num_heads: int) -> Tensor:
-    """qb (B, n Q, C), kvb (B, n K, 2C), gathered -> (B, n Q, C)."""
-    batch, _, channels = qb.shape
-    width = channels // num_heads
-    qh = qb.view(batch * blocks, -1, num_heads, width).transpose(1, 2)
-    kh, vh = kvb.view(batch * blocks, -1, 2, num_heads, width).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).reshape(batch, -1, channels)
-
-
-class _BlockAttention(torch.autograd.Function):
-    """:func:`_attend_blocks` some blocks at a time, gathered again in the backward pass.
-
-    A key is gathered by every block that sees it, so that all gathered keys together are many times the keys: they
-    are neither kept nor ever all there, and those of a few blocks stay in the processor's cache. Attention is computed
-    a second time in the backward pass, which costs less than writing and reading what it would have kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
-        ctx.save_for_backward(q, kv, queries, keys)
-        ctx.num_heads = num_heads
-        parts = _parts(kv, queries, keys)
-        answers = [_attend_blocks(q, kv, some_queries, some_keys, num_heads) for some_queries, some_keys in parts]
-        return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, queries, keys = ctx.saved_tensors
-        grad_q, grad_kv = torch.zeros_like(q), torch.zeros_like(kv)
-        start = 0
-        for some_queries, some_keys in _parts(kv, queries, keys):
-            some = grad.narrow(1, start, some_queries.numel())
-            start += some_queries.numel()
-            flat_q, flat_kv = _flat(some_queries, q), _flat(some_keys, kv)
-            with torch.enable_grad():
-                qb, kvb = _take(q, flat_q).requires_grad_(), _take(kv, flat_kv).requires_grad_()
-                answer = _attend(qb, kvb, len(some_queries), ctx.num_heads)
-            grad_qb, grad_kvb = torch.autograd.grad(answer, (qb, kvb), some)
-            grad_q.flatten(0, 1).index_add_(0, flat_q, grad_qb.flatten(0, 1))
-            grad_kv.flatten(0, 1).index_add_(0, flat_kv, grad_kvb.flatten(0, 1))
-        return grad_q, grad_kv, None, None, None
-
-
-def _parts(kv: Tensor, queries: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some blocks at a time, so many that their gathered keys and values fit ``GATHER_BYTES``."""
-    block = kv.shape[0] * keys.shape[1] * kv.shape[2] * kv.element_size()
-    limit = GATHER_BYTES["cpu" if kv.device.type == "cpu" else "other"]
-    count = max(1, limit // block)
-    return zip(queries.split(count), keys.split(count), strict=True)

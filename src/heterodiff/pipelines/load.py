@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.config_file import load_config
-from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype
+from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
@@ -50,6 +50,7 @@ def load(run: str | Path, device: Device | None = None, compile: bool = False, d
     """
     device = find_device(device)
     precision = find_dtype(dtype, device)
+    use_tf32(device)
     folder = Path(run)
     kind = pipeline_kind(folder)
     loaders = {GenerationPipeline.__name__: _load_generation, TextImagePipeline.__name__: _load_text_image}

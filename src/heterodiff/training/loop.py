@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
-from heterodiff.devices import can_fuse_optimizer, deterministic_kernels
+from heterodiff.devices import can_fuse_optimizer, deterministic_kernels, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
 from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
@@ -132,6 +132,7 @@ class Trainer:
         self.hosts = HostGroup(self.accelerator)
         self.device = self.accelerator.device
         self.scaler = loss_scaler(self.device, self.dtype)
+        use_tf32(self.device)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
         self.main = self._part("model", recipe.model)
