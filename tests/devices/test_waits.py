@@ -1,5 +1,6 @@
 """Between two log lines a training step waits for the device not once; nor does a denoising step."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,16 @@ def test_a_training_step_does_not_wait(recipe: str, tmp_path: Path) -> None:
     assert found["copies"] <= COPIES.get(recipe, 4)
 
 
-def test_a_step_on_the_digits_launches_few_kernels_and_sampling_does_not_wait(tmp_path: Path) -> None:
+def test_a_step_on_the_digits_launches_few_kernels(tmp_path: Path) -> None:
     overrides = [f"training.{key}={str(value).lower()}" for key, value in SHORT.items()]
     config = load_config(ROOT / "configs" / "digits.yaml", overrides)
     found = count_training(config, tmp_path / "run")
     assert 100 < found["launches"] <= 1500
     assert (found["waits"], found["copies"] <= 2) == (0, True)
+
+
+def test_a_denoising_step_does_not_wait(runs: Callable[[str], Path]) -> None:
     for sampler in list_samplers():
-        found = count_sampling(tmp_path / "run", sampler)
+        found = count_sampling(runs("pixels"), sampler)
         assert found["launches"] > 100
         assert found["waits"] == (sampler in WAITING), sampler
