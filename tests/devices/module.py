@@ -1,4 +1,4 @@
-"""The module ``torch.twin``, as ``torch.cuda`` is CUDA's: what torch, accelerate and heterodiff ask a device for."""
+"""The module ``torch.twin``, as ``torch.cuda`` is CUDA's: what torch and heterodiff ask a device for."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 # The size of the result, or a number for the host, is known only when the device has finished.
 WAITS = (
     "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount", "histc", "multinomial", "_linalg_check_errors", "_assert_tensor_metadata",
+    "unique_consecutive", "bincount", "histc", "_linalg_check_errors", "_assert_tensor_metadata",
 )  # fmt: skip
 
 WAITING_OVERLOADS = ("repeat_interleave.Tensor", "tensor_split.tensor_indices_or_sections")

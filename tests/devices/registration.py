@@ -1,8 +1,4 @@
-"""Makes the test device known to torch and accelerate. This cannot be undone, so it needs a process of its own."""
-
-from functools import partial
-from typing import Any
-from unittest import mock
+"""Makes the test device known to torch. This cannot be undone, so it needs a process of its own."""
 
 import torch
 from torch.optim import optimizer
@@ -37,7 +33,6 @@ def register() -> None:
     for types in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
         types.append(DeviceTensor)
     _teach_accelerator(module)
-    _teach_accelerate()
 
 
 def _teach_accelerator(module: DeviceModule) -> None:
@@ -49,21 +44,3 @@ def _teach_accelerator(module: DeviceModule) -> None:
     for name in names:
         setattr(torch.accelerator, name, getattr(module, name))
     torch.accelerator.get_memory_info = module.mem_get_info
-
-
-def _teach_accelerate() -> None:
-    """accelerate knows kinds of devices by name; float16 asks for one that it knows, and for the scaler of it."""
-    from accelerate import Accelerator, accelerator
-
-    accelerator.get_grad_scaler = lambda distributed_type=None, **kwargs: torch.amp.GradScaler(NAME, **kwargs)
-    begin = Accelerator.__init__
-
-    def begin_in_float16(self: Accelerator, *args: Any, **kwargs: Any) -> None:
-        known = property(lambda self: torch.device("xpu") if self.state.device.type == NAME else self.state.device)
-        with mock.patch.object(Accelerator, "device", known):
-            begin(self, *args, **kwargs)
-
-    def start(self: Accelerator, *args: Any, **kwargs: Any) -> None:
-        partial(begin_in_float16 if kwargs.get("mixed_precision") == "fp16" else begin, self)(*args, **kwargs)
-
-    Accelerator.__init__ = start

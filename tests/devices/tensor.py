@@ -145,7 +145,7 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raw_kwargs["device"] = torch.device("cpu")
     run = _draw if operation.draws else compute
     out = run(func, raw_args, raw_kwargs)
-    _count(operation, out, given)
+    _count(operation, args, out, given)
     if operation.waits and not isinstance(out, (torch.Tensor, tuple, list)):
         return out
     if device is not None and torch.device(device).type != NAME:
@@ -190,9 +190,9 @@ def _check_devices(operation: Operation, args: Any, kwargs: Any, strangers: list
             )
 
 
-def _count(operation: Operation, out: Any, given: dict[int, DeviceTensor]) -> None:
+def _count(operation: Operation, args: Any, out: Any, given: dict[int, DeviceTensor]) -> None:
     masks = operation.indexes and any(t.dtype == torch.bool for t in list(given.values())[1:])
-    if operation.waits or masks:
+    if operation.waits or masks or (operation.name == MULTINOMIAL and (args[1] == 1 or True not in args[2:3])):
         record(WAIT, operation.name)
     empty = isinstance(out, torch.Tensor) and out.numel() == 0
     if operation.launches and not empty:
@@ -218,6 +218,7 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
+MULTINOMIAL = "aten.multinomial.default"  # waits to check its weights, unless several are drawn with replacement
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -47,6 +47,7 @@ def test_ways_to_wait() -> None:
         "mask": lambda: x[mask],
         "equal": lambda: torch.equal(x, x),
         "copy": lambda: torch.empty(2, 3).copy_(x),
+        "multinomial": lambda: x.multinomial(2),
         "synchronize": lambda: torch.accelerator.synchronize(),
     }
     for name, call in waiting.items():
@@ -55,6 +56,7 @@ def test_ways_to_wait() -> None:
         assert counts.waits == 1, name
     with watched() as counts:
         x.masked_fill(mask, 0.0)
+        x.multinomial(2, replacement=True)
         torch.where(mask, x, 0.0)
         x.to("cpu", non_blocking=True)
     assert (counts.waits, counts.total(FETCH)) == (0, 1)

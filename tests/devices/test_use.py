@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import heterodiff as hd
 from heterodiff.cli import main
 from heterodiff.diffusion.samplers import list_samplers
 from heterodiff.evaluation import classifiers, shapes_reader, text_image_run
+from tests import test_pipelines_segment_files as volumes
 from tests.devices import NAME, watched
 from tests.devices.conftest import default_is_cpu
 from tests.devices.runs import pixels, train
@@ -155,6 +157,16 @@ def test_segment_and_evaluate_anomalies(method: str, tmp_path: Path) -> None:
         call("segment", tmp_path / "cpu", "--calibrate")
         there = json.loads(call("evaluate", tmp_path / "cpu", "--json"))
     assert_close(here, there, "")
+
+
+def test_segment_a_folder_of_patients(tmp_path: Path) -> None:
+    config = volumes.settings(tmp_path / "run", volumes.patients(tmp_path / "data"))
+    train(config.model_copy(update={"training": config.training.model_copy(update={"precision": "float32"})}))
+    volumes.save_calibration(tmp_path / "run", volumes.CALIBRATION, config.segmentation)
+    volumes.write_patient(tmp_path / "patients", "a", np.eye(4))
+    folders(tmp_path, "segment", tmp_path / "run", tmp_path / "patients")
+    maps = [nibabel.load(tmp_path / place / "a" / "anomaly.nii.gz").get_fdata() for place in ("device", "cpu")]
+    np.testing.assert_allclose(*maps, rtol=1e-3, atol=1e-4)
 
 
 def assert_close(here: Any, there: Any, place: str) -> None:
