@@ -26,6 +26,7 @@ from pathlib import Path
 
 from benchmarks.gpu.goals import promises
 from benchmarks.gpu.session import Bench, DeviceLost, Results, Row, code_version, run_rows
+from benchmarks.gpu.steps import measured_file
 from benchmarks.gpu.table import lines_of
 from benchmarks.gpu.ways import attention_table
 from benchmarks.measure import RESULTS
@@ -135,6 +136,8 @@ def report(rows: list[Row], late: list[str], results: Results, tiny: bool) -> in
     missed = 0 if tiny else print_promises(promises(rows_known))
     if not tiny and (table := attention_table(rows_known)) is not None:
         print(f"to commit as src/heterodiff/models/attention_ways.json:\n{table}")
+    if not tiny and (table := measured_file(results.device, rows_known)) is not None:
+        print(f"to commit as src/heterodiff/measured.json:\n{table}")
     if late:
         print(f"no time for {len(late)} rows: {', '.join(late)}")
     return max(missed, int(any(row["state"] == "failed" for row in rows_known.values())))

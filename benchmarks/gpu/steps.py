@@ -1,6 +1,8 @@
 """Rows about whole runs: launches and waits a step, images a second, time to the first step."""
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,11 +12,15 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.recipes import SELDOM, SHIPPED, config_of
 from benchmarks.gpu.session import ROOT, Bench, Row, Unavailable, Unexpected, error_of, own_environment
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 FIRST_STEP = "first step of train digits"
+COMPILING = "training of digits, eager and compiled"
+PAYS = "compiling_pays_after_steps"
 LAUNCHES = ("LaunchKernel", "GraphLaunch")
 
 
@@ -118,6 +124,28 @@ def training_rate(bench: Bench, precision: str) -> dict[str, Any]:
     return {"images_per_second": median(rates), "least": min(rates), "batch": batch, "peak_mb": peak}
 
 
+def compiling(bench: Bench) -> dict[str, Any]:
+    """Seconds of the first step and of a later one of ``digits``, eager and compiled, and when compiling pays.
+
+    The number of steps from which on it pays goes into ``src/heterodiff/measured.json``; None if it never does.
+    """
+    from heterodiff.training.start import train
+
+    seconds: dict[str, float] = {}
+    for name, compiled in (("eager", False), ("compiled", not bench.tiny)):
+        torch.compiler.reset()
+        taken: list[float] = [time.perf_counter()]
+        steps = bench.size(100, 3)
+        folder = bench.folder / f"compiling {name}"
+        config = config_of(bench, "digits", folder, steps, compile=compiled)
+        train(config, quiet=True, on_step=lambda step, loss, taken=taken: taken.append(time.perf_counter()))
+        each = [after - before for before, after in itertools.pairwise(taken)]
+        seconds |= {f"{name}, start and first step": each[0], f"{name}, a step": median(each[2:])}
+    costs = seconds["compiled, start and first step"] - seconds["eager, start and first step"]
+    saves = seconds["eager, a step"] - seconds["compiled, a step"]
+    return seconds | {PAYS: math.ceil(max(0.0, costs) / saves) if saves > 0 else None}
+
+
 def sampling_rate(bench: Bench, graphs: bool) -> dict[str, Any]:
     """Images a second of sampling ``digits``, 20 steps with guidance.
 
@@ -127,12 +155,14 @@ def sampling_rate(bench: Bench, graphs: bool) -> dict[str, Any]:
     Raises:
         Unavailable: graphs without CUDA.
     """
+    from heterodiff.compiling import compile_for_drawing
+
     if graphs and bench.device.type != "cuda":
         raise Unavailable("CUDA graphs need CUDA")
     pipeline, found = _digits(bench), {}
     steps = bench.size(20, 2)
     if graphs:
-        pipeline.unet.compile(dynamic=False, mode="reduce-overhead")
+        compile_for_drawing(pipeline.unet, "graphs", bench.device)
     for count in bench.size((16, 256), (2,)):
         draw = partial(pipeline, [0] * count, batch_size=count, num_inference_steps=steps, guidance_scale=1.5)
         draw()
@@ -170,12 +200,23 @@ def first_step(bench: Bench) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+def measured_file(device: str, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Content of ``src/heterodiff/measured.json`` with what ``rows`` found on ``device``; None if nothing."""
+    from heterodiff.compiling import measured
+
+    row = rows.get(COMPILING)
+    if row is None or row["state"] != "done":
+        return None
+    return json.dumps(measured() | {device: {PAYS: row["found"][PAYS]}}, indent=1)
+
+
 def rows() -> list[Row]:
     return [
         Row(FIRST_STEP, 30, first_step),
         *(Row(f"counts of training {name}", 40, partial(counts_of_training, name=name)) for name in SHIPPED),
         Row("counts of sampling", 15, counts_of_sampling),
         *(Row(f"images/s of training, {p}", 20, partial(training_rate, precision=p)) for p in ("bfloat16", "float32")),
+        Row(COMPILING, 120, compiling),
         Row("images/s of sampling", 15, partial(sampling_rate, graphs=False)),
         Row("images/s of sampling, CUDA graphs", 60, partial(sampling_rate, graphs=True)),
     ]

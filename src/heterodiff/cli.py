@@ -27,6 +27,7 @@ app = typer.Typer(
 MOST_PICTURES = MOST_STEPS = 1_000_000
 MOST_CANDIDATES = 10_000
 
+Graphs = Annotated[bool, typer.Option("--graphs", help="Compile it into CUDA graphs.")]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 ConfigArgument = Annotated[
@@ -229,6 +230,7 @@ def sample(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile the network first; pays off for many images.")
     ] = False,
+    graphs: Graphs = False,
     device: Device = None,
     dtype: DType = None,
     batch_size: BatchSize = None,
@@ -242,7 +244,7 @@ def sample(
     from heterodiff.pipelines.load import load_generation
     from heterodiff.pipelines.output_folder import call_settings, check_output, make_output
 
-    pipeline = load_generation(run, device, compile_, dtype)
+    pipeline = load_generation(run, device, "graphs" if graphs else compile_, dtype)
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
     settings = call_settings(
         "sample",
@@ -302,6 +304,7 @@ def text2image(
     ] = None,
     seed: Seed = 0,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser first.")] = False,
+    graphs: Graphs = False,
     device: Device = None,
     dtype: DType = None,
     batch_size: BatchSize = None,
@@ -321,7 +324,7 @@ def text2image(
         raise ConfigError(
             "--direct is one pass, without --negative, --steps, --guidance, --sampler and --candidates; leave them out"
         )
-    pipeline = load_text_image(run, device, compile_, dtype)
+    pipeline = load_text_image(run, device, "graphs" if graphs else compile_, dtype)
     each = 1 if direct else number  # decoding directly always gives the same
     at_once = batch_size or 64
     settings = call_settings(

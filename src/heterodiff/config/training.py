@@ -43,9 +43,10 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the GPU has it, else float32"
     )
-    compile: bool = Field(
-        False,
-        description="torch.compile the network: minutes at the start, faster steps; needs a C++ compiler on a CPU",
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile the network: minutes at the start, faster steps; needs a C++ compiler on a CPU. "
+        "auto: where a committed measurement on such a device says that it pays for so many steps",
     )
     deterministic: bool = Field(
         False,

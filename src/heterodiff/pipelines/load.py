@@ -10,6 +10,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
+from heterodiff.compiling import Compile, compile_for_drawing
 from heterodiff.config_file import load_config
 from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
@@ -27,7 +28,9 @@ __all__ = ["CONFIG_FILE", "DATA_FILE", "INDEX_FILE", "SPLIT_FILE", "load", "load
 Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
 
 
-def load(run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None) -> Pipeline:
+def load(
+    run: str | Path, device: Device | None = None, compile: Compile = False, dtype: DType | None = None
+) -> Pipeline:
     """Load the pipeline of a run folder, or of a folder written by ``heterodiff import`` or ``pipe.save_pretrained``.
 
     Args:
@@ -35,7 +38,8 @@ def load(run: str | Path, device: Device | None = None, compile: bool = False, d
             present, bring sampling defaults and class names.
         device: as "cuda", "cuda:1", "mps" or "cpu"; default: a GPU if there is one, else the CPU.
         compile: compile the network with torch.compile: about a minute at the first call, and again for each other
-            batch or image size, for faster steps after it. On a CPU this needs a C++ compiler.
+            batch or image size, for faster steps after it. On a CPU this needs a C++ compiler. "graphs": as CUDA
+            graphs, too, whose kernels need not be launched one by one.
         dtype: precision of the denoiser, torch.bfloat16, torch.float16 or torch.float32, or its name; default: bfloat16
             on CUDA, else float32. All else, such as a VAE, stays in float32.
 
@@ -46,7 +50,8 @@ def load(run: str | Path, device: Device | None = None, compile: bool = False, d
     Raises:
         RunError: no such folder, or nothing to load in it yet.
         CheckpointError: weights or configuration that cannot be read, or of another kind.
-        ConfigError: a device that this machine does not have; a precision that is unknown, or not for this run.
+        ConfigError: a device that this machine does not have; a precision that is unknown, or not for this run; CUDA
+            graphs elsewhere than on CUDA.
     """
     device = find_device(device)
     precision = find_dtype(dtype, device)
@@ -71,13 +76,12 @@ def load(run: str | Path, device: Device | None = None, compile: bool = False, d
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.unet is not None:
         torch.nn.Module.to(pipeline.unet, dtype=precision)  # not diffusers' own, which warns of what does not apply
-        if compile:
-            pipeline.unet.compile(dynamic=False)
+        compile_for_drawing(pipeline.unet, compile, device)
     return pipeline.to(device)
 
 
 def load_generation(
-    run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None
+    run: str | Path, device: Device | None = None, compile: Compile = False, dtype: DType | None = None
 ) -> GenerationPipeline:
     """Load a run that draws images, see :func:`load`.
 
@@ -96,7 +100,7 @@ def load_generation(
 
 
 def load_text_image(
-    run: str | Path, device: Device | None = None, compile: bool = False, dtype: DType | None = None
+    run: str | Path, device: Device | None = None, compile: Compile = False, dtype: DType | None = None
 ) -> TextImagePipeline:
     """Load a run of recipe ``text-image`` or ``alignment``, see :func:`load`.
 

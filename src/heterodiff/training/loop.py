@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from heterodiff.compiling import compiles
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
@@ -138,7 +139,7 @@ class Trainer:
         self.main = self._part("model", recipe.model)
         self.network: Any = self.main.network  # as called in training
         self.adversary = None if recipe.adversary is None else self._part("adversary", recipe.adversary)
-        if training.compile:
+        if compiles(training) and recipe.adversary is None:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.ema = EMA(recipe.model.parameters(), decay=training.ema_decay)
         self.step = 0

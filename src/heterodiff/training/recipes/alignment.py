@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
+from heterodiff.compiling import compiles
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
@@ -141,7 +142,7 @@ class AlignmentRecipe:
         networks = build_networks(config, data.spec, make_tokenizer(config, data))
         self.tokenizer = networks.tokenizer
         self.captions = CaptionTable(
-            networks.tokenizer, data.captions, config.text.max_tokens, one_length=config.training.compile
+            networks.tokenizer, data.captions, config.text.max_tokens, one_length=compiles(config.training)
         )
         self.model = AlignmentModel(networks)
         self.spread = spread_of(data.train)

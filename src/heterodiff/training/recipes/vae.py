@@ -106,7 +106,7 @@ class VAERecipe:
         if config.vae.adversarial_weight > 0:
             if config.training.precision == "float16":
                 raise ConfigError("vae.adversarial_weight needs training.precision bfloat16 or float32, found float16")
-            if config.training.compile:
+            if config.training.compile is True:
                 raise ConfigError(
                     "vae.adversarial_weight does not go with training.compile=true; leave one of them out"
                 )
