@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from heterodiff import devices
 from heterodiff.config import TrainingConfig
 from heterodiff.errors import ConfigError
+from heterodiff.training.loop import step_unless
 from heterodiff.training.precision import precision_of
 from heterodiff.training.processes import REFUSED, HostGroup, make_accelerator
 
@@ -31,6 +32,24 @@ def test_float16_needs_a_gpu() -> None:
         precision_of(TrainingConfig(precision="float16"))
     assert precision_of(TrainingConfig(precision="auto")) is None
     assert precision_of(TrainingConfig(precision="bfloat16")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_left_out_changes_neither_weights_nor_moments(fused: bool) -> None:
+    """With the fused optimiser, which looks at the flag itself, and with one that cannot."""
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+    for left_out in (False, True):
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+        steps = [float(state["step"]) for state in optimizer.state.values()]
+        network(torch.full((1, 2), torch.nan if left_out else 1.0)).sum().backward()
+        step_unless(optimizer, torch.tensor(left_out))
+        optimizer.zero_grad()
+        same = [torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)]
+        assert all(same) if left_out else not any(same)
+    assert all(torch.equal(a, state["exp_avg"]) for a, state in zip(moments, optimizer.state.values(), strict=True))
+    assert steps == [float(state["step"]) for state in optimizer.state.values()] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps", "xpu:0", "no device", "cpu:x"])

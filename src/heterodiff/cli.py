@@ -27,7 +27,7 @@ app = typer.Typer(
 MOST_PICTURES = MOST_STEPS = 1_000_000
 MOST_CANDIDATES = 10_000
 
-Graphs = Annotated[bool, typer.Option("--graphs", help="Compile it into CUDA graphs.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Compile the network into CUDA graphs; needs CUDA.")]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 ConfigArgument = Annotated[

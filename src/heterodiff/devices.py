@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from heterodiff.errors import ConfigError, unknown_name
 
@@ -118,6 +119,13 @@ def can_fuse_optimizer(device: torch.device) -> bool:
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to ``device`` from pinned host memory run beside other work."""
     return device.type in ("cuda", "xpu")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy ``tensor`` to ``device`` without waiting for what is computed there."""
+    if tensor.device.type == "cpu" and pins_memory(device) and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def double_dtype(device: torch.device) -> torch.dtype:

@@ -187,7 +187,7 @@ class DataConfig(Section):
     )
     keep_on_device: bool | Literal["auto"] = Field(
         "auto",
-        description="keep all training images on the GPU as they are stored; auto: where they take at most a quarter "
+        description="keep all training images on the GPU as they are stored; auto: where they take at most a tenth "
         "of its free memory",
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heterodiff.devices import double_dtype
+from heterodiff.devices import double_dtype, send
 from heterodiff.text.tokenizer import Tokens, encode_texts
 
 
@@ -77,7 +77,7 @@ class CaptionTable:
             rows on the device of ``choice``, or of ``labels`` without it.
         """
         device = labels.device if choice is None else choice.device
-        labels = labels.to(device, non_blocking=True)
+        labels = send(labels, device)
         first, among = self.on(device).first[labels], self.counts(labels)
         chosen = torch.zeros_like(first) if choice is None else (choice.to(double_dtype(device)) * among).long()
         if count is None:
@@ -104,6 +104,6 @@ class CaptionTable:
             length = int(self._longest[labels].max())
         else:
             length = int(self.on(rows.device).lengths[rows].max())
-        columns, rows = self.on(device), rows.to(device, non_blocking=True)
+        columns, rows = self.on(device), send(rows, device)
         mask = torch.arange(length, device=device) < columns.lengths[rows, None]
         return Tokens(columns.ids[rows, :length].long(), mask)

@@ -7,12 +7,12 @@ from torch.utils.data import DataLoader
 from heterodiff.config import RunConfig
 from heterodiff.data.augment import augment
 from heterodiff.data.dataset import ImageDataset
-from heterodiff.devices import free_memory, pins_memory
+from heterodiff.devices import free_memory, pins_memory, send
 from heterodiff.training.batches import Batch, StepBatches
 from heterodiff.training.interrupt import ignore_signals
 
-KEPT_SHARE = 0.25
-"""Share of a device's free memory that images may take by themselves; the rest is for training steps."""
+KEPT_SHARE = 0.1
+"""Share of a device's free memory that images may take by themselves; the memory plan leaves it free."""
 COPIED_AT_ONCE = 1024
 
 
@@ -69,7 +69,7 @@ class Feed:
     def images(self, batch: Batch, rows: slice) -> Tensor:
         """Images ``rows`` of ``batch`` on the device, (B, C, H, W) float32 in [0, 1]; stored latents as they are."""
         if batch.stored is not None:
-            return self.data.to_images(batch.stored[rows].to(self.device, non_blocking=True))
+            return self.data.to_images(send(batch.stored[rows], self.device))
         assert self._kept is not None
-        indices = torch.tensor(batch.indices[rows]).to(self.device, non_blocking=True)
+        indices = send(torch.tensor(batch.indices[rows]), self.device)
         return self.data.to_images(augment(self._kept[indices], batch.seeds[rows], self.config.data))

@@ -14,6 +14,7 @@ from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.devices import send
 from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
@@ -174,7 +175,7 @@ class DiffusionRecipe:
         """(z, time) -> prediction under the condition that ``labels`` (B,) stand for, dropped where ``draws`` say."""
         if not self.spec.class_names:
             return lambda z, time: network(z, time, class_labels=None).sample
-        classes = labels.to(draws.drop.device, non_blocking=True).masked_fill(draws.drop, NO_CLASS)
+        classes = send(labels, draws.drop.device).masked_fill(draws.drop, NO_CLASS)
         return lambda z, time: network(z, time, class_labels=classes).sample
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
