@@ -82,3 +82,34 @@ def test_images_unlike_the_spec_are_refused(tmp_path, changed, message):
 def test_malformed_spec_is_refused():
     with pytest.raises(DataError, match="expected height, width, channels"):
         ImageSpec.from_dict({"height": 3})
+
+
+def test_known_images_are_not_read_before_they_are_used(tmp_path):
+    """A run on more images than memory holds goes on at once; files are read in the batches that need them."""
+    config = DataConfig(path=make_folder(tmp_path, size=(6, 6)), val_fraction=0.3, memory_limit_gb=0)
+    data = load_data(config)
+    split, spec = data.split_to_dict(), data.spec
+    same_data(data, load_data(config, split=split, spec=spec))
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    again = load_data(config, split=split, spec=spec)
+    assert again.train.names == data.train.names
+    assert again.val.names == data.val.names
+    with pytest.raises(DataError, match="was readable before and is not now"):
+        again.train.batch([0])
+    for changes in ({"memory_limit_gb": 4.0}, {"image_size": (3, 3)}):  # to be held in memory; of another size
+        with pytest.raises(DataError, match="none of 10 images can be used"):
+            load_data(config.model_copy(update=changes), split=split, spec=spec)
+    with pytest.raises(DataError, match="none of 10 images can be used"):
+        load_data(config)
+
+
+def test_images_that_the_run_does_not_know_are_read(tmp_path):
+    config = DataConfig(path=make_folder(tmp_path, size=(6, 6)), memory_limit_gb=0, on_bad="skip")
+    data = load_data(config)
+    (tmp_path / "a" / "bad.png").write_bytes(b"no picture")
+    again = load_data(config, split=data.split_to_dict(), spec=data.spec)
+    assert [name for name, _ in again.skipped] == ["a/bad.png"]
+    Image.fromarray(noise(6, 6)).save(tmp_path / "a" / "new.png")
+    with pytest.raises(DataError, match="1 are new"):
+        load_data(config, split=data.split_to_dict(), spec=data.spec)

@@ -18,8 +18,8 @@ from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
 from heterodiff.data.images import open_images
 from heterodiff.data.latents import load_stored
-from heterodiff.data.split import draw_group_split, saved_test
-from heterodiff.data.survey import survey_images
+from heterodiff.data.split import draw_group_split, saved_test, split_names
+from heterodiff.data.survey import Known, survey_images
 from heterodiff.data.volumes import open_volumes
 from heterodiff.errors import DataError, unknown_name
 
@@ -194,6 +194,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
         return load_stored(config, split, spec)
     every = open_source(config)
     collection = _part_of(every, config, "train", split)
-    data = assemble(collection, survey_images(collection, config, keep=True), config, split, spec)
+    known = None if split is None or spec is None else Known(split_names(split), spec)
+    data = assemble(collection, survey_images(collection, config, keep=True, known=known), config, split, spec)
     used = set(collection.names)
     return replace(data, for_test=tuple(name for name in every.names if name not in used))

@@ -53,6 +53,15 @@ def _names(split: dict[str, Any], part: str) -> list[str]:
     return names
 
 
+def split_names(split: dict[str, Any]) -> frozenset[str]:
+    """Return the names of all images of a saved split.
+
+    Raises:
+        DataError: the split is malformed.
+    """
+    return frozenset((*_names(split, "train"), *_names(split, "val")))
+
+
 def saved_test(
     names: Sequence[str], split: dict[str, Any], where: str, groups: Sequence[str] | None = None
 ) -> np.ndarray | None:

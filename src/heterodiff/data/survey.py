@@ -12,7 +12,7 @@ import numpy as np
 
 from heterodiff.config import DataConfig
 from heterodiff.data.collection import Collection
-from heterodiff.data.dataset import ImageReader, ImageStore, LazyStore, MemoryStore
+from heterodiff.data.dataset import ImageReader, ImageSpec, ImageStore, LazyStore, MemoryStore
 from heterodiff.data.findings import BadImage, DataFinding
 
 PROGRESS_FROM = 2_000
@@ -49,6 +49,23 @@ class Survey:
         return Counter((image.shape[1], image.shape[2]) for image in self.images)
 
 
+@dataclass(frozen=True)
+class Known:
+    """Images that a run has measured before: their names, and the specification that all of them have."""
+
+    names: frozenset[str]
+    spec: ImageSpec
+
+    def fits(self, config: DataConfig) -> bool:
+        """Whether the settings still ask for images like these."""
+        size, channels = (self.spec.height, self.spec.width), self.spec.channels
+        return config.image_size in (None, size) and config.channels in (None, channels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.spec.channels, self.spec.height, self.spec.width
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
     if total <= PROGRESS_FROM:
@@ -65,7 +82,9 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 class _Surveyor:
     """Reads rows, in threads after the first usable one, which fixes channels and number type."""
 
-    def __init__(self, collection: Collection, config: DataConfig, keep: bool, moments: bool) -> None:
+    def __init__(
+        self, collection: Collection, config: DataConfig, keep: bool, moments: bool, known: Known | None
+    ) -> None:
         self.collection = collection
         self.reader = ImageReader(collection.read, config.image_size, config.resize)
         self.channels = config.channels
@@ -76,6 +95,11 @@ class _Surveyor:
         self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
         self.kept: np.ndarray | None = None
         self.dtypes: Counter[str] = Counter()
+        self.known: Known | None = None
+        if known is not None and known.fits(config):
+            dtype = np.dtype(known.spec.dtype)
+            if len(collection.names) * math.prod(known.shape) * dtype.itemsize > self.limit_bytes:
+                self.known, self.first = known, (collection.names[0], dtype, known.shape)
 
     def _refuse_unlike_first(self, image: np.ndarray) -> None:
         channels, dtype = self.channels, None
@@ -99,7 +123,9 @@ class _Surveyor:
             self.kept = np.empty((count, *fitted.shape), fitted.dtype)
 
     def measure(self, row: int) -> Measured | DataFinding:
-        """Read ``row`` once: check, measure and keep it."""
+        """Read ``row`` once: check, measure and keep it. A known image that is not kept need not be read."""
+        if self.known is not None and self.collection.names[row] in self.known.names:
+            return Measured(row, self.known.shape, *self.known.spec.value_range)
         try:
             image = self.collection.read(row)
             self.dtypes[image.dtype.name] += 1
@@ -130,14 +156,17 @@ class _Surveyor:
                 yield from pool.map(self.measure, range(start, min(start + _WINDOW, count)))
 
 
-def survey_images(collection: Collection, config: DataConfig, *, keep: bool, moments: bool = False) -> Survey:
+def survey_images(
+    collection: Collection, config: DataConfig, *, keep: bool, moments: bool = False, known: Known | None = None
+) -> Survey:
     """Read every image of ``collection`` once.
 
     Args:
         keep: hold the decoded images in memory if they fit ``config.memory_limit_gb``.
         moments: also measure mean and mean square (slower).
+        known: images of a run that goes on. Where memory does not hold them, they are not read before they are used.
     """
-    surveyor = _Surveyor(collection, config, keep, moments)
+    surveyor = _Surveyor(collection, config, keep, moments, known)
     images: list[Measured] = []
     bad = list(collection.unreadable)
     with _progress(len(collection.names)) as advance:
