@@ -5,17 +5,13 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
 from heterodiff.codecs.latent import LatentCodec, LatentMoments
@@ -37,9 +33,9 @@ from heterodiff.data.latents_format import (
 )
 from heterodiff.data.latents_plan import SHARD_SIZE, differences, images_at, plan_of
 from heterodiff.errors import DataError
+from heterodiff.progress import progress_tasks
 
 MAX_FLOAT16 = 65504.0
-SECONDS_BETWEEN_LINES = 10.0
 LEFTOVER = re.compile(r"(plan\.json|index\.json|shard_\d+\.safetensors)\.[0-9a-f]{8}\.tmp")
 """What a call that was killed while it wrote a file leaves behind."""
 ANOTHER_FOLDER = "choose another folder, or delete this one"
@@ -114,7 +110,8 @@ def encode_data(
     images = sum(len(plan.ranges[number]) for number in todo)
     _check_room(out, images * plan.image_bytes)
     start = time.perf_counter()
-    with _progress(images, quiet) as advance:
+    with progress_tasks(quiet) as task:
+        advance = _adding(task("encoding", images))
         for number in todo:
             tensors = _encode(data, plan, codec, plan.ranges[number], batch_size, advance)
             _write(out / shard_name(number), save(tensors))
@@ -247,34 +244,13 @@ def _write_index(out: Path, plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many images are done: a bar on a terminal, else a line now and then."""
-    start = last = time.perf_counter()
-    done = 0
-    console = Console(stderr=True, quiet=quiet)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not sys.stderr.isatty(),
-        transient=True,
-    )
-    task = bar.add_task("encoding", total=total, note="")
+def _adding(done: Callable[[int], None]) -> Callable[[int], None]:
+    """From a function that is told how many are done in all to one that is told how many more are."""
+    total = 0
 
     def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        now = time.perf_counter()
-        rate = done / max(now - start, 1e-9)
-        bar.update(task, completed=done, note=f"{rate:.0f} images/s")
-        if bar.disable and now - last > SECONDS_BETWEEN_LINES:
-            last = now
-            left = (total - done) / rate
-            console.print(f"encoded {done}/{total}  {rate:.1f} images/s  about {left:.0f} s left", highlight=False)
+        nonlocal total
+        total += count
+        done(total)
 
-    with bar:
-        yield advance
+    return advance

@@ -3,9 +3,8 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from heterodiff.config import DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageReader, ImageSpec, ImageStore, LazyStore, MemoryStore
 from heterodiff.data.findings import BadImage, DataFinding
+from heterodiff.progress import progress_tasks
 
 PROGRESS_FROM = 2_000
 _WINDOW = 1_024
@@ -64,19 +64,6 @@ class Known:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.spec.channels, self.spec.height, self.spec.width
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    if total <= PROGRESS_FROM:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading images", total=total)
-        yield lambda: progress.advance(task)
 
 
 class _Surveyor:
@@ -169,9 +156,11 @@ def survey_images(
     surveyor = _Surveyor(collection, config, keep, moments, known)
     images: list[Measured] = []
     bad = list(collection.unreadable)
-    with _progress(len(collection.names)) as advance:
-        for result in surveyor.run():
-            advance()
+    total = len(collection.names)
+    with progress_tasks(quiet=total <= PROGRESS_FROM) as task:
+        done = task("reading images", total)
+        for count, result in enumerate(surveyor.run(), start=1):
+            done(count)
             if isinstance(result, Measured):
                 images.append(result)
             else:

@@ -14,13 +14,14 @@ from heterodiff.errors import ConfigError
 from heterodiff.evaluation.augmentation import augmentation_study
 from heterodiff.evaluation.augmentation_picture import augmentation_picture
 from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
-from heterodiff.evaluation.progress import pictures_at_once, progress_tasks
+from heterodiff.evaluation.progress import pictures_at_once
 from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
 from heterodiff.evaluation.run import held_out_images, images_of, run_data
 from heterodiff.files import fresh
 from heterodiff.pipelines.files import draw_classes
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.progress import progress_tasks
 
 MAX_PER_CLASS = 500
 

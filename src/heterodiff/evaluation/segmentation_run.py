@@ -18,7 +18,6 @@ from heterodiff.data.volumes import known_fingerprint
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import DataError, RunError
-from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
@@ -41,6 +40,7 @@ from heterodiff.pipelines.segment import (
     load_calibration,
     save_calibration,
 )
+from heterodiff.progress import progress_tasks
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128

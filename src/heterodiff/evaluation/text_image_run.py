@@ -15,7 +15,6 @@ from heterodiff.data.builtin.shapes import scene_of
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
-from heterodiff.evaluation.progress import StartTask, progress_tasks
 from heterodiff.evaluation.report import CAPTIONS_PICTURE, EVALUATION_FOLDER, PROMPTS_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, image_config, run_data
 from heterodiff.evaluation.shapes_reader import STEPS, TEST_RENDERS, ShapesReader
@@ -39,6 +38,7 @@ from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image, pipeline_kind
 from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
+from heterodiff.progress import StartTask, progress_tasks
 
 READER_FILE = "reader.safetensors"
 MAX_RETRIEVAL_IMAGES = 2_500

@@ -1,7 +1,6 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from heterodiff.files import fresh
+from heterodiff.progress import progress_bar
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,16 +67,7 @@ class Journal:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.console = Console(stderr=True, quiet=quiet)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=quiet or not sys.stderr.isatty(),
-        )
+        self._bar = progress_bar(self.console, quiet, transient=False)
         self._task = self._bar.add_task("training", total=steps, completed=step, note="")
 
     def __enter__(self) -> "Journal":

@@ -16,10 +16,10 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.errors import ConfigError
-from heterodiff.evaluation.progress import progress_tasks
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
+from heterodiff.progress import progress_tasks
 from heterodiff.text.networks import TextNetworks, load_networks
 from heterodiff.text.table import CaptionTable
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe

@@ -1,0 +1,62 @@
+"""Progress of long work on stderr: a bar on a terminal, else a line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 15.0
+"""Between two lines where there is no terminal."""
+
+StartTask = Callable[[str, int], Callable[[int], None]]
+
+
+def progress_bar(console: Console, quiet: bool = False, transient: bool = True) -> Progress:
+    """Return the bar that all long work shows; its tasks have a field ``note`` beside the count.
+
+    Args:
+        quiet: no bar; there is none without a terminal either.
+        transient: remove the bar when it is done.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not sys.stderr.isatty(),
+        transient=transient,
+    )
+
+
+@contextmanager
+def progress_tasks(quiet: bool = False) -> Iterator[StartTask]:
+    """Yield a function that starts a task of a number of items and returns what to call with the number done.
+
+    A bar on a terminal, else a line every quarter of a minute and at the end of each task.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    bar = progress_bar(console, quiet)
+
+    def start(name: str, total: int) -> Callable[[int], None]:
+        task = bar.add_task(name, total=total, note="")
+        began = shown = time.perf_counter()
+
+        def done(count: int) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            speed = f"{count / max(now - began, 1e-9):.3g}/s"
+            bar.update(task, completed=count, note=speed)
+            if bar.disable and (now - shown >= LINE_SECONDS or count == total):
+                shown = now
+                console.print(f"{name}: {count:,} of {total:,}, {speed}", highlight=False, markup=False, soft_wrap=True)
+
+        return done
+
+    with bar:
+        yield start
