@@ -180,6 +180,14 @@ class GenerationPipeline(DrawingPipeline):
         images = to_output(torch.cat(parts), output_type)
         return GenerationOutput(images=images) if return_dict else (images,)
 
+    def predict(self, z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """The denoiser's output (B, C or 2C, H, W) at z (B, C, H, W), network times (B,), for class labels (B,).
+
+        A network without classes takes no notice of the labels.
+        """
+        conditional = self.unet.config.num_classes is not None
+        return self.network(z, time, class_labels=labels if conditional else None)
+
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.vae is None:
             return size
@@ -200,13 +208,8 @@ class GenerationPipeline(DrawingPipeline):
     ) -> Tensor:
         alike = bool((labels < 0).all()) and scale >= 0  # without any condition both branches are the same
         labels = labels.to(self.device)
-        conditional = self.unet.config.num_classes is not None
-
-        def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-            return self.network(z, time, class_labels=condition if conditional else None)
-
         denoise = guided_denoiser(
-            model_call,
+            self.predict,
             labels,
             null_labels(labels),
             1.0 if alike else scale,

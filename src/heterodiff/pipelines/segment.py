@@ -110,12 +110,7 @@ class Segmenter:
         x = images.to(pipeline.device, torch.float32) * 2 - 1
         labels = torch.full((len(x),), self.healthy, device=x.device)
         none = null_labels(labels)
-        conditional = pipeline.unet.config.num_classes is not None
-
-        def model_call(z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-            return pipeline.network(z, time, class_labels=condition if conditional else None)
-
-        network = (model_call, self.schedule, pipeline.prediction)
+        network = (pipeline.predict, self.schedule, pipeline.prediction)
         guidance, steps = settings.guidance_scale, self.timesteps
         common: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
