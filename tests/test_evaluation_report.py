@@ -280,3 +280,32 @@ def test_a_single_held_out_loss_can_be_seen():
     assert (list(point.get_xdata()), point.get_marker()) == ([19], "o")
     assert point.get_markersize() >= 6
     assert not point.get_clip_on()
+
+
+def test_headline_is_that_of_the_stricter_classifier_with_the_worst_class(tmp_path):
+    """A run with one class of pure noise is not praised for its mean."""
+
+    def read_right(share):
+        return {"n": 20, "share": share, "low": share, "high": share}
+
+    names = ("cat", "noise")
+    evaluation = EVALUATION | {
+        "fidelity": {
+            "svm": {"generated": read_right(0.97), "real": read_right(0.99)},
+            "cnn": {"generated": read_right(0.53), "real": read_right(0.96)},
+        },
+        "per_class": [
+            {"name": name, "label": k, "svm_generated": read_right(0.97), "cnn_generated": read_right(share)}
+            for k, (name, share) in enumerate(zip(names, (0.98, 0.08), strict=True))
+        ],
+        "diversity": {
+            "ratio": 1.02,
+            "verdict": "ok",
+            "per_class": [{"name": "cat", "ratio": 0.9}, {"name": "noise", "ratio": 2.4}],
+        },
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    _, text = read(write_report(tmp_path))
+    assert "Class accuracy (CNN)" in text
+    assert "real held-out images: 96.0 %; worst class, noise: 8.0 %" in text.replace("\xa0", " ")
+    assert "class noise: 240.0 %" in text.replace("\xa0", " ")

@@ -1,5 +1,6 @@
 """The parts of the report that show ``evaluation.json``: each number beside what real images get."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,52 @@ EXPLANATIONS = {
 }
 
 
+def _rows(content: Any) -> list[Mapping[str, Any]]:
+    return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+
+
+def _class_accuracy(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Yield the card of the stricter classifier, with its worst class: a mean hides a class that is pure noise."""
+    shares = {
+        name: share
+        for name in ("svm", "cnn")
+        if is_number(share := part_of(evaluation, "fidelity", name, "generated").get("share"))
+    }
+    if not shares:
+        return
+    name = min(shares, key=lambda each: shares[each])
+    note = f"real held-out images: {percent(part_of(evaluation, 'fidelity', name, 'real').get('share'))}"
+    classes = [
+        (share, str(row.get("name", row.get("label", MISSING))))
+        for row in _rows(evaluation.get("per_class"))
+        if is_number(share := part_of(row, f"{name}_generated").get("share"))
+    ]
+    if len(classes) > 1:
+        share, worst = min(classes)
+        note += f"; worst class, {worst}: {percent(share)}"
+    yield f"Class accuracy ({name.upper()})", percent(shares[name]), note
+
+
+def _variety(diversity: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Yield the card of the variety, with the class that is least like real images."""
+    if not is_number(diversity.get("ratio")):
+        return
+    noisy = diversity.get("verdict") == "noisy"
+    note = "far more varied than real: noise?" if noisy else "100 %: as varied as real images"
+    ratios = [
+        (abs(math.log(row["ratio"])), str(row.get("name")), row["ratio"])
+        for row in _rows(diversity.get("per_class"))
+        if is_number(row.get("ratio")) and row["ratio"] > 0
+    ]
+    if len(ratios) > 1:
+        _, name, ratio = max(ratios)
+        note += f"; class {name}: {percent(ratio)}"
+    yield "Variety against real", percent(diversity["ratio"]), note
+
+
 def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
     """Yield (label, value, note) of the numbers to read first."""
-    svm = part_of(evaluation, "fidelity", "svm")
-    share = part_of(svm, "generated").get("share")
-    if share is not None:
-        note = f"real held-out images: {percent(part_of(svm, 'real').get('share'))}"
-        yield "Shows the class asked for", percent(share), note
+    yield from _class_accuracy(evaluation)
     frechet = part_of(evaluation, "frechet_distance")
     if frechet:
         yield "Fréchet distance", number(frechet.get("generated")), f"real images: {number(frechet.get('real'))}"
@@ -37,11 +77,7 @@ def headline_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, st
     if nearest.get("copy_share") is not None:
         note = "unlike the data: says nothing yet" if nearest.get("verdict") == "unlike" else "chance: about 1 %"
         yield "Near copies of training images", percent(nearest["copy_share"]), note
-    diversity = part_of(evaluation, "diversity")
-    if diversity.get("ratio") is not None:
-        noisy = diversity.get("verdict") == "noisy"
-        note = "far more varied than real: noise?" if noisy else "100 %: as varied as real images"
-        yield "Variety against real", percent(diversity["ratio"]), note
+    yield from _variety(part_of(evaluation, "diversity"))
 
 
 def reconstruction_section(evaluation: Mapping[str, Any]) -> str:
