@@ -82,3 +82,19 @@ def test_state_resumes():
 def test_unknown_name():
     with pytest.raises(ConfigError, match="did you mean 'uniform'"):
         make_timestep_sampler("unifrom", 10)
+
+
+def test_history_is_that_of_one_loss_after_the_other():
+    """Against a loop: also where a timestep occurs more often in a batch than its history is long."""
+    sampler, rng = LossSecondMomentTimesteps(4), torch.Generator().manual_seed(0)
+    history: list[list[float]] = [[] for _ in range(4)]
+    for step in range(12):
+        t = torch.randint(4 if step % 3 else 1, (25,), generator=rng)
+        losses = torch.rand(25, generator=rng, dtype=torch.float64)
+        losses[step] = torch.nan
+        sampler.update(t, losses)
+        for place, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if loss == loss:
+                history[place] = [*history[place], loss][-10:]
+    moments = torch.tensor([sum(loss**2 for loss in losses) / 10 for losses in history], dtype=torch.float64).sqrt()
+    torch.testing.assert_close(sampler.probabilities(), 0.999 * moments / moments.sum() + 0.001 / 4)
