@@ -77,7 +77,7 @@ def guided_denoiser(
     """
     low, high = interval
     if not 0 <= scale < math.inf:  # NaN as well
-        raise ConfigError(f"guidance_scale {scale}: expected a finite number, 0 or more; 1 is unguided")
+        raise ConfigError(f"guidance_scale {scale}: expected 0 or more and finite; 1 is unguided")
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"guidance_interval ({low}, {high}): expected 0 <= low <= high <= 1")
 
