@@ -281,6 +281,31 @@ def test_a_folder_with_pictures_of_another_call_is_left_alone(
     assert "pictures of something else" in capsys.readouterr().err
 
 
+def test_images_to_train_on_are_not_mixed_with_drawn_ones(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--class", "3", "-n", "1", "--steps", "1", "--device", "cpu"]
+    image = tmp_path / "data" / "zero" / "1.jpg"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    assert call("sample", run, *options, "--out", image.parents[1]) == 1
+    assert "pictures of something else" in capsys.readouterr().err
+    assert [path for path in image.parents[1].rglob("*") if path.is_file()] == [image]
+    assert call("sample", run, *options, "--out", tmp_path / "out" / "first") == 0
+    assert call("sample", run, *options, "--out", tmp_path / "out") == 0  # beside a folder of an earlier call
+
+
+@pytest.mark.parametrize("guidance", ["inf", "nan", "-1"])
+def test_guidance_that_is_no_scale_is_refused(run: Path, capsys: pytest.CaptureFixture, guidance: str) -> None:
+    assert call("sample", run, "--class", "3", "-n", "1", "--guidance", guidance, "--device", "cpu") == 1
+    assert "guidance" in capsys.readouterr().err
+
+
+def test_a_usage_error_names_the_help_of_its_command(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call("sample", run, "-n", "0") == 1
+    assert "(see heterodiff sample --help)" in capsys.readouterr().err
+
+
 def test_pictures_of_prompts_have_a_folder_of_their_own_too(
     shapes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -625,7 +625,9 @@ def main(arguments: list[str] | None = None) -> None:
         message = getattr(error, "format_message", None)  # wrong usage, found by typer
         if message is None:
             raise
-        code = _fail(f"{message()} (see heterodiff --help)")
+        context = getattr(error, "ctx", None)
+        command = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        code = _fail(f"{message()} (see heterodiff{command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

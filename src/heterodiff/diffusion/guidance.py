@@ -1,5 +1,6 @@
 """Classifier-free guidance (Ho & Salimans 2022), limited to an interval of noise levels if wished."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,11 +73,11 @@ def guided_denoiser(
             is used alone (Kynkäänniemi et al. 2024), which also saves half of the work there.
 
     Raises:
-        ConfigError: a negative scale, or not 0 <= low <= high <= 1.
+        ConfigError: a negative scale or one that is not finite, or not 0 <= low <= high <= 1.
     """
     low, high = interval
-    if scale < 0:
-        raise ConfigError(f"guidance_scale {scale}: expected 0 or more; 1 is unguided")
+    if not 0 <= scale < math.inf:  # NaN as well
+        raise ConfigError(f"guidance_scale {scale}: expected 0 or more and finite; 1 is unguided")
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"guidance_interval ({low}, {high}): expected 0 <= low <= high <= 1")
 

@@ -13,7 +13,7 @@ from heterodiff.pipelines.run_files import WEIGHTS_FILE, read_json, weights_dige
 
 GENERATED = "generated"
 SETTINGS_FILE = "settings.json"
-PICTURES = (".png", ".npy")
+PICTURES = (".png", ".npy", ".npz", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 TRIES = 100
 
 
@@ -63,7 +63,8 @@ def check_output(out: Path | None, settings: dict[str, Any]) -> None:
     The same call may write there again: its pictures replace themselves.
 
     Raises:
-        RunError: it holds pictures of another call; the setting that differs is named.
+        RunError: it holds pictures of another call; the setting that differs is named. Or it, or a folder in it, holds
+            pictures that no call drew, such as images to train on.
     """
     if out is None or not out.is_dir():
         return
@@ -74,7 +75,10 @@ def check_output(out: Path | None, settings: dict[str, Any]) -> None:
             if found.get(key) != settings.get(key):
                 differing = f"{key} {_short(found.get(key))}, not {_short(settings.get(key))}"
                 raise RunError(f"{out}: holds pictures drawn with {differing}; {way_out}")
-    elif any(path.suffix in PICTURES for path in out.iterdir()):
+        return
+    # One level down as well, where images for training have a folder a class; folders of other calls do no harm.
+    folders = [path for path in out.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).is_file()]
+    if any(path.suffix.lower() in PICTURES for folder in (out, *folders) for path in folder.iterdir()):
         raise RunError(f"{out}: holds pictures of something else (it has no {SETTINGS_FILE}); {way_out}")
 
 
