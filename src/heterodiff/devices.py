@@ -9,10 +9,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.errors import ConfigError, reason, unknown_name
 
 Device = str | torch.device
 DType = str | torch.dtype
+# cuBLAS and torch read this once, at the first product on a GPU, which may be long before deterministic training.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,7 +123,7 @@ def can_fuse_optimizer(device: torch.device) -> bool:
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether ``device`` has memory of its own, to which copies from pinned memory of the host run beside other work."""
+    """Whether ``device`` has memory of its own, to which copies from pinned host memory run beside other work."""
     return device.type not in ("cpu", "mps")
 
 
@@ -141,12 +144,12 @@ def double_dtype(device: torch.device) -> torch.dtype:
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """Let every kernel give the same bits for the same input, at some cost of speed, if ``wanted``.
 
-    Kernels that cannot raise a RuntimeError that says so.
+    Raises:
+        ConfigError: one of them cannot.
     """
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     switches: Any = torch.utils.deterministic
     filled = switches.fill_uninitialized_memory
@@ -155,10 +158,25 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     switches.fill_uninitialized_memory = False  # a search for bugs, not for equal bits
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"training.deterministic=true: {reason(error)}; set it to false") from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         switches.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def any_kernels() -> Iterator[None]:
+    """Inside :func:`deterministic_kernels`, let also kernels work that have no such form."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def use_tf32(device: torch.device) -> None:
