@@ -107,7 +107,8 @@ def train(
     alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
     with alone, _explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
         if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
-            data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
+            data = prepare_latents(config, recipe, data, trainer.accelerator, trainer.hosts.wait, quiet)
+            trainer.data = data
         if checkpoint is None and isinstance(recipe, TextImageRecipe):
             error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
             notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
@@ -382,7 +383,8 @@ def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
         trainer = Trainer(config, recipe, data)
         if isinstance(recipe, DiffusionRecipe):
             without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
-            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
+            wait = trainer.hosts.wait
+            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, wait, quiet=True)
     return trainer, recipe
 
 
