@@ -72,7 +72,8 @@ def count_training(config: Any, folder: Path) -> dict[str, int]:
         loop.Trainer.train_step = original  # type: ignore[method-assign]
     last = counted[-1]
     update = sum(n for line, n in last.lines("launch").items() if _updates(line))
-    return {"launches": last.launches - update, "update": update, "copies": last.copies, "waits": last.waits}
+    found = {name: getattr(last, name) for name in ("copies", "blocking_copies", "waits")}
+    return {"launches": last.launches - update, "update": update, **found}
 
 
 def _updates(line: str) -> bool:
@@ -99,7 +100,7 @@ def count_sampling(run: Path, sampler: str) -> dict[str, float]:
     few, many = found
     return {
         name: (getattr(many, name) - getattr(few, name)) / 4
-        for name in ("launches", "copies", "waits")
+        for name in ("launches", "copies", "blocking_copies", "waits")
     }  # fmt: skip
 
 

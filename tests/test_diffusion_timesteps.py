@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heterodiff.diffusion.timesteps import LossSecondMomentTimesteps, make_timestep_sampler
+from heterodiff.diffusion.timesteps import LossSecondMomentTimesteps, draw_by_race, make_timestep_sampler
 from heterodiff.errors import ConfigError
 
 LOSS = torch.linspace(0.1, 3.0, 20)
@@ -55,6 +55,13 @@ def test_importance_weights_are_unbiased():
     full = (torch.arange(20.0) - 7).square().mean()
     assert (weights * loss).mean() == pytest.approx(full.item(), rel=0.04)
     assert loss.mean() != pytest.approx(full.item(), rel=0.2)
+
+
+def test_a_race_draws_with_the_probabilities():
+    probabilities = warmed().probabilities()
+    drawn = draw_by_race(probabilities, 20_000, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.int64
+    assert (torch.bincount(drawn, minlength=20) / 20_000 - probabilities).abs().max() < 0.01
 
 
 def test_non_finite_losses_are_left_out():

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from heterodiff.config import DataConfig
 from heterodiff.config_file import dump_config, parse_config
+from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError
 from heterodiff.training.batches import BatchOrder, StepBatches, Stream, derive_seed
@@ -118,3 +120,12 @@ def test_metrics_have_what_the_report_shows(tmp_path: Path) -> None:
         {"lr", "grad_norm", "images_per_second", "waiting_share", "seconds"} <= set(r) for r in rows if "loss" in r
     )
     assert rows[-1]["val_loss"] > 0
+
+
+@pytest.mark.parametrize(("kind", "bytes_each"), [(np.uint8, 1), (np.uint16, 4), (np.float32, 4)])
+def test_kept_images_take_the_room_that_is_counted(kind: type, bytes_each: int) -> None:
+    """Integers of more than a byte travel, and stay on the device, as floats."""
+    spec = ImageSpec(4, 5, 2, (), (0.0, 1.0), np.dtype(kind).name)
+    images = MemoryStore(np.ones((3, 2, 4, 5), kind))
+    data = ImageDataset(spec, images, np.arange(3), ["a", "b", "c"], np.full(3, -1))
+    assert data.bytes_in_memory() == data.stored(range(3)).nbytes == 3 * 2 * 4 * 5 * bytes_each

@@ -342,7 +342,7 @@ def test_measured_statistics_are_of_all_classes(vae: Path, tmp_path: Path) -> No
     recipe = build_recipe(config, data)
     trainer = Trainer(config, recipe, data)
     assert isinstance(recipe, DiffusionRecipe)
-    prepare_latents(config, recipe, data, trainer.accelerator, quiet=True)
+    prepare_latents(config, recipe, data, trainer.accelerator, trainer.hosts.wait, quiet=True)
     codec = KLVAECodec(load_vae(vae))
     posterior = codec.posterior(data.train.batch(range(1300))[0])
     mean = posterior[:, :4].double().mean((0, 2, 3))

@@ -1,5 +1,9 @@
 """Settings of processes and devices that are refused before work starts."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -65,11 +69,48 @@ def test_device_by_name() -> None:
     assert "CPU threads" in devices.device_name(torch.device("cpu"))
 
 
-def test_deterministic_kernels_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+@pytest.mark.parametrize("emulates", [True, False])
+def test_bfloat16_that_a_gpu_only_emulates_does_not_count(emulates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:  # as torch.cuda's, on GPUs before Ampere and after
+        return including_emulation or not emulates
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert devices.has_bfloat16(torch.device("cuda")) == (not emulates)
+
+
+def test_a_device_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (device.index, 0) if device else None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"number {device.index}")
+    second = torch.device("cuda:1")
+    assert devices.free_memory(second) == (1, "GPU memory")
+    assert devices.device_name(second) == "number 1"
+
+
+def test_the_fused_optimiser_of_mps_does_not_look_at_the_flag() -> None:
+    assert devices.can_fuse_optimizer(torch.device("cpu"))
+    assert devices.can_fuse_optimizer(torch.device("cuda"))
+    assert not devices.can_fuse_optimizer(torch.device("mps"))
+
+
+def test_deterministic_kernels_for_a_while() -> None:
     with devices.deterministic_kernels(False):
         assert not torch.are_deterministic_algorithms_enabled()
     with devices.deterministic_kernels(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_kernel_that_cannot_be_deterministic_names_the_setting() -> None:
+    refused = pytest.raises(ConfigError, match=r"training\.deterministic=true: put_ .*set it to false")
+    with refused, devices.deterministic_kernels(True):
+        torch.ones(2).put_(torch.tensor([0]), torch.ones(1))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_cublas_is_set_up_before_anything_is_computed() -> None:
+    """Not only when deterministic training begins: torch looks once, at the first product on a GPU."""
+    look = "import os, heterodiff.devices; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    found = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ":4096:8"

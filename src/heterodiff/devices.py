@@ -9,10 +9,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.errors import ConfigError, reason, unknown_name
 
 Device = str | torch.device
 DType = str | torch.dtype
+# cuBLAS and torch read this once, at the first product on a GPU, which may be long before deterministic training.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,7 +72,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type in ("cpu", "mps"):
         return device.type == "cpu"
     supported = getattr(_module(device), "is_bf16_supported", None)
-    return bool(supported()) if supported is not None else False
+    return bool(supported(including_emulation=False)) if supported is not None else False
 
 
 def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
@@ -98,7 +101,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{torch.get_num_threads()} CPU threads"
     name = getattr(_module(device), "get_device_name", None)
-    return str(name()) if name is not None else device.type
+    return str(name(device)) if name is not None else device.type
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:
@@ -106,26 +109,30 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     info = getattr(_module(device), "mem_get_info", None)
     if device.type == "cpu" or info is None:
         return psutil.virtual_memory().available, "memory"
-    return int(info()[0]), "GPU memory"
+    return int(info(device)[0]), "GPU memory"
 
 
 def can_fuse_optimizer(device: torch.device) -> bool:
-    """Whether torch's optimisers have a fused form on ``device``, which also leaves a step out without a wait."""
+    """Whether torch's optimisers have a fused form on ``device`` that can leave a step out without a wait.
+
+    That of mps takes the flag, but does not look at it.
+    """
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-    return device.type in _get_fused_kernels_supported_devices()
+    return device.type != "mps" and device.type in _get_fused_kernels_supported_devices()
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether copies to ``device`` from pinned host memory run beside other work."""
-    return device.type in ("cuda", "xpu")
+    """Whether ``device`` has memory of its own, to which copies from pinned host memory run beside other work."""
+    return device.type not in ("cpu", "mps")
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy ``tensor`` to ``device`` without waiting for what is computed there."""
-    if tensor.device.type == "cpu" and pins_memory(device) and not tensor.is_pinned():
+    """Copy ``tensor`` to ``device``, where it can without waiting for what is computed there."""
+    pins = pins_memory(device)  # a copy that is not waited for may read memory that is used anew, unless it is pinned
+    if pins and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=pins)
 
 
 def double_dtype(device: torch.device) -> torch.dtype:
@@ -137,12 +144,12 @@ def double_dtype(device: torch.device) -> torch.dtype:
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """Let every kernel give the same bits for the same input, at some cost of speed, if ``wanted``.
 
-    Kernels that cannot raise a RuntimeError that says so.
+    Raises:
+        ConfigError: one of them cannot.
     """
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     switches: Any = torch.utils.deterministic
     filled = switches.fill_uninitialized_memory
@@ -151,10 +158,25 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     switches.fill_uninitialized_memory = False  # a search for bugs, not for equal bits
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"training.deterministic=true: {reason(error)}; set it to false") from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         switches.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def any_kernels() -> Iterator[None]:
+    """Inside :func:`deterministic_kernels`, let also kernels work that have no such form."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def use_tf32(device: torch.device) -> None:

@@ -46,7 +46,7 @@ class DeviceModule:
     def get_device_name(self, device: Any = None) -> str:
         return "test device"
 
-    def is_bf16_supported(self, *_: Any) -> bool:
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
         return True
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:

@@ -27,6 +27,10 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 # Beside pointwise operations, these take a number that lies in a 0-dim CPU tensor.
 TAKES_CPU_NUMBERS = ("where", "masked_fill", "masked_fill_", "fill", "fill_", "index_fill", "index_fill_", *INDEXING)
 
+# Forward kernels that are not deterministic on CUDA, see torch.use_deterministic_algorithms; multinomial adds up
+# probabilities. Those of backward passes are missing: an error in autograd's thread would end the process.
+NOT_DETERMINISTIC = ("cumsum", "multinomial", "nll_loss2d_forward", "histc", "put_")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -38,6 +42,7 @@ class Operation:
         waits: whether the host waits for the result.
         draws: whether random numbers are drawn.
         indexes: whether CPU tensors may stand as indices.
+        deterministic: whether CUDA has a deterministic kernel.
         takes_cpu_numbers: whether 0-dim CPU tensors may stand among the device's.
         reshapes: whether a tensor that is written to may change its shape.
         written: for each result the argument's position or name that it is written into, or None.
@@ -49,6 +54,7 @@ class Operation:
     waits: bool
     draws: bool
     indexes: bool
+    deterministic: bool
     takes_cpu_numbers: bool
     reshapes: bool
     written: tuple[int | str | None, ...]
@@ -79,6 +85,7 @@ def describe(func: OpOverload) -> Operation:
         waits=base in WAITS or str(func).removeprefix("aten.") in WAITING_OVERLOADS,
         draws=torch.Tag.nondeterministic_seeded in func.tags,
         indexes=base in INDEXING,
+        deterministic=base not in NOT_DETERMINISTIC,
         takes_cpu_numbers=pointwise or base in TAKES_CPU_NUMBERS,
         reshapes=has_out or torch.Tag.inplace_view in func.tags or base.startswith(("resize", "set_")),
         written=written,

@@ -134,6 +134,8 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     operation = describe(func)
     if torch.is_inference_mode_enabled() and func not in KEPT_WHOLE and func._can_decompose():
         return func.decompose(*args, **kwargs)  # outside inference mode torch has done so before
+    if not operation.deterministic and torch.are_deterministic_algorithms_enabled():
+        _refuse_floats(operation, args)
     given: dict[int, DeviceTensor] = {}
     strangers: list[torch.Tensor] = []
     raw_args = _unwrap(args, given, strangers)
@@ -164,6 +166,11 @@ def _unwrap(value: Any, given: dict[int, DeviceTensor], strangers: list[torch.Te
     if isinstance(value, torch.Tensor):
         strangers.append(value)
     return value
+
+
+def _refuse_floats(operation: Operation, args: Any) -> None:
+    if any(tensor.is_floating_point() for tensor in _tensors(args)):
+        raise RuntimeError(f"{operation.name} does not have a deterministic implementation")
 
 
 def _draw(func: OpOverload, args: Any, kwargs: Any) -> Any:

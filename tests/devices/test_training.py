@@ -57,6 +57,13 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(trained: tuple[str, Path], tm
     assert [name for name in here if not torch.equal(here[name], there[name])] == []
 
 
+def test_deterministic_kernels_serve_every_recipe(trained: tuple[str, Path], tmp_path: Path) -> None:
+    recipe, folder = trained
+    config = RECIPES[recipe](tmp_path / "run", folder / "codecs", training__deterministic=True)
+    train(config)
+    assert rows(tmp_path / "run")[-1].keys() == rows(folder / "run")[-1].keys()
+
+
 def test_bfloat16_gives_nearly_the_losses_of_float32(trained: tuple[str, Path], tmp_path: Path) -> None:
     recipe, folder = trained
     train(RECIPES[recipe](tmp_path / "run", folder / "codecs", training__precision="bfloat16"))

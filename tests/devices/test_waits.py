@@ -14,6 +14,7 @@ from tests.devices.runs import RECIPES
 STEPS = {f"training__{key}": value for key, value in (SHORT | {"log_every": 100, "checkpoint_every": 100}).items()}
 WAITING = ("unipc",)  # diffusers solves a small system of equations on the device, which is checked at each step
 COPIES = {"pixels": 2, "alignment": 3}
+BLOCKING = {"vae": 1}  # torchmetrics sends the size of its window for the SSIM of images below 12x12
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -21,7 +22,7 @@ def test_a_training_step_does_not_wait(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = count_training(RECIPES[recipe](run, tmp_path / "codecs", **STEPS), run)
     assert found["launches"] > 50
-    assert found["waits"] == 0
+    assert (found["waits"], found["blocking_copies"]) == (0, BLOCKING.get(recipe, 0))
     assert found["copies"] <= COPIES.get(recipe, 4)
 
 
@@ -38,3 +39,4 @@ def test_a_denoising_step_does_not_wait(runs: Callable[[str], Path]) -> None:
         found = count_sampling(runs("pixels"), sampler)
         assert found["launches"] > 100
         assert found["waits"] == (sampler in WAITING), sampler
+        assert (found["blocking_copies"] > 0) == (sampler in WAITING), sampler

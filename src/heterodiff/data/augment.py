@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from heterodiff.config import DataConfig
+from heterodiff.devices import send
 
 
 def _draws(seeds: Sequence[int]) -> np.ndarray:
@@ -45,6 +46,6 @@ def augment(images: torch.Tensor, seeds: Sequence[int], config: DataConfig) -> t
     if config.horizontal_flip:
         columns = np.where(draws[:, :1] % 2 == 1, columns[:, ::-1], columns)
     batch_b11 = torch.arange(len(draws), device=images.device)[:, None, None]
-    rows_bh1 = torch.from_numpy(rows).to(images.device)[:, :, None]
-    columns_b1w = torch.from_numpy(np.ascontiguousarray(columns)).to(images.device)[:, None, :]
+    rows_bh1 = send(torch.from_numpy(rows), images.device)[:, :, None]
+    columns_b1w = send(torch.from_numpy(np.ascontiguousarray(columns)), images.device)[:, None, :]
     return images.permute(0, 2, 3, 1)[batch_b11, rows_bh1, columns_b1w].permute(0, 3, 1, 2).contiguous()

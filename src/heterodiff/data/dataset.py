@@ -180,7 +180,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(self.labels[np.asarray(indices, dtype=np.int64)])
 
     def bytes_in_memory(self) -> int | None:
-        """Return the size of the images in memory as stored; None if they are read at every access."""
+        """Return the size of all images as :meth:`stored` gives them; None if they are read at every access."""
         if not isinstance(self._store, MemoryStore):
             return None
-        return self._store.images[:1].nbytes * len(self)
+        return self.stored(range(min(1, len(self)))).nbytes * len(self)

@@ -97,7 +97,10 @@ class LossSecondMomentTimesteps:
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See :class:`TimestepSampler`; the weights are 1 / (T p_t)."""
         probabilities = self.probabilities()
-        t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
+        if torch.are_deterministic_algorithms_enabled() and probabilities.device.type != "cpu":
+            t = draw_by_race(probabilities, batch, generator)
+        else:
+            t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
         return t, (1 / (self.num_train_timesteps * probabilities[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
@@ -127,6 +130,15 @@ class LossSecondMomentTimesteps:
             raise ConfigError(f"timestep sampler state of {found} timesteps; this run has {self.num_train_timesteps}")
         self._losses[:-1].copy_(state["losses"])
         self._counts[:-1].copy_(state["counts"])
+
+
+def draw_by_race(probabilities: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` indices (count,), each k with ``probabilities[k]``: whose exponential clock of that rate is first.
+
+    torch.multinomial draws by a cumulative sum, which has no deterministic kernel on CUDA.
+    """
+    clocks = torch.empty(count, len(probabilities), device=probabilities.device).exponential_(generator=generator)
+    return (clocks / probabilities).argmin(dim=1)
 
 
 _SAMPLERS: dict[str, type[UniformTimesteps] | type[LossSecondMomentTimesteps]] = {

@@ -139,7 +139,8 @@ class DrawingPipeline(DiffusionPipeline):
         Args:
             z: (B, C, H, W); time: (B,) network times, float32.
         """
-        return self.unet(z.to(self.unet.dtype), time, **condition).sample.float()
+        output = self.unet(z.to(self.unet.dtype), time, **condition).sample
+        return output.to(torch.float32, copy=True)  # a CUDA graph writes its next output to the same memory
 
     def draw_latents(
         self,

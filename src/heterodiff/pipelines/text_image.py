@@ -368,7 +368,7 @@ class TextImagePipeline(DrawingPipeline):
                 "(use_diffusion=False, --direct)"
             )
         denoise = guided_denoiser(
-            lambda z, time, given: predict(self.unet, z.to(self.unet.dtype), time, *given).float(),
+            lambda z, time, given: predict(self.unet, z.to(self.unet.dtype), time, *given).to(torch.float32, copy=True),
             (condition, self.codec.guess(condition)),  # once, not at each step
             (null, self.codec.guess(null)),
             scale,

@@ -1,5 +1,6 @@
 """Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,11 +36,19 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 
 
 def prepare_latents(
-    config: RunConfig, recipe: DiffusionRecipe, data: LoadedData, accelerator: Accelerator, quiet: bool
+    config: RunConfig,
+    recipe: DiffusionRecipe,
+    data: LoadedData,
+    accelerator: Accelerator,
+    barrier: Callable[[], None],
+    quiet: bool,
 ) -> LoadedData:
     """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
 
     Also fixes the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
+
+    Args:
+        barrier: returns when all processes have called it, however long one of them encodes.
 
     Raises:
         DataError: latents of another VAE, NaN latents, or a std after scaling outside 0.8 to 1.25.
@@ -57,7 +66,7 @@ def prepare_latents(
             vae_path=Path(config.codec.path or ""),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            barrier=accelerator.wait_for_everyone,
+            barrier=barrier,
             quiet=quiet,
         )
         data = load_latents(folder, config.data.memory_limit_gb)

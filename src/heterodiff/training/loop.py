@@ -16,7 +16,7 @@ from heterodiff.compiling import compiles
 from heterodiff.config import RunConfig, TrainingConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
-from heterodiff.devices import can_fuse_optimizer, deterministic_kernels, use_tf32
+from heterodiff.devices import any_kernels, can_fuse_optimizer, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
 from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
@@ -303,7 +303,7 @@ class Trainer:
         journal.note("validation and preview")
         watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
         try:
-            with self._ema_weights(), torch.no_grad():
+            with self._ema_weights(), torch.no_grad(), any_kernels():  # sampling words has no deterministic ones
                 seed = derive_seed(self.config.training.seed, Stream.VALIDATION)
                 measured = self.recipe.validate(self._validation_batches(), seed)
                 picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
@@ -382,7 +382,7 @@ class Trainer:
         request = StopRequest()
         main = self.accelerator.is_main_process
         journal = Journal(self.folder, training.steps, self.step, training.tensorboard, quiet, main)
-        with request.listening(), journal, deterministic_kernels(training.deterministic):
+        with request.listening(), journal:
             self._steps(stop, request, journal, on_step)
             self._read(journal)
             self._save()

@@ -99,7 +99,10 @@ class _Cost:
 
 
 def autocast(dtype: torch.dtype | None) -> Any:
-    """The context that networks compute in; that of the CPU, whose rules are those of GPUs in what matters here."""
+    """The context that networks compute in; that of the CPU, which casts as GPUs do in what matters here.
+
+    Attention to condition tokens keeps more on a GPU, see `attend_with_condition`, which the estimate leaves out.
+    """
     return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 

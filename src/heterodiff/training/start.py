@@ -19,7 +19,7 @@ from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
 from heterodiff.data.volumes import known_fingerprint
-from heterodiff.devices import device_name
+from heterodiff.devices import deterministic_kernels, device_name
 from heterodiff.errors import (
     CheckpointError,
     ConfigError,
@@ -105,9 +105,10 @@ def train(
         trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
-    with alone, _explaining(config, data.spec):
+    with alone, _explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
         if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
-            data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
+            data = prepare_latents(config, recipe, data, trainer.accelerator, trainer.hosts.wait, quiet)
+            trainer.data = data
         if checkpoint is None and isinstance(recipe, TextImageRecipe):
             error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
             notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
@@ -382,7 +383,8 @@ def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
         trainer = Trainer(config, recipe, data)
         if isinstance(recipe, DiffusionRecipe):
             without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
-            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
+            wait = trainer.hosts.wait
+            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, wait, quiet=True)
     return trainer, recipe
 
 
