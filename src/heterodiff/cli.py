@@ -129,6 +129,27 @@ def models(
 
 
 @app.command(rich_help_panel=START)
+def init(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="[digits|images|captions|mri|radar]",
+            help="Built-in digits, your images of classes, pictures with captions, MRI volumes, or simulated radar.",
+        ),
+    ] = "images",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file; default: my_TASK.yaml.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a commented configuration to start from."""
+    from heterodiff.config.starter import next_command, write_starter
+
+    path = out or Path(f"my_{task}.yaml")
+    write_starter(task, path)
+    typer.echo(f"wrote    {path}\nnext     {next_command(task, path)}")
+
+
+@app.command(rich_help_panel=START)
 def keys(
     name: Annotated[
         str | None, typer.Argument(metavar="[SECTION|KEY]", help="Such as training, data.volumes or ema_decay.")
