@@ -20,7 +20,6 @@ app = typer.Typer(
     name="heterodiff",
     help="Train and use conditional diffusion models with HAE U-Nets on your own images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -642,7 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     keep_freed_memory()
     try:
-        code = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(arguments or sys.argv[1:] or ["--help"], prog_name="heterodiff", standalone_mode=False)
     except HeterodiffError as error:
         if os.environ.get("HETERODIFF_DEBUG"):
             raise
