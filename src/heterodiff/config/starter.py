@@ -19,7 +19,7 @@ training:
   batch_size: 64         # images of a step; fewer take less memory
   learning_rate: 1.0e-3  # lower it if the loss jumps or becomes nan
   warmup_steps: 50       # steps over which the learning rate rises
-  ema_decay: 0.995       # the model used is an average over about the last 1 / (1 - ema_decay) steps, here 200
+  ema_decay: 0.995       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 200
 sampling:
   guidance_scale: 1.5    # 1 is unguided; larger follows the class more closely, with less variety
 """
@@ -38,7 +38,7 @@ training:
   steps: 5000            # a finished run can be made longer
   batch_size: 32         # images of a step; fewer take less memory
   learning_rate: 4.0e-4  # lower it if the loss jumps or becomes nan
-  ema_decay: 0.999       # the model used is an average over about the last 1 / (1 - ema_decay) steps, here 1000
+  ema_decay: 0.999       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 1000
 sampling: {guidance_scale: 2.0}  # 1 is unguided; larger follows the class more closely, with less variety
 """
 
@@ -73,7 +73,7 @@ training:
   steps: 2000            # a short training; 60000 on a GPU
   batch_size: 16         # slices of a step; fewer take less memory
   learning_rate: 4.0e-4  # 1.0e-4 for a long training
-  ema_decay: 0.998       # the model used is an average over about the last 1 / (1 - ema_decay) steps, here 500
+  ema_decay: 0.998       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 500
 segmentation:            # the next line suits short trainings; leave both out for long ones
   {depth: 250, num_inference_steps: 25, guidance_scale: 30, score: peak, threshold: half-peak}
 """
