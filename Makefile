@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text demo-brain test test-all lint bench bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all lint docs bench bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -27,6 +27,9 @@ test-all: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m heterodiff.config.reference > docs/reference.md
 
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'

@@ -20,10 +20,11 @@ app = typer.Typer(
     name="heterodiff",
     help="Train and use conditional diffusion models with HAE U-Nets on your own images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+START, DATA, TRAIN, USE = "Start", "Data", "Train", "Use a run"
+"""Groups of commands in `heterodiff --help`."""
 MOST_PICTURES = MOST_STEPS = 1_000_000
 MOST_CANDIDATES = 10_000
 
@@ -85,7 +86,7 @@ def _options(
         os.environ["HETERODIFF_DEBUG"] = "1"
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def demo(
     what: Annotated[
         str,
@@ -106,7 +107,7 @@ def demo(
     run_demo(shipped_configs() / f"{DEMOS[what]}.yaml", out or Path("runs") / what, seed, overrides or [])
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def models(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -126,7 +127,41 @@ def models(
         print_table(rows)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
+def init(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="[digits|images|captions|mri|radar]",
+            help="Built-in digits, your images of classes, pictures with captions, MRI volumes, or simulated radar.",
+        ),
+    ] = "images",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file; default: my_TASK.yaml.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a commented configuration to start from."""
+    from heterodiff.config.starter import next_command, write_starter
+
+    path = out or Path(f"my_{task}.yaml")
+    write_starter(task, path)
+    typer.echo(f"wrote    {path}\nnext     {next_command(task, path)}")
+
+
+@app.command(rich_help_panel=START)
+def keys(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[SECTION|KEY]", help="Such as training, data.volumes or ema_decay.")
+    ] = None,
+) -> None:
+    """List the keys of a configuration file with their defaults, types and meanings."""
+    from heterodiff.config.reference import find_keys, to_text
+
+    for line in to_text(find_keys(name)):
+        typer.echo(line)
+
+
+@app.command(rich_help_panel=DATA)
 def check(
     target: Annotated[Path, typer.Argument(metavar="CONFIG|DATA|RUN", show_default=False)],
     overrides: Overrides = None,
@@ -139,7 +174,7 @@ def check(
     raise typer.Exit(0 if check_target(found, overrides or []) else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -180,7 +215,7 @@ def train(
             typer.echo(line)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def encode(
     config: ConfigArgument,
     vae: Annotated[
@@ -214,7 +249,7 @@ def encode(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def sample(
     run: RunArgument,
     classes: Annotated[
@@ -280,7 +315,7 @@ def sample(
     typer.echo(f"images   {len(written) - 1} in {folder}\ngrid     {written[-1]}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def text2image(
     run: RunArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
@@ -370,7 +405,7 @@ def text2image(
     typer.echo(f"pictures {len(written) - 1} in {written[-1].parent}\ngrid     {written[-1]}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def caption(
     run: RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
@@ -410,7 +445,7 @@ def caption(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def segment(
     run: RunArgument,
     data: Annotated[
@@ -473,7 +508,7 @@ def segment(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def evaluate(
     run: RunArgument,
     number: Annotated[
@@ -575,7 +610,7 @@ def _print_metrics(metrics: dict[str, Any], lines: Iterable[str], files: str, as
     typer.echo(files)
 
 
-@app.command(name="import")
+@app.command(name="import", rich_help_panel=TRAIN)
 def import_(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", show_default=False)],
     out: Annotated[Path, typer.Option(help="New folder for the imported model.", show_default=False)],
@@ -606,7 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     keep_freed_memory()
     try:
-        code = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(arguments or sys.argv[1:] or ["--help"], prog_name="heterodiff", standalone_mode=False)
     except HeterodiffError as error:
         if os.environ.get("HETERODIFF_DEBUG"):
             raise

@@ -27,11 +27,21 @@ Elevation = Annotated[float, Field(ge=0, le=80)]
 class MicrodopplerSpeeds(Section):
     """Speeds in m/s from which each simulated target draws its own; the limits are those of the motion models."""
 
-    walking: Annotated[tuple[WalkingSpeed, WalkingSpeed], AfterValidator(_ascending)] = (0.8, 1.8)
-    running: Annotated[tuple[RunningSpeed, RunningSpeed], AfterValidator(_ascending)] = (2.5, 4.5)
-    quadrotor: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (1.0, 8.0)
-    helicopter: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (5.0, 30.0)
-    bird: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = (4.0, 9.0)
+    walking: Annotated[tuple[WalkingSpeed, WalkingSpeed], AfterValidator(_ascending)] = Field(
+        (0.8, 1.8), description="of a walking person"
+    )
+    running: Annotated[tuple[RunningSpeed, RunningSpeed], AfterValidator(_ascending)] = Field(
+        (2.5, 4.5), description="of a running person"
+    )
+    quadrotor: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
+        (1.0, 8.0), description="of a quadrotor's flight"
+    )
+    helicopter: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
+        (5.0, 30.0), description="of a helicopter's flight"
+    )
+    bird: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
+        (4.0, 9.0), description="of a bird's flight"
+    )
     pendulum: Annotated[tuple[PendulumSpeed, PendulumSpeed], AfterValidator(_ascending)] = Field(
         (0.5, 1.5), description="of the bob at its lowest point"
     )
@@ -40,9 +50,13 @@ class MicrodopplerSpeeds(Section):
 class MicrodopplerConfig(Section):
     """The simulated radar of the built-in source ``microdoppler`` and what it looks at."""
 
-    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = 200
+    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
+        200, description="simulated pictures of each class"
+    )
     seed: Seed = Field(0, description="picture k of a class depends on seed, class and k alone")
-    carrier_frequency_hz: Annotated[float, Field(ge=1e8, le=3e11)] = 10e9
+    carrier_frequency_hz: Annotated[float, Field(ge=1e8, le=3e11)] = Field(
+        10e9, description="carrier frequency of the radar"
+    )
     prf_hz: Annotated[float, Field(ge=16, le=1e7)] | None = Field(
         None, description="pulses a second, for all classes; default: per class, so that its fastest part cannot alias"
     )
@@ -56,13 +70,13 @@ class MicrodopplerConfig(Section):
         (10.0, 25.0), description="mean signal power over noise power, before the transform"
     )
     dynamic_range_db: Annotated[float, Field(ge=1, le=200)] = Field(
-        45.0, description="pictures end so far below their strongest pixel"
+        45.0, description="range of a picture below its strongest pixel"
     )
     aspect_deg: Annotated[tuple[Aspect, Aspect], AfterValidator(_ascending)] = Field(
-        (0.0, 30.0), description="between the heading and the direction to the radar, seen from above"
+        (0.0, 30.0), description="angle between the heading and the direction to the radar, seen from above"
     )
     elevation_deg: Annotated[tuple[Elevation, Elevation], AfterValidator(_ascending)] = Field(
-        (10.0, 40.0), description="of flying targets above the radar; the others are level with it"
+        (10.0, 40.0), description="angle of flying targets above the radar; the others are level with it"
     )
     receding: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="share of the targets turned around, which move away"
@@ -73,7 +87,7 @@ class MicrodopplerConfig(Section):
 class ShapesConfig(Section):
     """The drawn pictures of the built-in source ``shapes``: one or two coloured shapes, with true captions."""
 
-    images: Annotated[int, Field(gt=1, le=10_000_000)] = 4000
+    images: Annotated[int, Field(gt=1, le=10_000_000)] = Field(4000, description="number of pictures")
     seed: Seed = Field(0, description="picture k depends on seed and k alone")
     pairs: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the pictures with two shapes")
     unseen: tuple[str, ...] = Field(
@@ -84,31 +98,34 @@ class ShapesConfig(Section):
 class BrainPhantomConfig(Section):
     """The simulated heads of the built-in source ``brain-phantom``, and how hard their lesions are to see."""
 
-    patients: Annotated[int, Field(gt=1, le=100_000)] = 120
-    slices_per_patient: Annotated[int, Field(gt=0, le=1000)] = 16
+    patients: Annotated[int, Field(gt=1, le=100_000)] = Field(120, description="number of simulated patients")
+    slices_per_patient: Annotated[int, Field(gt=0, le=1000)] = Field(16, description="slices of each patient")
     seed: Seed = Field(0, description="slice k of a patient depends on seed, patient and k alone")
     unhealthy: Annotated[float, Field(ge=0, le=1)] = Field(0.4, description="share of the slices that show a lesion")
     lesion_radius: Annotated[tuple[LesionRadius, LesionRadius], AfterValidator(_ascending)] = Field(
-        (0.10, 0.24), description="in its middle slice, in units of half the shorter side of the picture"
+        (0.10, 0.24),
+        description="radius in the lesion's middle slice, in units of half the shorter side of the picture",
     )
     contrast: Annotated[float, Field(ge=0, le=3)] = Field(
-        1.0, description="of lesions against white matter; 1: on FLAIR and T2 little brighter than grey matter"
+        1.0, description="contrast of lesions against white matter; 1: on FLAIR and T2 little brighter than grey matter"
     )
     bias: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.1, description="strength of the smooth field that brightens one side of a modality"
     )
-    noise: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="std; scalp and fluid reach about 0.8")
+    noise: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.03, description="std of the noise; scalp and fluid reach about 0.8"
+    )
 
 
 class VolumesConfig(Section):
     """NIfTI volumes of patients, of which source ``volumes`` makes slices."""
 
     layout: Literal["brats", "atlas"] = Field(
-        "brats", description="file names: brats: *_flair *_t1 *_t1ce *_t2 [*_seg]; atlas: *_T1w [*_mask]"
+        "brats", description="file names; brats: `*_flair *_t1 *_t1ce *_t2 [*_seg]`; atlas: `*_T1w [*_mask]`"
     )
     modalities: dict[str, str] | None = Field(
         None,
-        description="own file name patterns without .nii.gz, a channel each, such as {flair: '*FLAIR*', t1: '*T1*'}",
+        description="own file name patterns without .nii.gz, a channel each, such as `{flair: '*FLAIR*', t1: '*T1*'}`",
     )
     mask: str | None = Field(None, description="own pattern of the mask's file name")
     cache: UserPath | None = Field(None, description="where slices are kept; default: data.path with _slices appended")
@@ -140,7 +157,9 @@ class DataConfig(Section):
     )
     file_column: str = Field("file_name", description="column or key of the file name in metadata.csv/jsonl")
     text_column: str = Field("text", description="column or key of the caption in metadata.csv/jsonl")
-    image_size: Size | None = Field(None, description="height and width after resizing; default: as stored")
+    image_size: Size | None = Field(
+        None, description="height and width after resizing, or one number for both; default: as stored"
+    )
     channels: Width | None = Field(
         None,
         description="expected channels; 8-bit pictures are converted to 1, 3 or 4; default: those of the first image",
@@ -171,7 +190,7 @@ class DataConfig(Section):
         description="what val_fraction is a share of, where images belong to patients; with very few patients: image, "
         "so that all of them are learned from",
     )
-    split_seed: Seed = 0
+    split_seed: Seed = Field(0, description="seed of the draw of held-out and test images")
     train_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="classes that are trained on, such as [healthy]; others are only validated and tested with; "
@@ -179,7 +198,7 @@ class DataConfig(Section):
     )
     horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     random_crop: Annotated[int, Field(ge=0)] = Field(
-        0, description="pad by so many pixels (replicated) and crop back at a random position"
+        0, description="pixels by which images are padded (replicated) and then cropped back at a random position"
     )
     on_bad: Literal["error", "skip"] = Field("error", description="what to do with images that cannot be used")
     memory_limit_gb: Annotated[float, Field(ge=0)] = Field(

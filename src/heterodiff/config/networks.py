@@ -10,29 +10,54 @@ from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEA
 
 
 class ModelConfig(Section):
-    """The denoiser; see ``heterodiff models`` and the docs of the HAE family."""
+    """The denoiser; ``heterodiff models`` lists the networks with their sizes and costs."""
 
-    variant: str = "hae-v2"
-    model_channels: Width = MODEL_CHANNELS
-    channel_mult: Levels | None = Field(None, description="default chosen from the image size")
-    layers_per_block: Depth = LAYERS_PER_BLOCK
-    patch_size: Width = Field(
-        1, description="see patches of so many pixels a side as one position: 2 costs a fourth (not film-unet)"
+    variant: str = Field(
+        "hae-v2",
+        description="`unet`, `hae`, `hae-lite`, `hae-v2` or `hae-v2-conservative`; recipe `text-image` also has "
+        "`film-unet`, its default",
     )
+    model_channels: Width = Field(
+        MODEL_CHANNELS,
+        description="base width, a multiple of 32: level i has model_channels * channel_mult[i] channels",
+    )
+    channel_mult: Levels | None = Field(
+        None,
+        description="width factor of each level; every level after the first halves height and width (not film-unet); "
+        "default: chosen from the image size",
+    )
+    layers_per_block: Depth = Field(
+        LAYERS_PER_BLOCK, description="residual blocks in each level of the encoder; the decoder has one more"
+    )
+    patch_size: Width = Field(1, description="patch side in pixels; 2 costs about a quarter (not film-unet)")
     attention_resolutions: tuple[Width, ...] | None = Field(
         None, description="downsampling factors with attention; default: those with maps of at most 16x16"
     )
-    dropout: Fraction = 0.0
-    num_heads: Width = NUM_HEADS
-    num_head_channels: Width | None = None
-    use_scale_shift_norm: bool = False
-    resblock_updown: bool = False
-    attention_pattern: Literal["multiscale", "sequence"] = "multiscale"
-    sparsity: Annotated[float, Field(gt=0, lt=1)] = SPARSITY
-    memory_optimization: bool | None = Field(
-        None, description="compute what is cheap again in the backward pass; default: for hae-v2-conservative"
+    dropout: Fraction = Field(0.0, description="dropout probability in residual blocks and Transformer MLPs")
+    num_heads: Width = Field(NUM_HEADS, description="attention heads")
+    num_head_channels: Width | None = Field(None, description="width of an attention head, in place of num_heads")
+    use_scale_shift_norm: bool = Field(
+        False, description="condition residual blocks by scale and shift (FiLM), not by a sum"
     )
-    gradient_checkpointing: bool = Field(False, description="compute everything again, block by block")
+    resblock_updown: bool = Field(
+        False, description="resample inside residual blocks, not by convolutions between them"
+    )
+    attention_pattern: Literal["multiscale", "sequence"] = Field(
+        "multiscale",
+        description="keys of the hybrid blocks' sparse attention: multiscale: a window, distant positions and coarser "
+        "maps; sequence: a band and random keys, as in earlier checkpoints",
+    )
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = Field(
+        SPARSITY, description="share of the keys that a query of the sparse attention does not see"
+    )
+    memory_optimization: bool | None = Field(
+        None,
+        description="recompute norms, activations and attention in the backward pass, for less memory; default: true "
+        "for hae-v2-conservative",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute every block in the backward pass: the least memory, more time"
+    )
 
 
 class CodecConfig(Section):
@@ -82,20 +107,20 @@ class VAEConfig(Section):
     init_from: UserPath | None = Field(
         None, description="start from this VAE (a run, or a diffusers AutoencoderKL) instead of from scratch"
     )
-    latent_channels: Width = 4
+    latent_channels: Width = Field(4, description="channels of the latents")
     block_out_channels: Levels = Field(
         (32, 64, 64), description="channels of each level; every level after the first halves height and width"
     )
-    layers_per_block: Depth = 1
-    mid_block_attention: bool = False
+    layers_per_block: Depth = Field(1, description="residual blocks in each level of the encoder")
+    mid_block_attention: bool = Field(False, description="self-attention at the coarsest level")
     kl_weight: Annotated[float, Field(ge=0)] = Field(
-        1e-6, description="of the KL divergence of an image's posterior, summed over its latent, in nats"
+        1e-6, description="weight of the KL divergence of an image's posterior, summed over its latent, in nats"
     )
     structural_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of 1 - SSIM, averaged over scales; 0 leaves it out"
+        0.0, description="weight of 1 - SSIM, averaged over scales; 0 leaves it out"
     )
     adversarial_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of the patch discriminator's verdict, beside its adaptive weight; 0 leaves it out"
+        0.0, description="weight of the patch discriminator's loss, beside its adaptive weight; 0 leaves it out"
     )
     adversarial_start: Annotated[int, Field(ge=0)] = Field(
         2000, description="step at which the patch discriminator begins to train and to count"
@@ -103,7 +128,7 @@ class VAEConfig(Section):
 
 
 class TextConfig(Section):
-    """Of captions: their tokens, the encoder that reads them and the captioner that writes them."""
+    """The text networks: tokens of captions, the encoder that reads them and the captioner that writes them."""
 
     encoder: str | None = Field(
         None,
@@ -117,19 +142,21 @@ class TextConfig(Section):
     max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
         64, description="longest text, start and end token included; longer ones are cut, with a warning"
     )
-    width: Width = Field(256, description="of the encoder trained from scratch")
-    layers: Depth = 4
-    num_heads: Width = Field(4, description="of the encoder trained from scratch and of the captioner")
-    dropout: Fraction = 0.0
-    embedding_dim: Width = Field(512, description="of the vector that stands for a text, and of that for an image")
-    captioner_width: Width = 256
-    captioner_layers: Depth = 4
+    width: Width = Field(256, description="width of the encoder trained from scratch")
+    layers: Depth = Field(4, description="layers of the encoder trained from scratch")
+    num_heads: Width = Field(4, description="attention heads of the encoder trained from scratch and of the captioner")
+    dropout: Fraction = Field(
+        0.0, description="dropout probability of the encoder trained from scratch and of the captioner"
+    )
+    embedding_dim: Width = Field(512, description="width of the embedding of a text, and of an image")
+    captioner_width: Width = Field(256, description="width of the captioner, a multiple of text.num_heads")
+    captioner_layers: Depth = Field(4, description="layers of the captioner")
 
 
 class AlignmentConfig(Section):
     """The image codec of recipe `text-image`, and the losses that train it together with the text networks."""
 
-    latent_channels: Width = 256
+    latent_channels: Width = Field(256, description="channels of the maps that stand for images")
     block_out_channels: Levels | None = Field(
         None,
         description="channels of the encoder's stages, each of which halves height and width; default: from 32 up to "
@@ -138,11 +165,15 @@ class AlignmentConfig(Section):
     backbone: UserPath | None = Field(
         None, description="folder of a pretrained convolutional network of transformers, in place of the stages"
     )
-    contrastive_weight: Annotated[float, Field(ge=0)] = 1.0
-    reconstruction_weight: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="of the image from its map and from both embeddings, and of the caption from the image"
+    contrastive_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of the contrastive loss between images and captions"
     )
-    diffusion_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="of the denoiser, with joint: true")
+    reconstruction_weight: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="weight of reconstructing images and captions from maps and embeddings"
+    )
+    diffusion_weight: Annotated[float, Field(ge=0)] = Field(
+        0.3, description="weight of the denoiser's loss, with joint: true"
+    )
     latent_noise: Annotated[float, Field(ge=0)] = Field(
         0.1, description="std of the noise on the map that the decoder learns to undo, the map's own rms being 1"
     )

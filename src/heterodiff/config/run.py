@@ -18,9 +18,12 @@ class RunConfig(Section):
 
     recipe: Literal["diffusion", "vae", "alignment", "text-image"] = Field(
         "diffusion",
-        description="text-image: text to image and back; alignment: its first half alone, all but the denoiser",
+        description="diffusion: images of classes, or without labels; vae: the autoencoder of latents; text-image: "
+        "text to image and back; alignment: its first half alone, all but the denoiser",
     )
-    output: Path | None = Field(None, description="run folder; default: runs/<name of the config file>")
+    output: Path | None = Field(
+        None, description="run folder; default: `runs/NAME` for a configuration file `NAME.yaml`"
+    )
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
     vae: VAEConfig = Field(VAEConfig(), description="the autoencoder of recipe `vae`")

@@ -10,9 +10,12 @@ from heterodiff.config.base import BatchSize, Positive, Section, Seed, Timesteps
 class SamplingConfig(Section):
     """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
 
-    sampler: str = "dpmpp"
-    num_inference_steps: Timesteps = 20
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 = unguided")
+    sampler: str = Field("dpmpp", description="`ddpm`, `ddim`, `dpmpp`, `unipc`, `euler`, `heun` or `flow-euler`")
+    num_inference_steps: Timesteps = Field(20, description="denoising steps of a picture")
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        2.0,
+        description="scale of classifier-free guidance; 1 is unguided, more follows the class or prompt more closely",
+    )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="share of the noise levels, 0 = clean and 1 = pure noise, that is guided"
     )
@@ -21,8 +24,8 @@ class SamplingConfig(Section):
     )
     candidates: BatchSize = Field(
         1,
-        description="recipe text-image: draw so many for each picture and keep the one in which the captioner finds "
-        "the prompt likeliest",
+        description="recipe text-image: pictures drawn for each one asked for, of which that is kept in which the "
+        "captioner finds the prompt likeliest",
     )
 
     @model_validator(mode="after")
@@ -74,7 +77,7 @@ class SegmentationConfig(Section):
     channels: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="channels whose maps count, from 0; default: all"
     )
-    seed: Seed = Field(0, description="of the noise of partial-noising")
+    seed: Seed = Field(0, description="seed of the noise of partial-noising")
 
     @field_validator("smoothing")
     @classmethod

@@ -13,8 +13,8 @@ from heterodiff.data.metadata import file_problem, find_metadata, name_problem
 from heterodiff.data.scan import FolderScan, scan_folder
 from heterodiff.errors import DataError
 
-_COCO_FOLDER, _COCO_PATTERN, _COCO_VALIDATION = "annotations", "captions_*.json", re.compile(r"captions_val.*\.json")
-_SINGLE_FILES = ("results.csv", "captions.txt")
+COCO_FOLDER, COCO_PATTERN, _COCO_VALIDATION = "annotations", "captions_*.json", re.compile(r"captions_val.*\.json")
+SINGLE_FILES = ("results.csv", "captions.txt")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def _caption_files(root: Path, config: DataConfig) -> list[Path]:
         if not path.is_file():
             raise DataError(f"{path}: no such file; correct data.captions_file, which is relative to data.path")
         return [path]
-    if coco := sorted(path for path in (root / _COCO_FOLDER).glob(_COCO_PATTERN) if path.is_file()):
+    if coco := sorted(path for path in (root / COCO_FOLDER).glob(COCO_PATTERN) if path.is_file()):
         return coco
-    for name in _SINGLE_FILES:
+    for name in SINGLE_FILES:
         if (root / name).is_file():
             return [root / name]
     if metadata := find_metadata(root):
         return [metadata]
-    looked_for = ", ".join((f"{_COCO_FOLDER}/{_COCO_PATTERN}", *_SINGLE_FILES, "metadata.csv and metadata.jsonl"))
+    looked_for = ", ".join((f"{COCO_FOLDER}/{COCO_PATTERN}", *SINGLE_FILES, "metadata.csv and metadata.jsonl"))
     raise DataError(
         f"{root}: no captions here; looked for {looked_for}. Add one of these, or name another file with "
         "data.captions_file"

@@ -89,7 +89,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
         DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
     """
     folders: dict[Path, list[Path]] = {}
-    for path in sorted(_files_below(root)):
+    for path in sorted(files_below(root)):
         if is_nifti(path) and not path.name.startswith("."):
             folders.setdefault(path.parent, []).append(path)
     if not folders:
@@ -108,7 +108,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
     return patients
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
     """All files below ``root``, through links too, which may lead back: each folder is entered once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):

@@ -13,6 +13,7 @@ from heterodiff.config_file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import show
+from heterodiff.data.recognise import source_hint
 from heterodiff.data.sources import load_data
 from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
@@ -58,12 +59,18 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         for override in overrides:
             apply_override(content, override)
         config = parse_config(content).data
+        _note_source(config)
         _report_data(config, check_data(config), findings)
     elif target.is_file():
         _check_config(load_config(target, overrides), findings)
     else:
         raise RunError(f"{target}: no such configuration file, folder of images or run folder")
     return findings.passed
+
+
+def _note_source(config: DataConfig) -> None:
+    if hint := source_hint(config):
+        print(f"note  {'source':10} {hint}", flush=True)
 
 
 def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -> None:
@@ -104,6 +111,7 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
     if config.data.source == "latents":
         spec = _report_latents(config.data, findings)
     else:
+        _note_source(config.data)
         summary = check_data(config.data)
         _report_data(config.data, summary, findings)
         if not findings.passed or summary.spec is None:
