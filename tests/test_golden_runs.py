@@ -1,5 +1,6 @@
 """Run folders of tests/data, as a user has them: loaded, drawn from, gone on with, evaluated."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import heterodiff as hd
+from heterodiff.cli import main
 from heterodiff.config_file import load_config
+from heterodiff.evaluation import classifiers
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.training.start import train
 from tests.data.make_runs import GUIDANCE_SCALE, LABELS, PROMPTS, STEPS, STOP, TIMESTEPS, configs
@@ -24,16 +27,19 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return unpack(request.param, tmp_path_factory.mktemp("golden") / request.param)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The sums of the kernels of another machine differ by 1e-6 or so, which four steps make ten times as much.
+def assert_close(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare summaries of the changes of all weights of run ``name``.
 
-    A hundredth of a tensor's change is far more, and far less than a lost moment, another draw or another rate makes.
+    Another processor adds up in another order, which after four steps is 1e-5 of a tensor's change at most. Not so for
+    the VAE, whose moments are two steps old: biases before a norm have no gradient but rounding, and Adam gives all
+    gradients the same size. They make up to 0.6 % of the change of all weights together.
     """
-    floor = 1e-3 * expected[:, 0].norm()
-    assert ((found - expected).abs() <= 1e-2 * expected[:, :1] + floor).all()
+    relative, floor = (1e-2, 2e-2) if name == "vae" else (1e-3, 1e-5)
+    limit = relative * expected[:, :1] + floor * expected[:, 0].norm()
+    assert ((found - expected).abs() <= limit).all()
 
 
-def test_folders_are_of_today(tmp_path: Path) -> None:
+def test_there_is_a_folder_of_each_run() -> None:
     assert set(NAMES) == set(configs())
 
 
@@ -64,6 +70,22 @@ def test_a_stopped_run_goes_on(stopped: Path, tmp_path: Path) -> None:
     assert train(config, quiet=True).step == STEPS
     found, golden = outcome(stopped, run), load_file(RUNS / f"{stopped.name}.safetensors")
     torch.testing.assert_close(found["losses"], golden["losses"], rtol=1e-3, atol=0)
-    close(found["model"], golden["model"])
-    close(found["ema"], golden["ema"])
-    assert hd.load(run) is not None
+    for group in ("model", "ema"):
+        assert_close(stopped.name, found[group], golden[group])
+
+
+@pytest.mark.parametrize("stopped", ["classes", "vae"], indirect=True)
+def test_a_stopped_run_is_evaluated(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(classifiers, "CONV_MAX_STEPS", 20)
+    monkeypatch.setattr(classifiers, "CONV_MIN_STEPS", 10)
+    run = Path(shutil.copytree(stopped, tmp_path / "moved"))
+    arguments = [] if stopped.name == "vae" else ["-n", "2", "--steps", "2"]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(run), *arguments])
+    assert stop.value.code == 0
+    held_out = len(json.loads((run / "split.json").read_text())["val"])
+    assert f"of {held_out} " in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    assert json.loads((run / "run.json").read_text())["model_summary"] in page
