@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it writes, how it fails."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -232,28 +233,34 @@ def test_debug_shows_the_traceback() -> None:
         assert ("Traceback" in result.stderr) == shown
 
 
-def seconds_of(code: str) -> float:
-    """Best of three times that a fresh interpreter and those it starts compute for ``code``, whatever else runs."""
+def seconds_of(code: str, enough: float = 0) -> float:
+    """Best of three times that a fresh interpreter and those it starts compute for ``code``, whatever else runs.
+
+    Args:
+        enough: a time after which no better one is looked for.
+    """
     timed = f"import os; start = sum(os.times()[:4]); {code}; print(sum(os.times()[:4]) - start)"
-    return min(
-        float(
-            subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True).stdout.split()[-1]
-        )
-        for _ in range(3)
-    )
+    best = math.inf
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True)
+        best = min(best, float(done.stdout.split()[-1]))
+        if best < enough:
+            break
+    return best
 
 
 def test_import_is_quick_and_light() -> None:
     """Within two seconds beyond torch, or on a slow machine within one and a half times torch's own time."""
     code = "import torch, os; start = sum(os.times()[:4]); import heterodiff; heterodiff.list_models"
-    assert seconds_of(code) < max(2, 1.5 * seconds_of("import torch"))
+    assert (found := seconds_of(code, enough=2)) < 2 or found < 1.5 * seconds_of("import torch")
     code = "import sys, heterodiff; print([m for m in ('torch', 'diffusers', 'sklearn') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
 
 
 def test_help_answers_quickly() -> None:
-    assert seconds_of("import subprocess, sys; subprocess.run([sys.executable, '-m', 'heterodiff.cli', '--help'])") < 2
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'heterodiff.cli', '--help'])"
+    assert seconds_of(code, enough=2) < 2
 
 
 def test_folder_that_cannot_be_written_is_an_error_before_training(images: Path, tmp_path: Path) -> None:

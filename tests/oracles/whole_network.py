@@ -1,0 +1,136 @@
+"""Whole denoisers by the book: functions of named weights, without a class of ours.
+
+Everything but the sparse pattern of hybrid blocks, which is ours by definition, is computed anew: embeddings, residual
+blocks, resampling, condition tokens by their outer product, hybrid blocks with dense masked attention.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heterodiff.models.sparse_attention import Grid, make_pattern
+from tests.oracles.dense_hybrid import PATCHES, below, hybrid_block
+from tests.oracles.outer_product import attention, attention_block, group_norm
+
+Weights = dict[str, Tensor]
+
+
+def predict(weights: Weights, config: dict[str, Any], x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    """The output (B, C, H, W) of the denoiser that has ``weights`` by name and diffusers' ``config``.
+
+    Args:
+        x: (B, C, H, W), of the precision of ``weights``.
+        t: (B,) timesteps.
+        condition: class labels (B,), -1 for none; or vectors (B, D), zeros for none.
+    """
+    c = embed_condition(weights, condition)
+    embedding = mlp(below(weights, "time_embed."), sinusoids(t, config["model_channels"]).to(x)) + c
+    patch = config.get("patch_size", 1)
+    h, skips = F.pixel_unshuffle(x, patch), []
+    for stage in numbered(below(weights, "input_blocks.")):
+        h = run_stage(stage, config, h, embedding, c)
+        skips.append(h)
+    h = run_stage(below(weights, "middle_block."), config, h, embedding, c)
+    for stage in numbered(below(weights, "output_blocks.")):
+        h = run_stage(stage, config, torch.cat([h, skips.pop()], dim=1), embedding, c)
+    return F.pixel_shuffle(norm_silu_conv(below(weights, "out."), h, conv=2), patch)
+
+
+def numbered(weights: Weights) -> list[Weights]:
+    """The weights below 0., 1., ..."""
+    numbers = {int(name.split(".")[0]) for name in weights}
+    return [below(weights, f"{i}.") for i in sorted(numbers)]
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """[cos(t w_i), sin(t w_i)], w_i = 10000^(-i / half), (B, width) float64."""
+    half = width // 2
+    angles = torch.stack([t.double() * math.exp(-math.log(10000) * i / half) for i in range(half)], dim=1)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def mlp(p: Weights, x: Tensor) -> Tensor:
+    return F.linear(silu(F.linear(x, p["0.weight"], p["0.bias"])), p["2.weight"], p["2.bias"])
+
+
+def embed_condition(weights: Weights, condition: Tensor) -> Tensor:
+    """c (B, E), with a row of zeros where there is no condition."""
+    rows = []
+    for row in condition:
+        if condition.ndim == 1:
+            given, embedded = row >= 0, mlp(below(weights, "class_emb."), weights["label_emb.weight"][row.clamp(min=0)])
+        else:
+            given, embedded = row.any(), mlp(below(weights, "condition_emb."), row @ weights["condition_whitening"])
+        rows.append(embedded if given else torch.zeros_like(embedded))
+    return torch.stack(rows)
+
+
+def run_stage(stage: Weights, config: dict[str, Any], h: Tensor, embedding: Tensor, c: Tensor) -> Tensor:
+    """Layer after layer; the names of its weights tell what a layer is."""
+    for layer in numbered(stage):
+        if "in_layers.0.weight" in layer:
+            h = res_block(layer, h, embedding)
+        elif "encoder_kv.weight" in layer:
+            h = attention_block(layer, h, c, number_of_heads(config, h.shape[1]))
+        elif "qkv.weight" in layer:
+            h = self_attention(layer, h, number_of_heads(config, h.shape[1]))
+        elif "fusion_conv.weight" in layer:
+            h = hybrid_block(layer, h, embedding, visible(config, h.shape[2], h.shape[3]))
+        elif "conv.weight" in layer:
+            doubled = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            h = F.conv2d(doubled, layer["conv.weight"], layer["conv.bias"], padding=1)
+        elif "op.weight" in layer:
+            h = F.conv2d(h, layer["op.weight"], layer["op.bias"], stride=2, padding=1)
+        else:
+            h = F.conv2d(h, layer["weight"], layer["bias"], padding=1)
+    return h
+
+
+def norm_silu_conv(p: Weights, h: Tensor, conv: int) -> Tensor:
+    h = silu(group_norm(h, p["0.weight"], p["0.bias"]))
+    return F.conv2d(h, p[f"{conv}.weight"], p[f"{conv}.bias"], padding=1)
+
+
+def res_block(p: Weights, x: Tensor, embedding: Tensor) -> Tensor:
+    """The residual block of ADM: the embedding is added, or scales and shifts where it has two numbers a channel."""
+    h = norm_silu_conv(below(p, "in_layers."), x, conv=2)
+    e = F.linear(silu(embedding), p["emb_layers.1.weight"], p["emb_layers.1.bias"])[:, :, None, None]
+    out = below(p, "out_layers.")
+    if e.shape[1] == h.shape[1]:
+        h = norm_silu_conv(out, h + e, conv=3)
+    else:
+        scale, shift = e.chunk(2, dim=1)
+        h = silu(group_norm(h, out["0.weight"], out["0.bias"]) * (1 + scale) + shift)
+        h = F.conv2d(h, out["3.weight"], out["3.bias"], padding=1)
+    if "skip_connection.weight" in p:
+        x = F.conv2d(x, p["skip_connection.weight"], p["skip_connection.bias"])
+    return x + h
+
+
+def self_attention(p: Weights, x: Tensor, heads: int) -> Tensor:
+    """x + proj(attention(GN(x))) over all positions, without condition tokens."""
+    h = group_norm(x, p["norm.weight"], p["norm.bias"]).flatten(2)
+    answers = []
+    for rows in F.conv1d(h, p["qkv.weight"], p["qkv.bias"]).chunk(heads, dim=1):
+        answers.append(attention(*rows.chunk(3, dim=1)))
+    return x + F.conv1d(torch.cat(answers, dim=1), p["proj_out.weight"], p["proj_out.bias"]).reshape(x.shape)
+
+
+def number_of_heads(config: dict[str, Any], channels: int) -> int:
+    width = config.get("num_head_channels")
+    return config["num_heads"] if width is None else channels // width
+
+
+def visible(config: dict[str, Any], height: int, width: int) -> Tensor:
+    """The sparse pattern as a mask (L, S), True where a position sees a token."""
+    grid = Grid(height, width, PATCHES)
+    names = ("sparsity", "max_keys", "pattern_seed")
+    pattern = make_pattern(config["attention_pattern"], grid, *(config[name] for name in names))
+    return torch.from_numpy(pattern.visible())
