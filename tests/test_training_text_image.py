@@ -798,11 +798,11 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "thresholds of latents": (
         {"recipe": "text-image", "sampling": {"dynamic_threshold": 0.9}},
-        "dynamic_threshold is for pixels",
+        "dynamic_threshold=0.9 is read only on pixels",
     ),
     "flips of stored latents": (
         {"recipe": "text-image", "data": {"horizontal_flip": True}},
-        "cannot act on stored latents; set codec.cache=false",
+        "horizontal_flip=true is read only where training sees images, not stored latents",
     ),
     "misspelt text key": ({"recipe": "text-image", "text": {"embeding_dim": 3}}, "did you mean 'embedding_dim'"),
     "misspelt alignment key": ({"recipe": "text-image", "alignment": {"joined": True}}, "did you mean 'joint'"),

@@ -5,12 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from heterodiff.config.base import BatchSize, Positive, Section, Seed, Timesteps, Width
+from heterodiff.config.names import SAMPLERS, known_name
 
 
 class SamplingConfig(Section):
     """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
 
-    sampler: str = "dpmpp"
+    sampler: Annotated[str, known_name("sampler", lambda: SAMPLERS)] = "dpmpp"
     num_inference_steps: Timesteps = 20
     guidance_scale: Annotated[float, Field(ge=0)] = Field(2.0, description="1 = unguided")
     guidance_interval: tuple[float, float] = Field(
