@@ -31,7 +31,9 @@ def test_there_are_shipped_configs() -> None:
 def test_overrides_reach_their_section_and_keep_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("data: {source: digits}\ntraining: {steps: 7}\n")
-    config = load_config(path, ["training.batch_size=4", "model.channel_mult=[1, 2]", "data.path=a b", "data.source=images"])
+    config = load_config(
+        path, ["training.batch_size=4", "model.channel_mult=[1, 2]", "data.path=a b", "data.source=images"]
+    )
     assert (config.training.steps, config.training.batch_size) == (7, 4)
     assert config.model.channel_mult == (1, 2)
     assert config.data.path == Path("a b")
@@ -103,7 +105,10 @@ def test_every_field_has_a_default_that_is_valid() -> None:
         ({"codec": {"kind": "kl-vae"}}, r"codec: kind kl-vae needs codec\.path"),
         ({"codec": {"path": "runs/vae"}}, r"codec\.path=runs/vae is read only with codec\.kind=kl-vae"),
         ({"codec": {"training": {"steps": 5}}}, r"codec\.training={\.\.\.} is read only with codec\.kind=kl-vae"),
-        ({"recipe": "vae", "codec": {"kind": "kl-vae", "path": "x"}}, r"codec\.kind=kl-vae, codec\.path=x are read only by recipes diffusion and text-image"),
+        (
+            {"recipe": "vae", "codec": {"kind": "kl-vae", "path": "x"}},
+            r"codec\.kind=kl-vae, codec\.path=x are read only by recipes diffusion and text-image",
+        ),
         (
             {"codec": {"kind": "kl-vae", "path": "x"}, "sampling": {"dynamic_threshold": 0.9}},
             r"dynamic_threshold=0\.9 is read only on pixels",

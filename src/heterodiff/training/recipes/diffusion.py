@@ -19,7 +19,6 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
-from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, default_levels
 from heterodiff.models.unet import check_size
