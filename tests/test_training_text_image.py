@@ -808,6 +808,8 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt alignment key": ({"recipe": "text-image", "alignment": {"joined": True}}, "did you mean 'joint'"),
     "misspelt section": ({"recipe": "text-image", "alignement": {}}, "did you mean 'alignment'"),
     "misspelt shapes key": ({"data": {"source": "shapes", "shapes": {"image": 3}}}, "did you mean 'images'"),
+    "misspelt denoiser": ({"recipe": "text-image", "model": {"variant": "film_unet"}}, "did you mean 'film-unet'"),
+    "misspelt sampler": ({"recipe": "text-image", "sampling": {"sampler": "ddimm"}}, "did you mean 'ddim'"),
     "misspelt recipe": ({"recipe": "text_image"}, "recipe: .*'text-image'"),
     "misspelt codec": ({"recipe": "text-image", "codec": {"kind": "cnnn"}}, "codec.kind: .*'cnn'"),
     "text of a wrong type": ({"recipe": "text-image", "text": 3}, "text: .*"),
@@ -850,13 +852,6 @@ WRONG_RUNS: dict[str, tuple[dict[str, Any], type[HeterodiffError], str]] = {
         {"model__variant": "hae-v2", "model__channel_mult": [1, 1, 1, 1]},
         ConfigError,
         "the denoiser of 6x4x4 latents: .*divisible by",
-    ),
-    "a misspelt denoiser": ({"model__variant": "film_unet"}, ConfigError, "did you mean 'film-unet'"),
-    "a misspelt sampler": ({"sampling__sampler": "ddimm"}, ConfigError, "did you mean 'ddim'"),
-    "a misspelt sampler, jointly": (
-        {"sampling__sampler": "ddimm", "alignment__joint": True},
-        ConfigError,
-        "did you mean 'ddim'",
     ),
     "importance sampling, jointly": (
         {"alignment__joint": True, "diffusion__timestep_sampler": "loss-second-moment"},
