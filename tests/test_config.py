@@ -31,7 +31,9 @@ def test_there_are_shipped_configs() -> None:
 def test_overrides_reach_their_section_and_keep_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("data: {source: digits}\ntraining: {steps: 7}\n")
-    config = load_config(path, ["training.batch_size=4", "model.channel_mult=[1, 2]", "data.path=a b"])
+    config = load_config(
+        path, ["training.batch_size=4", "model.channel_mult=[1, 2]", "data.path=a b", "data.source=images"]
+    )
     assert (config.training.steps, config.training.batch_size) == (7, 4)
     assert config.model.channel_mult == (1, 2)
     assert config.data.path == Path("a b")
@@ -105,16 +107,19 @@ def test_every_field_has_a_default_that_is_valid() -> None:
     ("content", "message"),
     [
         ({"codec": {"kind": "kl-vae"}}, r"codec: kind kl-vae needs codec\.path"),
-        ({"codec": {"path": "runs/vae"}}, r"which kind pixels does not use; set codec\.kind=kl-vae"),
-        ({"codec": {"training": {"steps": 5}}}, r"codec\.training is for a VAE; set codec\.kind=kl-vae"),
-        ({"recipe": "vae", "codec": {"kind": "kl-vae", "path": "x"}}, r"has no codec; leave `codec` out"),
+        ({"codec": {"path": "runs/vae"}}, r"codec\.path=runs/vae is read only with codec\.kind=kl-vae"),
+        ({"codec": {"training": {"steps": 5}}}, r"codec\.training={\.\.\.} is read only with codec\.kind=kl-vae"),
+        (
+            {"recipe": "vae", "codec": {"kind": "kl-vae", "path": "x"}},
+            r"codec\.kind=kl-vae, codec\.path=x are read only by recipes diffusion and text-image",
+        ),
         (
             {"codec": {"kind": "kl-vae", "path": "x"}, "sampling": {"dynamic_threshold": 0.9}},
-            r"dynamic_threshold is for pixels",
+            r"dynamic_threshold=0\.9 is read only on pixels",
         ),
         (
             {"codec": {"kind": "kl-vae", "path": "x"}, "data": {"random_crop": 2}},
-            r"data\.random_crop=2 cannot act on stored latents; set codec\.cache=false",
+            r"data\.random_crop=2 is read only where training sees images, not stored latents: .* codec\.cache=false",
         ),
         (
             {"codec": {"kind": "kl-vae", "path": "x", "training": {"stepz": 5}}},
@@ -129,5 +134,6 @@ def test_sections_that_do_not_go_together(content: dict[str, Any], message: str)
 
 def test_the_path_of_a_vae_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = parse_config({"codec": {"kind": "kl-vae", "path": "~/vae"}, "vae": {"init_from": "~/first"}})
+    codec = {"kind": "kl-vae", "path": "~/vae", "training": {}}
+    config = parse_config({"codec": codec, "vae": {"init_from": "~/first"}})
     assert (config.codec.path, config.vae.init_from) == (tmp_path / "vae", tmp_path / "first")

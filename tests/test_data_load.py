@@ -279,7 +279,7 @@ def test_required_labels_are_missed(tmp_path):
 
 def test_unknown_source_names_the_nearest():
     with pytest.raises(DataError, match=r"unknown source 'digit' \(did you mean 'digits'\?\)"):
-        load_data(DataConfig(source="digit"))
+        load_data(DataConfig().model_copy(update={"source": "digit"}))
     assert list_sources() == [
         "images",
         "captions",

@@ -245,7 +245,8 @@ def test_limits_are_learned_from_healthy_images_and_others(run: Path) -> None:
 
 def test_healthy_images_alone_are_learned_from_and_judged_by(tmp_path: Path) -> None:
     """Without any label, and with labels of which the unhealthy ones serve limits and measurement alone."""
-    way = {"segmentation__method": "partial-noising", "diffusion__p_uncond": 1.0}
+    method = {"segmentation__method": "partial-noising"}
+    way = method | {"diffusion__p_uncond": 1.0}
     labelled = settings(tmp_path / "labelled", data__train_classes=["healthy"], **way)
     train(labelled, quiet=True)
     facts = json.loads((tmp_path / "labelled" / "run.json").read_text())
@@ -253,7 +254,7 @@ def test_healthy_images_alone_are_learned_from_and_judged_by(tmp_path: Path) -> 
     assert set(counts.train.labels.tolist()) == {0}
     assert facts["images"] == {"train": len(counts.train), "val": len(counts.val)}
     phantom = labelled.data.brain_phantom.model_copy(update={"unhealthy": 0.0})
-    unlabelled = settings(tmp_path / "unlabelled", data__labels="none", data__brain_phantom=phantom, **way)
+    unlabelled = settings(tmp_path / "unlabelled", data__labels="none", data__brain_phantom=phantom, **method)
     train(unlabelled, quiet=True)
     lines = "\n".join(calibrate_run(tmp_path / "unlabelled"))
     assert "validation images, taken for healthy" in lines

@@ -10,12 +10,10 @@ from diffusers import DDIMPipeline, DDIMScheduler
 import heterodiff as hd
 from heterodiff.cli import shipped_configs
 from heterodiff.config_file import load_config
-from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import ResBlock, timestep_embedding
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.profile import count_saved_bytes, profile
-from heterodiff.training.recipes.diffusion import model_arguments
 
 SMALL = {"latent_channels": 6, "latent_size": (5, 4), "condition_dim": 12, "model_channels": 64, "layers_per_block": 1}
 SIZES = [(5, 4), (7, 7), (1, 1), (1, 6), (16, 9)]
@@ -352,7 +350,5 @@ def test_wrong_inputs():
 
 
 def test_film_unet_has_no_patches():
-    config = load_config(shipped_configs() / "shapes_small.yaml", ["model.patch_size=2"])
-    spec = ImageSpec(64, 64, 3, (), (0.0, 255.0), "uint8")
-    with pytest.raises(ConfigError, match=r"model\.patch_size=2: film-unet has none"):
-        model_arguments(config, spec)
+    with pytest.raises(ConfigError, match=r"model\.patch_size=2 is read only by model\.variant unet, hae, "):
+        load_config(shipped_configs() / "shapes_small.yaml", ["model.patch_size=2"])

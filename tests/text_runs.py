@@ -19,6 +19,7 @@ TEXT = {
     "captioner_width": 32,
     "captioner_layers": 1,
 }
+OF_A_NEW_ENCODER = ("vocabulary_size", "width", "layers")
 ALIGNMENT = {"latent_channels": 6, "block_out_channels": [8, 16]}
 FILM = {"model_channels": 32, "channel_mult": [1, 2], "layers_per_block": 1, "num_heads": 2}
 
@@ -34,13 +35,17 @@ def text_config(output: Path, recipe: str = "text-image", **overrides: Any) -> R
         "data": dict(SHAPES),
         "text": dict(TEXT),
         "alignment": dict(ALIGNMENT),
-        "sampling": {"num_inference_steps": 2},
         "training": TRAINING | QUIET,
     }
     variant = overrides.get("model__variant", "film-unet")
     if recipe == "text-image":
+        content["sampling"] = {"num_inference_steps": 2}
         content["model"] = dict(FILM) if variant == "film-unet" else {**FILM, "variant": variant}
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         content[section] = content.get(section, {}) | {name: value}
+    if content["data"]["source"] not in ("shapes", "latents"):
+        content["data"].pop("shapes", None)
+    if content["text"].get("encoder"):  # which brings its own
+        content["text"] = {key: value for key, value in content["text"].items() if key not in OF_A_NEW_ENCODER}
     return parse_config(content)

@@ -13,13 +13,12 @@ from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
 
 
-def tiny_config(output: Path, **overrides: Any) -> RunConfig:
-    """A run on the digits with a network of 32 channels; ``overrides`` as section__key=value."""
+def tiny_config(output: Path, recipe: str = "diffusion", **overrides: Any) -> RunConfig:
+    """A run on the digits, with a network of 32 channels where it has one; ``overrides`` as section__key=value."""
     content: dict[str, Any] = {
+        "recipe": recipe,
         "output": str(output),
         "data": {"source": "digits"},
-        "model": {"variant": "hae-v2", "model_channels": 32, "layers_per_block": 1, "dropout": 0.1},
-        "sampling": {"num_inference_steps": 2},
         "training": {
             "steps": 30,
             "batch_size": 8,
@@ -30,6 +29,9 @@ def tiny_config(output: Path, **overrides: Any) -> RunConfig:
             "tensorboard": False,
         },
     }
+    if recipe == "diffusion":
+        content["model"] = {"variant": "hae-v2", "model_channels": 32, "layers_per_block": 1, "dropout": 0.1}
+        content["sampling"] = {"num_inference_steps": 2}
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         content.setdefault(section, {})[name] = value

@@ -15,9 +15,10 @@ VAE = {"block_out_channels": [8, 8, 8]}
 
 def vae_config(output: Path, **overrides: Any) -> RunConfig:
     """A VAE of 16x16 digits to 4x4x4 latents; ``overrides`` as section__key=value."""
-    overrides = {f"vae__{key}": value for key, value in VAE.items()} | overrides
+    if "vae__init_from" not in overrides:  # which brings its own levels
+        overrides = {f"vae__{key}": value for key, value in VAE.items()} | overrides
     overrides = {"data__image_size": 16, "training__learning_rate": 3e-3, "training__ema_decay": 0.9} | overrides
-    return tiny_config(output, **overrides).model_copy(update={"recipe": "vae"})
+    return tiny_config(output, "vae", **overrides)
 
 
 def latent_config(output: Path, vae: Path, **overrides: Any) -> RunConfig:

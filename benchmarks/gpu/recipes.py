@@ -67,7 +67,7 @@ def config_of(
     if has_codec:
         overrides.append(f"codec.path={codec or folder / 'codec'}")
     if training.get("precision") == "float16":  # which the discriminator's weight does not stand
-        overrides.append("vae.adversarial_weight=0")
+        overrides += ["vae.adversarial_weight=0", "vae.adversarial_start=2000"]
     for section in ("training", "codec.training") if has_codec else ("training",):
         overrides += [f"{section}.{key}={value}" for key, value in keys.items()]
     return load_config(ROOT / "configs" / f"{name}.yaml", overrides)

@@ -1,5 +1,6 @@
 """Configurations as files: one YAML file, ``key.path=value`` overrides, nothing unknown accepted."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,9 +8,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from heterodiff.config import RunConfig
+from heterodiff.config.names import UNKNOWN_NAME
+from heterodiff.config.readers import unread_keys
 from heterodiff.errors import ConfigError, nearest_name
 
 MAX_CONFIG_BYTES = 1_000_000
+BESIDE_SAVED = ("run.json", "model_index.json")
+"""Files of a run folder, beside which a configuration is that of the run."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -97,20 +102,29 @@ def _explain(error: ValidationError) -> str:
             known = _known_keys(location[:-1])
             hint = nearest_name(str(location[-1]), known)
             lines.append(f"unknown key '{key}'{hint}; known here: {', '.join(known)}")
+        elif item["type"] == UNKNOWN_NAME:
+            lines.append(f"{key}: {item['msg']}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message}, found {item['input']!r}" if key else message)
     return "\n".join(lines)
 
 
-def parse_config(content: dict[str, Any], where: str = "configuration") -> RunConfig:
+def parse_config(
+    content: dict[str, Any], where: str = "configuration", tolerated: Container[str] | None = ()
+) -> RunConfig:
     """Check ``content`` against :class:`RunConfig`.
 
+    Args:
+        where: what the content is from, for messages.
+        tolerated: keys that may differ from their default though the run does not read them; None: all.
+
     Raises:
-        ConfigError: unknown keys (the nearest known one is named) or values of a wrong type or range.
+        ConfigError: unknown keys and names (the nearest known one is named), values of a wrong type or range, or keys
+            that the run does not read (what would read them is named).
     """
     try:
-        return RunConfig.model_validate(content)
+        return RunConfig.model_validate(content, context={"tolerated": tolerated})
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error)}") from None
 
@@ -118,19 +132,40 @@ def parse_config(content: dict[str, Any], where: str = "configuration") -> RunCo
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read the YAML file at ``path``, apply ``key.path=value`` overrides and check the result.
 
-    The run folder (``output``) defaults to ``runs/<file stem>``.
+    The run folder (``output``) defaults to ``runs/<file stem>``. Keys that the run does not read are refused, except
+    those that the configuration in a run folder holds: earlier versions accepted and saved them.
 
     Raises:
         ConfigError: see :func:`read_yaml` and :func:`parse_config`.
     """
     path = Path(path)
     content = read_yaml(path)
+    tolerated: Container[str] | None = ()
+    if any((path.parent / name).is_file() for name in BESIDE_SAVED):
+        saved = parse_config(content, str(path), tolerated=None)
+        given = {override.partition("=")[0].strip() for override in overrides}
+        tolerated = {unread.key for unread in unread_keys(saved)} - given
     for override in overrides:
         apply_override(content, override)
     content.setdefault("output", str(Path("runs") / path.stem))
-    return parse_config(content, str(path))
+    return parse_config(content, str(path), tolerated)
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return ``config`` as YAML text that :func:`load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return ``config`` as YAML text that :func:`load_config` reads back to an equal object.
+
+    Keys that the run does not read are left out, unless they differ from their default.
+    """
+    content = config.model_dump(mode="json")
+    for unread in unread_keys(config):
+        if unread.is_default:
+            _remove(content, unread.key.split("."))
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _remove(content: dict[str, Any], key: list[str]) -> None:
+    """Take the key out of nested ``content``, and sections that are empty then."""
+    if len(key) > 1:
+        _remove(content[key[0]], key[1:])
+    if len(key) == 1 or not content[key[0]]:
+        del content[key[0]]

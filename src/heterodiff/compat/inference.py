@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterodiff.errors import CheckpointError
-from heterodiff.models.hybrid import HybridSpec
+from heterodiff.models.variants import HybridSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 

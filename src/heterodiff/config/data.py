@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from heterodiff.config.base import Fraction, Section, Seed, Size, UserPath, Width
+from heterodiff.config.names import SOURCES, known_name
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -141,7 +142,7 @@ class VolumesConfig(Section):
 class DataConfig(Section):
     """Where images and their labels or captions come from."""
 
-    source: str = Field(
+    source: Annotated[str, known_name("source", lambda: SOURCES)] = Field(
         "images",
         description="`images`, `captions`, `volumes` (NIfTI), `latents` (written by `heterodiff encode`), or built in: "
         "`digits`, `microdoppler`, `shapes`, `brain-phantom`",

@@ -5,14 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from heterodiff.config.base import Depth, Fraction, Levels, Section, UserPath, Width
+from heterodiff.config.names import known_name
 from heterodiff.config.training import TrainingConfig
 from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY
+from heterodiff.models.variants import list_models
 
 
 class ModelConfig(Section):
     """The denoiser; ``heterodiff models`` lists the networks with their sizes and costs."""
 
-    variant: str = Field(
+    variant: Annotated[str, known_name("model variant", list_models)] = Field(
         "hae-v2",
         description="`unet`, `hae`, `hae-lite`, `hae-v2` or `hae-v2-conservative`; recipe `text-image` also has "
         "`film-unet`, its default",
@@ -90,14 +92,10 @@ class CodecConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_vae(self) -> "CodecConfig":
-        if self.kind == "pixels" and self.training is not None:
-            raise ValueError("codec.training is for a VAE; set codec.kind=kl-vae and codec.path")
         if self.kind == "kl-vae" and self.path is None:
             raise ValueError(
                 "kind kl-vae needs codec.path: a run folder of recipe `vae`, or a folder with a diffusers AutoencoderKL"
             )
-        if self.kind == "pixels" and self.path is not None:
-            raise ValueError("codec.path is a VAE, which kind pixels does not use; set codec.kind=kl-vae")
         return self
 
 

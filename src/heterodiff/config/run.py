@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from heterodiff.config.base import Section
 from heterodiff.config.data import DataConfig
 from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
+from heterodiff.config.readers import unread_problems
 from heterodiff.config.training import DiffusionConfig, TrainingConfig
 from heterodiff.config.use import SamplingConfig, SegmentationConfig
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS
@@ -72,26 +73,14 @@ class RunConfig(Section):
             )
         if self.model.variant == "film-unet" and not with_text:
             raise ValueError("model.variant film-unet is steered by texts; it is for recipe text-image")
-        if self.sampling.candidates > 1 and not with_text:
-            raise ValueError("sampling.candidates are judged by the captioner of recipe text-image; leave it out")
         return self
 
     @model_validator(mode="after")
-    def _sections_go_together(self) -> "RunConfig":
-        if self.recipe == "vae" and self.codec.kind != "pixels":
-            raise ValueError("recipe vae trains a VAE with section `training` and has no codec; leave `codec` out")
-        if self.codec.kind != "pixels" and self.sampling.dynamic_threshold is not None:
-            raise ValueError("sampling.dynamic_threshold is for pixels, latents have no fixed range; leave it out")
-        return self
+    def _keys_are_read(self, info: ValidationInfo) -> "RunConfig":
+        """Refuse keys that differ from their default though this run does not read them.
 
-    @model_validator(mode="after")
-    def _stored_latents_are_fixed(self) -> "RunConfig":
-        data, cached = self.data, self.codec.cache or self.data.source == "latents"
-        if self.codec.kind != "pixels" and not self.alignment.joint and cached:
-            for key, value in (("horizontal_flip", data.horizontal_flip), ("random_crop", data.random_crop)):
-                if value:
-                    raise ValueError(
-                        f"data.{key}={value} cannot act on stored latents; set codec.cache=false (images are encoded "
-                        "with every batch, which is slower), or leave it out"
-                    )
+        Of the context, ``tolerated`` names keys that may; None stands for all.
+        """
+        if problems := unread_problems(self, (info.context or {}).get("tolerated", ())):
+            raise ValueError("\n".join(problems))
         return self

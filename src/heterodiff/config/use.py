@@ -5,12 +5,15 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from heterodiff.config.base import BatchSize, Positive, Section, Seed, Timesteps, Width
+from heterodiff.config.names import SAMPLERS, known_name
 
 
 class SamplingConfig(Section):
     """How pictures are drawn from the model: previews, `heterodiff sample`, evaluation."""
 
-    sampler: str = Field("dpmpp", description="`ddpm`, `ddim`, `dpmpp`, `unipc`, `euler`, `heun` or `flow-euler`")
+    sampler: Annotated[str, known_name("sampler", lambda: SAMPLERS)] = Field(
+        "dpmpp", description="`ddpm`, `ddim`, `dpmpp`, `unipc`, `euler`, `heun` or `flow-euler`"
+    )
     num_inference_steps: Timesteps = Field(20, description="denoising steps of a picture")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         2.0,

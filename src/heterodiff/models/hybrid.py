@@ -10,25 +10,10 @@ from heterodiff.models.attention_ways import DevicePattern, choose_way, sparse_a
 from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, embedding_layers, to_map, to_tokens
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.sparse_attention import Grid, make_pattern
+from heterodiff.models.variants import HybridSpec
 
 REGIONAL_PATCHES = (4, 8)
 NUM_HEADS = 8
-
-
-@dataclass(frozen=True)
-class HybridSpec:
-    """What distinguishes the hybrid blocks of the HAE variants (a row each in ``variants.py``).
-
-    Attributes:
-        linear_patches: a Linear over each flattened patch makes its regional token; otherwise a shared 1x1
-            convolution and the mean over the patch.
-        bottleneck_mlp: C -> bottleneck_ratio C -> C instead of C -> 4C -> C.
-        concat_fusion: 1x1(concat(a, b)) instead of 1x1((a + b) / 2).
-    """
-
-    linear_patches: bool
-    bottleneck_mlp: bool
-    concat_fusion: bool
 
 
 @dataclass(frozen=True)

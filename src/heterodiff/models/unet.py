@@ -22,10 +22,10 @@ from heterodiff.models.blocks import (
 from heterodiff.models.conditioning import zero_rows
 from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY, default_levels
 from heterodiff.models.denoiser import Denoiser, Recompute, check_widths, embedding_mlp, readable
-from heterodiff.models.hybrid import HybridBlock, HybridSpec, PatternSpec, SparseSelfAttention
+from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.sparse_attention import MIN_KEYS, PATTERNS
-from heterodiff.models.variants import VARIANTS
+from heterodiff.models.variants import VARIANTS, HybridSpec
 
 
 class Stage(nn.ModuleList):

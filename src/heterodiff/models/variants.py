@@ -1,4 +1,4 @@
-"""The denoisers by name: a row for each variant of the HAE family and for each other network."""
+"""The denoisers by name: a row for each variant of the HAE family and for each other network; imports no torch."""
 
 import importlib
 import inspect
@@ -6,10 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heterodiff.errors import ConfigError, unknown_name
-from heterodiff.models.hybrid import HybridSpec
 
 if TYPE_CHECKING:
     from heterodiff.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class HybridSpec:
+    """What distinguishes the hybrid blocks of the HAE variants.
+
+    Attributes:
+        linear_patches: a Linear over each flattened patch makes its regional token; otherwise a shared 1x1
+            convolution and the mean over the patch.
+        bottleneck_mlp: C -> bottleneck_ratio C -> C instead of C -> 4C -> C.
+        concat_fusion: 1x1(concat(a, b)) instead of 1x1((a + b) / 2).
+    """
+
+    linear_patches: bool
+    bottleneck_mlp: bool
+    concat_fusion: bool
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
     reached = (weights_step(folder) or 0) if resume == "auto" else 0
     if changes := changed_keys(load_config(folder / CONFIG_FILE), config, reached):
         raise RunError(
-            f"{folder}: holds a run with another configuration; set output=... to a new folder, or undo:\n  "
-            + "\n  ".join(changes)
+            f"{folder}: holds a run with another configuration; set output=... to a new folder, go on with it as it is "
+            f"(heterodiff train {folder / CONFIG_FILE}), or undo:\n  " + "\n  ".join(changes)
         )
     return True
 

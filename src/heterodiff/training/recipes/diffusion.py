@@ -19,7 +19,6 @@ from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
-from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, default_levels
 from heterodiff.models.unet import check_size
@@ -37,13 +36,10 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """Arguments of the configured denoiser for images as in ``spec``, defaults filled in.
 
     Raises:
-        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named), or
-            patches for film-unet.
+        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named).
         CheckpointError: the codec's VAE is not there.
     """
     m = config.model
-    if m.variant == "film-unet" and m.patch_size != 1:
-        raise ConfigError(f"model.patch_size={m.patch_size}: film-unet has none; leave it out or set it to 1")
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
     with_text = config.recipe == "text-image"
     condition_dim = config.text.embedding_dim if with_text else None
