@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,6 @@ from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.start import from_scratch, timed_steps, trial
 
 MAX_LISTED = 50
@@ -125,11 +124,11 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         trainer, recipe = trial(config)
         result = timed_steps(trainer, recipe)
         findings.add(True, "network", f"{result.network}, {result.parameters:,} parameters")
-        if isinstance(recipe, DiffusionRecipe) and isinstance(recipe.codec, LatentCodec):
-            check_latent_setup(config, recipe, trainer, findings.add)
+        if isinstance(recipe.codec, LatentCodec):
+            check_latent_setup(config, cast(Any, recipe), trainer, findings.add)
         else:
             findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-        cached = config.codec.kind != "pixels" and config.codec.cache and not config.alignment.joint
+        cached = isinstance(recipe.codec, LatentCodec) and config.codec.cache
         encoding = cached and trainer.data.latents is None
         note = "; with its images encoded, which the run does once, before" if encoding else ""
         findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours{note}")

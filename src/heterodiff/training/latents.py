@@ -1,6 +1,7 @@
 """Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,10 @@ from heterodiff.data.latents import INDEX_FILE, load_latents
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import DataError
 from heterodiff.pipelines.load import CONFIG_FILE
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.run_folder import LATENTS, weights_step
+
+if TYPE_CHECKING:
+    from heterodiff.training.recipes.diffusion import DiffusionRecipe
 
 MEASURED_IMAGES = 1024
 MEASURED_BATCH = 32
@@ -35,7 +38,7 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 
 
 def prepare_latents(
-    config: RunConfig, recipe: DiffusionRecipe, data: LoadedData, accelerator: Accelerator, quiet: bool
+    config: RunConfig, recipe: "DiffusionRecipe", data: LoadedData, accelerator: Accelerator, quiet: bool
 ) -> LoadedData:
     """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
 
@@ -80,7 +83,7 @@ def _caches(config: RunConfig) -> bool:
     return config.codec.kind != "pixels" and config.codec.cache and config.data.source != "latents"
 
 
-def _statistics(codec: LatentCodec, data: LoadedData, recipe: DiffusionRecipe) -> tuple[Tensor, Tensor]:
+def _statistics(codec: LatentCodec, data: LoadedData, recipe: "DiffusionRecipe") -> tuple[Tensor, Tensor]:
     """Mean and std (c,) of the unscaled latents of the training images: stored with them, or of up to 1,024."""
     if (stored := data.latents) is not None:
         if (found := codec.fingerprint()) != stored.vae_fingerprint or stored.shape != recipe.latent_shape:
@@ -98,7 +101,7 @@ def _statistics(codec: LatentCodec, data: LoadedData, recipe: DiffusionRecipe) -
     )
 
 
-def _refuse_another_vae(codec: LatentCodec, recipe: DiffusionRecipe) -> None:
+def _refuse_another_vae(codec: LatentCodec, recipe: "DiffusionRecipe") -> None:
     """Compare the codec with the one that a resumed run saved beside its weights."""
     run = recipe.config.output
     if run is None or weights_step(run) is None or (saved := load_saved_codec(run)) is None:

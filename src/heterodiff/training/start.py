@@ -28,28 +28,21 @@ from heterodiff.errors import (
     compile_error,
     is_out_of_memory,
 )
-from heterodiff.models.variants import VARIANTS
 from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
+from heterodiff.tasks import loaded, task_of
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
-from heterodiff.training.codec_stage import check_denoiser, codec_run, resting_keys
-from heterodiff.training.latents import prepare_latents, stored_latents
+from heterodiff.training.codec_stage import check_denoiser, codec_run
+from heterodiff.training.latents import stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
 from heterodiff.training.memory_plan import advice, check_fits, training_memory_bytes
 from heterodiff.training.precision import precision_of
-from heterodiff.training.recipes.alignment import AlignmentRecipe
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
-from heterodiff.training.recipes.vae import VAERecipe
 from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
 
 RUN_FILE = "run.json"
-TEXT_RECIPES = (AlignmentRecipe, TextImageRecipe)
 MAX_TEXT_NOTES = 3
 TRIAL = Path("runs/dry-run")
 """Stands for the folder of a run that is tried out; nothing is written there."""
-WITH_MASKS = ("brain-phantom", "volumes")
-"""Sources of images whose anomalies can be found."""
 
 
 def train(
@@ -106,11 +99,8 @@ def train(
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
     with alone, _explaining(config, data.spec):
-        if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
-            data = trainer.data = prepare_latents(config, recipe, data, trainer.accelerator, quiet)
-        if checkpoint is None and isinstance(recipe, TextImageRecipe):
-            error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
-            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+        data, found = recipe.before_training(config, data, trainer.accelerator, checkpoint is None, quiet)
+        trainer.data, notes = data, [*notes, *found]  # images that were encoded need no memory any more
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             if not current:  # stopped between the checkpoint and the weights made from it
@@ -169,18 +159,8 @@ def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
         )
     check_fits(config, spec)
     torch.manual_seed(config.training.seed)  # initial weights
-    if config.recipe == "vae":
-        if data.latents is not None:
-            raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
-        return VAERecipe(config, spec, data.train, data.val)
-    if config.recipe == "alignment":
-        return AlignmentRecipe(config, data)
-    if config.recipe == "text-image":
-        return JointRecipe(config, data) if config.alignment.joint else TextImageRecipe(config, data)
-    if data.latents is not None and config.codec.kind != "kl-vae":
-        vae = data.latents.vae_path
-        raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
-    return DiffusionRecipe(config, spec)
+    recipe: Recipe = loaded(task_of(config).build)(config, data)
+    return recipe
 
 
 def load_run_data(config: RunConfig) -> LoadedData:
@@ -265,45 +245,13 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
     doubts = []
     if len(data.train) < config.training.batch_size:
         doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
-    if config.recipe == "alignment" or config.alignment.joint:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if config.training.batch_size == config.training.accumulation_steps * processes:
-            doubts.append("one image at a time: with nothing to tell it from, the contrastive loss teaches nothing")
-    if config.recipe == "alignment":
-        return doubts
-    if config.recipe == "text-image" and config.codec.path is not None and config.codec.training is None:
-        doubts += resting_keys(config)
-    if config.recipe == "vae":
-        if config.vae.init_from is not None:
-            doubts.append(
-                f"the architecture is that of vae.init_from={config.vae.init_from}; vae's own keys for it rest"
-            )
-        return doubts
-    conditional = data.spec.class_names or data.captions
-    if conditional and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
-        doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
-    if conditional and config.diffusion.p_uncond == 1:
-        doubts.append("diffusion.p_uncond=1: the condition is never shown to the network")
-    hybrid = config.model.variant in VARIANTS and config.model.variant != "unet"
-    if hybrid and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
-        doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
-    return doubts
+    return doubts + [note for name in task_of(config).doubts for note in loaded(name)(config, data)]
 
 
 def next_steps(config: RunConfig) -> list[str]:
     """Commands to use a finished run with, a line each."""
-    run = config.output
-    if config.recipe in ("text-image", "alignment"):
-        caption = f"         heterodiff caption {run} PICTURE.png"
-        if config.recipe == "alignment":
-            return [f"next{caption[4:]}", f"         heterodiff evaluate {run}"]
-        return [f'next     heterodiff text2image {run} "a prompt"', caption, f"         heterodiff evaluate {run}"]
-    if config.recipe == "vae":
-        use = f"heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"
-        return [f"next     heterodiff evaluate {run}", f"         {use}"]
-    if config.data.source in WITH_MASKS:
-        return [f"next     heterodiff segment {run} --calibrate", f"         heterodiff evaluate {run}"]
-    return [f"next     heterodiff sample {run}", f"         heterodiff evaluate {run}"]
+    commands = [command.format(run=config.output) for command in task_of(config).next_steps]
+    return [f"{'' if number else 'next':8} {command}" for number, command in enumerate(commands)]
 
 
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
@@ -314,7 +262,7 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
         f"data     {len(data.train)} training and {len(data.val)} held-out images, "
         f"{spec.channels}x{spec.height}x{spec.width}, {condition}"
     )
-    of_texts = trainer.recipe.captions.warnings if isinstance(trainer.recipe, TEXT_RECIPES) else []
+    of_texts = trainer.recipe.warnings
     for warning in [*data.warnings, *of_texts[:MAX_TEXT_NOTES]]:
         print(f"note     {warning}")
     if len(of_texts) > MAX_TEXT_NOTES:
@@ -380,9 +328,8 @@ def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
         recipe = build_recipe(config, data)
         config = config.model_copy(update={"output": config.output or TRIAL})
         trainer = Trainer(config, recipe, data)
-        if isinstance(recipe, DiffusionRecipe):
-            without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
-            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, quiet=True)
+        without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
+        trainer.data, _ = recipe.before_training(without_files, data, trainer.accelerator, begins=False, quiet=True)
     return trainer, recipe
 
 

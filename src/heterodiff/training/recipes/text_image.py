@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
 
@@ -89,6 +90,21 @@ class TextImageRecipe(DiffusionRecipe):
             return fit_guess(self.codec, *known)
         with progress_tasks() as task:
             return fit_guess(self.codec, *known, progress=task("guessing maps of texts", STEPS))
+
+    @property
+    def warnings(self) -> list[str]:  # type: ignore[override]
+        """Captions that were changed to be read."""
+        return self.captions.warnings
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, accelerator: Accelerator, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        """Encode the images, and learn which maps to expect of texts, which resumed runs know."""
+        data, notes = super().before_training(config, data, accelerator, begins, quiet)
+        if begins:
+            error = self.fit_guess(data, quiet or not accelerator.is_main_process)
+            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+        return data, notes
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
