@@ -250,8 +250,7 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
 
 def next_steps(config: RunConfig) -> list[str]:
     """Commands to use a finished run with, a line each."""
-    commands = [command.format(run=config.output) for command in task_of(config).next_steps]
-    return [f"{'' if number else 'next':8} {command}" for number, command in enumerate(commands)]
+    return task_of(config).next_lines(config.output)
 
 
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
