@@ -73,6 +73,8 @@ MAY_ASK = ("tasks.py", "training/recipes/", "config/")  # the configuration refu
 def questions(path: Path) -> Iterator[str]:
     """Lines of ``path`` where a recipe is compared with a name, or a recipe or pipeline asked for its class."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.Compare | ast.Call):
+            continue
         text = ast.unparse(node)
         if isinstance(node, ast.Compare):
             operands = [ast.unparse(operand) for operand in (node.left, *node.comparators)]
@@ -80,7 +82,7 @@ def questions(path: Path) -> Iterator[str]:
             named = any("'" in operand for operand, found in zip(operands, is_recipe, strict=True) if not found)
             if (any(is_recipe) and named) or re.search(r"(Recipe|Pipeline)\.__name__", text):
                 yield text
-        elif isinstance(node, ast.Call) and re.match(r"(isinstance|issubclass)\(.*(Recipe|Pipeline)\b", text):
+        elif re.match(r"(isinstance|issubclass)\(.*(Recipe|Pipeline)\b", text):
             yield text
 
 
