@@ -26,7 +26,8 @@ from heterodiff.training.latents import prepare_latents
 from heterodiff.training.loop import Trainer
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
-from heterodiff.training.start import build_recipe, dry_run, train
+from heterodiff.training.start import build_recipe, train
+from heterodiff.training.trial import dry_run
 from tests.test_cli import call
 from tests.training_runs import assert_same_run, losses_of
 from tests.vae_runs import latent_config, plain_vae, vae_config

@@ -158,10 +158,10 @@ def train(
     from heterodiff.config_file import load_config
 
     run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
-    from heterodiff.training import start
+    from heterodiff.training import start, trial
 
     if dry_run:
-        start.print_dry_run(start.dry_run(run_config))
+        trial.print_dry_run(trial.dry_run(run_config))
         return
     result = start.train(run_config, resume, stop_after, quiet=quiet)
     if result.stopped_by is not None:

@@ -19,7 +19,7 @@ from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice
-from heterodiff.training.start import from_scratch, timed_steps, trial
+from heterodiff.training.trial import from_scratch, timed_steps, trial
 
 MAX_LISTED = 50
 
