@@ -34,7 +34,7 @@ from heterodiff.memory import keep_freed_memory
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import load_generation, load_spec, read_json
 from heterodiff.pipelines.segment import Segmenter
-from heterodiff.training.start import trial
+from heterodiff.training.trial import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
 PATIENTS, SHOWN_PATIENT = ("7", "19", "26"), "19"

@@ -23,7 +23,7 @@ from heterodiff.config_file import parse_config
 from heterodiff.data.encode import encode_data
 from heterodiff.data.sources import load_data
 from heterodiff.training.recipes.vae import build_vae
-from heterodiff.training.start import trial
+from heterodiff.training.trial import trial
 
 BATCH = 32
 ROUNDS = 3

@@ -22,6 +22,7 @@ from heterodiff.evaluation.captioned import CaptionedImages
 from heterodiff.evaluation.curves import curves_svg
 from heterodiff.evaluation.report import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
 from heterodiff.evaluation.retrieval import recall
+from heterodiff.evaluation.run import task_evaluated
 from heterodiff.evaluation.shapes_reader import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
 from heterodiff.evaluation.text_image import (
     caption_likeness,
@@ -36,7 +37,7 @@ from heterodiff.evaluation.text_image import (
     unigram_f1,
     ways_of,
 )
-from heterodiff.evaluation.text_image_run import READER_FILE, evaluate_text_image, is_text_image, text_image_summary
+from heterodiff.evaluation.text_image_run import READER_FILE, evaluate_text_image, text_image_summary
 from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.load import load_text_image
@@ -328,7 +329,7 @@ def test_captions_in_free_words_by_hand() -> None:
 
 
 def test_evaluate_a_run_on_shapes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert is_text_image(run)
+    assert task_evaluated(run).recipe == "text-image"
     weights = (run / "evaluation" / READER_FILE).read_bytes()
     found = evaluated(capsys, run, "-n", "6", "--guidance", "2.5")
     assert json.loads((run / "evaluation.json").read_text()) == found

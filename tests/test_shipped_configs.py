@@ -15,7 +15,8 @@ from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.nifti import Layout
 from heterodiff.data.volumes import layout_of
-from heterodiff.training.start import dry_run, train
+from heterodiff.training.start import train
+from heterodiff.training.trial import dry_run
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))
 LARGE = {

@@ -26,7 +26,8 @@ from heterodiff.training.latents import prepare_latents
 from heterodiff.training.loop import Trainer
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
-from heterodiff.training.start import build_recipe, dry_run, train
+from heterodiff.training.start import build_recipe, train
+from heterodiff.training.trial import dry_run
 from tests.test_cli import call
 from tests.training_runs import assert_same_run, losses_of
 from tests.vae_runs import latent_config, plain_vae, vae_config
@@ -342,7 +343,7 @@ def test_measured_statistics_are_of_all_classes(vae: Path, tmp_path: Path) -> No
     recipe = build_recipe(config, data)
     trainer = Trainer(config, recipe, data)
     assert isinstance(recipe, DiffusionRecipe)
-    prepare_latents(config, recipe, data, trainer.accelerator, trainer.hosts.wait, quiet=True)
+    prepare_latents(config, recipe, data, trainer.hosts, quiet=True)
     codec = KLVAECodec(load_vae(vae))
     posterior = codec.posterior(data.train.batch(range(1300))[0])
     mean = posterior[:, :4].double().mean((0, 2, 3))

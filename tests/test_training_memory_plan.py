@@ -86,7 +86,8 @@ def peak():  # of this process; getrusage would count the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 from heterodiff.config_file import load_config
-from heterodiff.training.start import dry_run, load_run_data
+from heterodiff.training.start import load_run_data
+from heterodiff.training.trial import dry_run
 from heterodiff.training.memory_plan import training_memory_bytes
 config = load_config(sys.argv[1])
 spec = load_run_data(config).spec

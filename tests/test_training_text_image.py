@@ -41,7 +41,8 @@ from heterodiff.training.memory_plan import advice, training_memory_bytes
 from heterodiff.training.recipes import alignment
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
-from heterodiff.training.start import _doubts, build_recipe, dry_run, train
+from heterodiff.training.start import _doubts, build_recipe, train
+from heterodiff.training.trial import dry_run
 from tests.test_cli import call
 from tests.text_runs import text_config
 from tests.training_runs import last_checkpoint, losses_of

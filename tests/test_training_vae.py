@@ -29,7 +29,8 @@ from heterodiff.pipelines.load import load
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
 from heterodiff.training.memory_plan import training_memory_bytes
 from heterodiff.training.recipes.vae import VAEDraws, VAERecipe, structural_losses
-from heterodiff.training.start import dry_run, train
+from heterodiff.training.start import train
+from heterodiff.training.trial import dry_run
 from tests.training_runs import last_checkpoint, losses_of
 from tests.vae_runs import plain_vae, vae_config
 

@@ -139,7 +139,7 @@ def leaves_out(bench: Bench, precision: str) -> dict[str, Any]:
     Raises:
         Unexpected: weights changed by that step, or not by the next one.
     """
-    from heterodiff.training.start import trial
+    from heterodiff.training.trial import trial
 
     config = config_of(bench, "digits", bench.folder / "not written", 10, precision=precision)
     trainer, recipe = trial(config)

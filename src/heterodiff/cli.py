@@ -193,10 +193,10 @@ def train(
     from heterodiff.config_file import load_config
 
     run_config = load_config(find_config(config), overrides or [])  # before anything slow is imported
-    from heterodiff.training import start
+    from heterodiff.training import start, trial
 
     if dry_run:
-        start.print_dry_run(start.dry_run(run_config))
+        trial.print_dry_run(trial.dry_run(run_config))
         return
     result = start.train(run_config, resume, stop_after, quiet=quiet)
     if result.stopped_by is not None:
@@ -552,53 +552,20 @@ def evaluate(
     from heterodiff.devices import find_device
 
     find_device(device)
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-    options["device"] = device
-    if batch_size is not None:
-        options["batch_size"] = batch_size
+    from heterodiff.evaluation.run import Request, evaluate_task
+
+    request = Request(number, data, seed, device, batch_size, steps, guidance, sampler)
     if augmentation:
         from heterodiff.evaluation import augmentation_run, augmentation_summary
 
-        study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **options)
+        study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **request.options())
         lines = augmentation_summary.summary_lines(study.study)
         files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
         _print_metrics(study.study, lines, files, as_json)
         return
-    from heterodiff.evaluation.run import evaluate_run, summary_lines
-    from heterodiff.evaluation.segmentation_run import (
-        evaluate_anomalies,
-        finds_anomalies,
-        other_patients,
-        segmentation_summary,
-    )
-    from heterodiff.evaluation.text_image_run import evaluate_text_image, is_text_image, text_image_summary
-    from heterodiff.evaluation.vae_run import evaluate_vae, is_vae, vae_summary
-
-    patients = other_patients(run, data) if data else None
-    if finds_anomalies(run, patients):
-        given = {
-            "-n": number,
-            "--steps": steps,
-            "--guidance": guidance,
-            "--sampler": sampler,
-            "--batch-size": batch_size,
-        }
-        if unused := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(
-                f"{unused[0]}: {run} finds anomalies in all test images, as its segmentation settings say; leave it "
-                "out, or change these and calibrate again"
-            )
-        result, summary = evaluate_anomalies(run, patients, device), segmentation_summary
-    elif is_vae(run):
-        result, summary = evaluate_vae(run, seed, data, device), vae_summary
-    elif is_text_image(run):
-        result = evaluate_text_image(run, seed, 200 if number is None else number, data, **options)
-        summary = text_image_summary
-    else:
-        result = evaluate_run(run, 50 if number is None else number, seed, data, **options)
-        summary = summary_lines
+    result, lines = evaluate_task(run, request)
     files = f"picture  {result.picture}\nreport   {result.report}"
-    _print_metrics(result.metrics, summary(result.metrics), files, as_json)
+    _print_metrics(result.metrics, lines, files, as_json)
 
 
 def _print_metrics(metrics: dict[str, Any], lines: Iterable[str], files: str, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """All sections together."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -12,12 +12,18 @@ from heterodiff.config.readers import unread_problems
 from heterodiff.config.training import DiffusionConfig, TrainingConfig
 from heterodiff.config.use import SamplingConfig, SegmentationConfig
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS
+from heterodiff.tasks import recipes
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(recipes())]
 
 
 class RunConfig(Section):
     """Everything that defines a run; saved as ``config.yaml`` in its folder, which is enough to repeat it."""
 
-    recipe: Literal["diffusion", "vae", "alignment", "text-image"] = Field(
+    recipe: RecipeName = Field(
         "diffusion",
         description="diffusion: images of classes, or without labels; vae: the autoencoder of latents; text-image: "
         "text to image and back; alignment: its first half alone, all but the denoiser",

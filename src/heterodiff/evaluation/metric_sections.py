@@ -7,6 +7,7 @@ from typing import Any
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import MISSING, distance, number, part_of, percent, share_of, texts
 from heterodiff.evaluation.curves import is_number
+from heterodiff.evaluation.report import AUGMENTATION_PICTURE, RunFiles
 
 MAX_CLASS_ROWS = 100
 
@@ -279,3 +280,22 @@ def memorising_section(evaluation: Mapping[str, Any], picture: str) -> str:
         )
     explanation = page.notice(str(nearest.get("explanation", "")), tone)
     return page.section("Does it memorise?", explanation, page.paragraph(method, "soft"), picture)
+
+
+def sections(files: RunFiles) -> list[str]:
+    """The sections on a run that draws images of classes."""
+    nearest = page.figure(files.picture("nearest.png"), "png", "Generated images above their nearest training images")
+    study = ""
+    if files.augmentation:
+        study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
+    return [
+        metrics_section(files.evaluation),
+        class_section(files.evaluation),
+        augmentation_section(files.augmentation, study),
+        memorising_section(files.evaluation, nearest),
+    ]
+
+
+def vae_sections(files: RunFiles) -> list[str]:
+    """The section on a run that trained a VAE."""
+    return [reconstruction_section(files.evaluation)]

@@ -6,28 +6,19 @@ import platform
 import re
 import shlex
 from collections.abc import Iterable
+from functools import cached_property
 from html import escape
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from heterodiff.config_file import read_yaml
+from heterodiff.config_file import load_config, read_yaml
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import part_of
 from heterodiff.evaluation.curves import curves_svg, is_number, series
-from heterodiff.evaluation.metric_sections import (
-    augmentation_section,
-    class_section,
-    headline_cards,
-    memorising_section,
-    metrics_section,
-    reconstruction_section,
-)
-from heterodiff.evaluation.segmentation_sections import segmentation_cards, segmentation_section
-from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
 from heterodiff.files import fresh
+from heterodiff.tasks import TASKS, Task, loaded, task_of, task_of_recipe
 
 REPORT_NAME = "report.html"
 AUGMENTATION_FILE = "augmentation.json"
@@ -51,15 +42,18 @@ class RunFiles:
         self.augmentation = self._json(AUGMENTATION_FILE)
         self.metrics = self._rows("metrics.jsonl")
 
-    @property
-    def recipe(self) -> str:
-        """What the run trained; empty where its configuration does not say."""
-        found = re.search(r"^recipe: ([\w-]+)$", self.config, re.MULTILINE)
-        return found[1] if found else ""
+    @cached_property
+    def task(self) -> Task:
+        """The task of the run; that of class images where its configuration does not say."""
+        try:
+            return task_of(load_config(self.run_dir / "config.yaml"))
+        except (HeterodiffError, OSError):
+            found = re.search(r"^recipe: ([\w-]+)$", self.config, re.MULTILINE)
+            return task_of_recipe(found[1] if found else "")
 
     def codec_metrics(self) -> list[dict[str, Any]]:
-        """Rows of the run of recipe alignment that went before this one; none where its folder is not there."""
-        if self.recipe != "text-image":
+        """Rows of the run that went before this one; none where its folder is not there."""
+        if not self.task.first_stage:
             return []
         try:
             path = Path(read_yaml(self.run_dir / "config.yaml")["codec"]["path"])
@@ -181,11 +175,11 @@ def _grids_section(files: RunFiles) -> str:
 def _curves_section(files: RunFiles) -> str:
     svg = curves_svg(files.metrics)
     text = "Noise levels are drawn at random, so single losses scatter: follow the mean."
-    text = text if svg and files.recipe not in ("vae", "alignment") else ""
+    text = text if svg and files.task.scattered else ""
     stage = curves_svg(files.codec_metrics())
     return page.section(
         "Training curves",
-        page.paragraph("Image codec, text encoder and captioner, which were trained first:" if stage else ""),
+        page.paragraph(f"{files.task.first_stage}, which were trained first:" if stage else ""),
         page.figure(stage, "svg+xml", "Training curves of the image codec and the text networks"),
         page.paragraph("The denoiser:" if stage and svg else ""),
         page.paragraph(text, "soft"),
@@ -216,14 +210,7 @@ def _machine_section(files: RunFiles) -> str:
 def _reproduce_section(files: RunFiles) -> str:
     folder = shlex.quote(str(files.run_dir))
     config = shlex.quote(str(files.run_dir / "config.yaml"))
-    draw = {
-        "vae": [],
-        "alignment": [f"heterodiff caption {folder} PICTURE.png"],
-        "text-image": [
-            f'heterodiff text2image {folder} "a prompt" --seed 0',
-            f"heterodiff caption {folder} PICTURE.png",
-        ],
-    }.get(files.recipe, [f"heterodiff sample {folder} -n 16 --seed 0 --out samples"])
+    draw = [command.format(run=folder) for command in files.task.reproduce]
     if part_of(files.evaluation, "mixed"):
         draw = [f"heterodiff segment {folder} --calibrate"]
     commands = [f"heterodiff train {config}", *draw, f"heterodiff evaluate {folder}"]
@@ -232,6 +219,21 @@ def _reproduce_section(files: RunFiles) -> str:
     if original:
         text += f" It was started with: {original}"
     return page.section("How to reproduce", page.paragraph(text), page.preformatted("\n".join(commands)))
+
+
+def _tasks(files: RunFiles) -> Iterable[Task]:
+    """All tasks, the run's own first: what is not there to show is left out, so a report needs not ask further."""
+    return (files.task, *TASKS.values())
+
+
+def _evaluation_cards(files: RunFiles) -> list[tuple[str, str, str]]:
+    names = dict.fromkeys(task.cards for task in _tasks(files) if task.cards)
+    return [card for name in names for card in loaded(name)(files.evaluation)]
+
+
+def _evaluation_sections(files: RunFiles) -> list[str]:
+    names = dict.fromkeys(task.report for task in _tasks(files) if task.report)
+    return [section for name in names for section in loaded(name)(files)]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -254,26 +256,11 @@ def write_report(run_dir: Path) -> Path:
         raise RunError(f"{run_dir}: no such run folder; `heterodiff train` makes one")
     files = RunFiles(run_dir)
     samples = page.figure(files.picture("samples.png"), "png", "Final samples")
-    nearest = page.figure(files.picture("nearest.png"), "png", "Generated images above their nearest training images")
-    study = ""
-    if files.augmentation:
-        study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
-    prompts = page.figure(files.picture(PROMPTS_PICTURE), "png", "Held-out pictures above pictures of their captions")
-    captions = page.figure(files.picture(CAPTIONS_PICTURE), "png", "Held-out pictures with captions written for them")
-    overlays = page.figure(files.picture(ANOMALIES_PICTURE), "png", "Images, true masks, found masks and anomaly maps")
     name = run_dir.resolve().name
-    of_evaluation = (cards(files.evaluation) for cards in (headline_cards, text_cards, segmentation_cards))
     sections = [
-        page.cards([*chain.from_iterable(of_evaluation), *_training_cards(files)]),
+        page.cards([*_evaluation_cards(files), *_training_cards(files)]),
         page.section("Final samples", samples),
-        text_to_image_section(files.evaluation, prompts),
-        image_to_text_section(files.evaluation, captions),
-        segmentation_section(files.evaluation, overlays),
-        reconstruction_section(files.evaluation),
-        metrics_section(files.evaluation),
-        class_section(files.evaluation),
-        augmentation_section(files.augmentation, study),
-        memorising_section(files.evaluation, nearest),
+        *_evaluation_sections(files),
         _curves_section(files),
         _grids_section(files),
         _machine_section(files),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from heterodiff.config import DataConfig
+from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
@@ -31,9 +31,13 @@ from heterodiff.pipelines.load import (
     check_preprocessing,
     load_generation,
     load_spec,
+    pipeline_kind,
+    pipeline_task,
     read_json,
 )
+from heterodiff.tasks import Task, loaded, task_of
 
+IMAGES_PER_CLASS, DEMO_IMAGES_PER_CLASS = 50, 20
 MAX_REAL_IMAGES = 10_000
 
 
@@ -44,6 +48,33 @@ class Evaluation:
     metrics: dict[str, Any]
     picture: Path
     report: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a run is to be evaluated; None leaves it to the task or the run.
+
+    Attributes:
+        number: images of each class, or prompts.
+        data: real images unseen in training, in place of the run's own.
+        batch_size: images drawn at once.
+        steps, guidance, sampler: how images are drawn.
+    """
+
+    number: int | None = None
+    data: Path | None = None
+    seed: int = 0
+    device: Device | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """How to draw, as arguments of the functions that evaluate."""
+        drawing = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "sampler": self.sampler}
+        batch_size = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return {**drawing, "device": self.device, **batch_size}
 
 
 @dataclass(frozen=True)
@@ -181,6 +212,50 @@ def evaluate_run(
     nearest_picture(images, train[0], metrics).save(fresh(run / "nearest.png"))
     fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
+
+
+def evaluate_images(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    """Evaluate a run that draws images of classes as asked for on the command line; its main numbers."""
+    pipeline_kind(run)  # a run without weights is refused before its data are read
+    number = IMAGES_PER_CLASS if request.number is None else request.number
+    found = evaluate_run(run, number, request.seed, request.data, **request.options())
+    return found, summary_lines(found.metrics)
+
+
+def task_evaluated(run: Path) -> Task:
+    """The task that a run folder is evaluated as; stored latents count as the images they were encoded from.
+
+    Raises:
+        RunError, CheckpointError: no run folder, or one that nothing fits.
+        DataError: the latents are not there any more.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        return pipeline_task(run)
+    return task_of(load_config(run / CONFIG_FILE).model_copy(update={"data": image_config(run)}))
+
+
+def evaluate_task(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    """Evaluate the run in folder ``run`` as its task does it; its main numbers, a line each.
+
+    Raises:
+        HeterodiffError: no usable run, data that are not there any more, or options that do not fit.
+    """
+    found: tuple[Evaluation, list[str]] = loaded(task_evaluated(run).evaluate)(run, request)
+    return found
+
+
+def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
+    """Evaluate a run that draws images of classes, and the VAE that it was trained with first; what to go on with."""
+    steps = config.training.steps
+    print(f"trained  {steps} steps; drawing and evaluating {DEMO_IMAGES_PER_CLASS} images a class", flush=True)
+    if config.codec.kind == "kl-vae":
+        assert config.codec.path is not None
+        for line in evaluate_task(config.codec.path, Request(seed=seed))[1]:
+            print(f"vae      {line}")
+    evaluation, lines = evaluate_task(out, Request(DEMO_IMAGES_PER_CLASS, seed=seed))
+    print(*lines, sep="\n")
+    print(f"samples  {evaluation.picture}\nreport   {evaluation.report}")
+    return [f"next     heterodiff sample {out} --class {load_generation(out).class_names[-1]} -n 8 --seed 0"]
 
 
 def images_of(data: ImageDataset) -> tuple[Tensor, Tensor]:

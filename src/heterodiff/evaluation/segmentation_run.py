@@ -10,16 +10,16 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.config import DataConfig
+from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
 from heterodiff.data.volumes import known_fingerprint
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.diffusion.anomaly import AnomalyMaps
-from heterodiff.errors import DataError, RunError
+from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
-from heterodiff.evaluation.run import Evaluation, count_seen, image_config, run_data
+from heterodiff.evaluation.run import Evaluation, Request, count_seen, evaluate_images, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
 from heterodiff.files import fresh
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
@@ -41,6 +41,7 @@ from heterodiff.pipelines.segment import (
     save_calibration,
 )
 from heterodiff.progress import progress_tasks
+from heterodiff.tasks import task_of
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
@@ -52,7 +53,7 @@ FOREGROUND = 0.025
 
 def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
     """Whether the run's images, or those ``elsewhere``, have masks to compare with."""
-    if not (run / CONFIG_FILE).is_file() or load_config(run / CONFIG_FILE).recipe != "diffusion":
+    if not (run / CONFIG_FILE).is_file() or "segment" not in task_of(load_config(run / CONFIG_FILE)).commands:
         return False
     return open_source(elsewhere or image_config(run)).mask is not None
 
@@ -259,3 +260,39 @@ def _percent(value: float | None) -> str:
 
 def _interval(part: dict[str, Any]) -> str:
     return f"{100 * part['mean']:.1f} % [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+
+
+def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    """Evaluate a run that finds anomalies as asked for on the command line; as one of classes where masks are missing.
+
+    Raises:
+        ConfigError: options that the calibration has fixed.
+    """
+    patients = other_patients(run, request.data) if request.data else None
+    if not finds_anomalies(run, patients):
+        return evaluate_images(run, request)
+    given = {
+        "-n": request.number,
+        "--steps": request.steps,
+        "--guidance": request.guidance,
+        "--sampler": request.sampler,
+        "--batch-size": request.batch_size,
+    }
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(
+            f"{unused[0]}: {run} finds anomalies in all test images, as its segmentation settings say; leave it "
+            "out, or change these and calibrate again"
+        )
+    found = evaluate_anomalies(run, patients, request.device)
+    return found, segmentation_summary(found.metrics)
+
+
+def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
+    """Calibrate and evaluate a run that finds anomalies; the commands to go on with."""
+    print(f"trained  {config.training.steps} steps; learning the limits of masks, finding anomalies", flush=True)
+    for line in calibrate_run(out):
+        print(line, flush=True)
+    evaluation, lines = evaluate(out, Request(seed=seed))
+    print(*lines, sep="\n")
+    print(f"overlays {evaluation.picture}\nreport   {evaluation.report}")
+    return task_of(config).next_lines(out)

@@ -6,6 +6,7 @@ from typing import Any
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import MISSING, number, part_of, percent, texts
 from heterodiff.evaluation.curves import is_number
+from heterodiff.evaluation.report import ANOMALIES_PICTURE, RunFiles
 
 MAX_PATIENT_ROWS = 100
 GROUPS = {"unhealthy": "Images with a lesion", "mixed": "All images"}
@@ -97,3 +98,9 @@ def _range(pixels: Any) -> str:
     if not (isinstance(pixels, list) and len(pixels) == 2):
         return MISSING
     return f"{number(pixels[0], '{:,}')}–{number(pixels[1], '{:,}')}"
+
+
+def sections(files: RunFiles) -> list[str]:
+    """The section on a run that finds anomalies."""
+    overlays = page.figure(files.picture(ANOMALIES_PICTURE), "png", "Images, true masks, found masks and anomaly maps")
+    return [segmentation_section(files.evaluation, overlays)]

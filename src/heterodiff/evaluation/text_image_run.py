@@ -10,13 +10,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.config import ShapesConfig
+from heterodiff.config import RunConfig, ShapesConfig
 from heterodiff.data.builtin.shapes import scene_of
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
 from heterodiff.evaluation.report import CAPTIONS_PICTURE, EVALUATION_FOLDER, PROMPTS_PICTURE, write_report
-from heterodiff.evaluation.run import Evaluation, image_config, run_data
+from heterodiff.evaluation.run import Evaluation, Request, image_config, run_data
 from heterodiff.evaluation.shapes_reader import STEPS, TEST_RENDERS, ShapesReader
 from heterodiff.evaluation.text_image import (
     KS,
@@ -36,10 +36,12 @@ from heterodiff.evaluation.text_image_sections import WAYS
 from heterodiff.evaluation.vae_run import spread
 from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
-from heterodiff.pipelines.load import load_text_image, pipeline_kind
+from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
+from heterodiff.tasks import task_of
 
+PROMPTS = 200
 READER_FILE = "reader.safetensors"
 MAX_RETRIEVAL_IMAGES = 2_500
 SHOWN_PROMPTS, SHOWN_CAPTIONS = 8, 12
@@ -47,19 +49,10 @@ SHOWN_SIDE = 128
 GOOD_READER = 0.99
 
 
-def is_text_image(run: Path) -> bool:
-    """Whether the run in folder ``run`` is one of recipe ``text-image`` or ``alignment``.
-
-    Raises:
-        RunError: no such folder, or no weights in it yet.
-    """
-    return pipeline_kind(run) == TextImagePipeline.__name__
-
-
 def evaluate_text_image(
     run: Path,
     seed: int = 0,
-    number: int = 200,
+    number: int = PROMPTS,
     data: Path | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
@@ -268,3 +261,19 @@ _WAY_TITLES = {
 
 def _share(proportion: dict[str, Any]) -> str:
     return f"{100 * proportion['share']:.1f} % of {proportion['n']}"
+
+
+def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    """Evaluate a run of recipe ``text-image`` or ``alignment`` as asked for on the command line; its main numbers."""
+    number = PROMPTS if request.number is None else request.number
+    found = evaluate_text_image(run, request.seed, number, request.data, **request.options())
+    return found, text_image_summary(found.metrics)
+
+
+def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
+    """Evaluate a run of recipe ``text-image``; the commands to go on with."""
+    print(f"trained  {config.training.steps} steps; drawing and reading {PROMPTS} pictures of prompts", flush=True)
+    evaluation, lines = evaluate(out, Request(seed=seed))
+    print(*lines, sep="\n")
+    print(f"pictures {evaluation.picture}\nreport   {evaluation.report}")
+    return task_of(config).next_lines(out)

@@ -6,6 +6,7 @@ from typing import Any
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import MISSING, number, part_of, percent, share_of
 from heterodiff.evaluation.curves import is_number
+from heterodiff.evaluation.report import CAPTIONS_PICTURE, PROMPTS_PICTURE, RunFiles
 
 WAYS = {
     "diffusion": "Diffusion",
@@ -156,3 +157,10 @@ def image_to_text_section(evaluation: Mapping[str, Any], picture: str) -> str:
 
 def _caption_cell(value: Any) -> str:
     return share_of(value) if isinstance(value, dict) else number(value, "{:.3f}")
+
+
+def sections(files: RunFiles) -> list[str]:
+    """The sections on a run that knows texts."""
+    prompts = page.figure(files.picture(PROMPTS_PICTURE), "png", "Held-out pictures above pictures of their captions")
+    captions = page.figure(files.picture(CAPTIONS_PICTURE), "png", "Held-out pictures with captions written for them")
+    return [text_to_image_section(files.evaluation, prompts), image_to_text_section(files.evaluation, captions)]

@@ -11,26 +11,17 @@ from torch import Tensor
 
 from heterodiff.codecs.latent import measure, scaled_std
 from heterodiff.devices import Device
-from heterodiff.errors import DataError, RunError
+from heterodiff.errors import DataError
 from heterodiff.evaluation.classifiers import ConvReader, SvmReader
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.evaluation.report import write_report
-from heterodiff.evaluation.run import Evaluation, held_out_images, images_of, run_data
+from heterodiff.evaluation.run import Evaluation, Request, held_out_images, images_of, run_data
 from heterodiff.files import fresh
-from heterodiff.pipelines.load import load, pipeline_kind
+from heterodiff.pipelines.load import load_reconstruction
 from heterodiff.pipelines.reconstruct import ENCODE_BATCH, ReconstructionPipeline, comparison_picture
 
 SHOWN = 12
 CNN_SEEDS = 3
-
-
-def is_vae(run: Path) -> bool:
-    """Whether the run in folder ``run`` is one of recipe ``vae``.
-
-    Raises:
-        RunError: no such folder, or no weights in it yet.
-    """
-    return pipeline_kind(run) == ReconstructionPipeline.__name__
 
 
 def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device: Device | None = None) -> Evaluation:
@@ -45,9 +36,7 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device
     Raises:
         HeterodiffError: no usable run, no held-out images, or data that are not there any more.
     """
-    pipeline = load(run, device)
-    if not isinstance(pipeline, ReconstructionPipeline):
-        raise RunError(f"{run}: expected a run of recipe vae, found one that draws images")
+    pipeline = load_reconstruction(run, device)
     data = run_data(run)
     held_out = held_out_images(run, data, data_path)
     if len(held_out.images) == 0:
@@ -69,6 +58,12 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device
     comparison_picture(held_out.images[rows], reconstructed[rows]).save(fresh(picture))
     fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     return Evaluation(metrics, picture, write_report(run))
+
+
+def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    """Evaluate a run of recipe ``vae`` as asked for on the command line; its main numbers."""
+    found = evaluate_vae(run, request.seed, request.data, request.device)
+    return found, vae_summary(found.metrics)
 
 
 def spread(values: Tensor) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """From a run folder to the pipeline that fits it."""
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import schedulers
@@ -21,16 +23,15 @@ from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
 from heterodiff.pipelines.run_files import CONFIG_FILE, DATA_FILE, INDEX_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.tasks import TASKS, Task, loaded, task_of_pipeline
 from heterodiff.text.networks import load_networks
 
 __all__ = ["CONFIG_FILE", "DATA_FILE", "INDEX_FILE", "SPLIT_FILE", "load", "load_generation", "load_spec", "read_json"]
 
-Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
+P = TypeVar("P", GenerationPipeline, TextImagePipeline)
 
 
-def load(
-    run: str | Path, device: Device | None = None, compile: Compile = False, dtype: DType | None = None
-) -> Pipeline:
+def load(run: str | Path, device: Device | None = None, compile: Compile = False, dtype: DType | None = None) -> Any:
     """Load the pipeline of a run folder, or of a folder written by ``heterodiff import`` or ``pipe.save_pretrained``.
 
     Args:
@@ -57,27 +58,57 @@ def load(
     precision = find_dtype(dtype, device)
     use_tf32(device)
     folder = Path(run)
-    kind = pipeline_kind(folder)
-    loaders = {GenerationPipeline.__name__: _load_generation, TextImagePipeline.__name__: _load_text_image}
-    if kind == ReconstructionPipeline.__name__:
-        if dtype is not None and precision != torch.float32:
-            raise ConfigError(f"{folder}: a VAE computes in float32; leave {dtype_name(precision)} out")
-        return ReconstructionPipeline(load_vae(folder)).to(device)
-    if kind not in loaders:
-        raise CheckpointError(
-            f"{folder / INDEX_FILE}: expected a GenerationPipeline, ReconstructionPipeline or TextImagePipeline, found "
-            f"{kind}; it needs another loader"
-        )
+    return loaded(pipeline_task(folder).load)(folder, Placing(device, precision, dtype is not None, compile))
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How a pipeline is to compute.
+
+    Attributes:
+        precision: of the denoiser.
+        asked: whether the user named the precision.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    asked: bool
+    compile: Compile
+
+
+def read_reconstruction(folder: Path, placing: Placing) -> ReconstructionPipeline:
+    """The VAE in ``folder``.
+
+    Raises:
+        ConfigError: a precision other than float32.
+    """
+    if placing.asked and placing.precision != torch.float32:
+        raise ConfigError(f"{folder}: a VAE computes in float32; leave {dtype_name(placing.precision)} out")
+    return ReconstructionPipeline(load_vae(folder)).to(placing.device)
+
+
+def read_generation(folder: Path, placing: Placing) -> GenerationPipeline:
+    """The denoiser in ``folder``, with its VAE, if it has one."""
+    return _placed(_load_generation, folder, placing)
+
+
+def read_text_image(folder: Path, placing: Placing) -> TextImagePipeline:
+    """The image codec and text networks in ``folder``, with the denoiser, if it has one."""
+    return _placed(_load_text_image, folder, placing)
+
+
+def _placed(read: Callable[[Path], P], folder: Path, placing: Placing) -> P:
     try:
-        pipeline = loaders[kind](folder)
+        pipeline = read(folder)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     pipeline.read_run(folder)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.unet is not None:
-        torch.nn.Module.to(pipeline.unet, dtype=precision)  # not diffusers' own, which warns of what does not apply
-        compile_for_drawing(pipeline.unet, compile, device)
-    return pipeline.to(device)
+        # Not diffusers' own `to`, which warns of what does not apply.
+        torch.nn.Module.to(pipeline.unet, dtype=placing.precision)
+        compile_for_drawing(pipeline.unet, placing.compile, placing.device)
+    return pipeline.to(placing.device)
 
 
 def load_generation(
@@ -88,14 +119,8 @@ def load_generation(
     Raises:
         RunError: also for a run of recipe ``vae``, which draws none.
     """
-    pipeline = load(run, device, compile, dtype)
-    if isinstance(pipeline, TextImagePipeline):
-        raise RunError(f'{run}: draws images of texts, not of classes; use `heterodiff text2image {run} "a prompt"`')
-    if not isinstance(pipeline, GenerationPipeline):
-        raise RunError(
-            f"{run}: a VAE, which reconstructs images but draws none; train a run with codec.kind=kl-vae "
-            f"codec.path={run}"
-        )
+    pipeline: GenerationPipeline = load(run, device, compile, dtype)
+    _refuse_unless("sample", run, pipeline_task(Path(run)).no_classes)
     return pipeline
 
 
@@ -107,10 +132,25 @@ def load_text_image(
     Raises:
         RunError: also for a run of another recipe.
     """
-    pipeline = load(run, device, compile, dtype)
-    if not isinstance(pipeline, TextImagePipeline):
-        raise RunError(f"{run}: knows no texts; train a run of recipe text-image (`heterodiff train shapes`)")
+    pipeline: TextImagePipeline = load(run, device, compile, dtype)
+    _refuse_unless("caption", run, "knows no texts; train a run of recipe text-image (`heterodiff train shapes`)")
     return pipeline
+
+
+def load_reconstruction(run: str | Path, device: Device | None = None) -> ReconstructionPipeline:
+    """Load a run of recipe ``vae``, see :func:`load`.
+
+    Raises:
+        RunError: also for a run of another recipe.
+    """
+    pipeline: ReconstructionPipeline = load(run, device)
+    _refuse_unless("encode", run, "expected a run of recipe vae, found one that draws images")
+    return pipeline
+
+
+def _refuse_unless(command: str, run: str | Path, reason: str) -> None:
+    if command not in pipeline_task(Path(run)).commands:
+        raise RunError(f"{run}: {reason.format(run=run)}")
 
 
 def _load_generation(folder: Path) -> GenerationPipeline:
@@ -170,6 +210,22 @@ def pipeline_kind(folder: Path) -> str:
     if not (folder / INDEX_FILE).is_file():
         raise RunError(f"{folder}: no {INDEX_FILE}, so no finished weights here yet; train it first")
     return str(read_json(folder / INDEX_FILE).get("_class_name"))
+
+
+def pipeline_task(folder: Path) -> Task:
+    """The task of the pipeline in ``folder``.
+
+    Raises:
+        RunError: see :func:`pipeline_kind`.
+        CheckpointError: no task has such a pipeline.
+    """
+    kind = pipeline_kind(folder)
+    if (task := task_of_pipeline(kind)) is not None:
+        return task
+    *most, last = dict.fromkeys(task.pipeline for task in TASKS.values())
+    raise CheckpointError(
+        f"{folder / INDEX_FILE}: expected a {', '.join(most)} or {last}, found {kind}; it needs another loader"
+    )
 
 
 def check_preprocessing(run: Path, made: str | None) -> None:

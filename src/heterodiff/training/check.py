@@ -1,32 +1,26 @@
 """``heterodiff check``: would this configuration, folder of images or run work? Each answer with its numbers."""
 
 import math
-import warnings
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from heterodiff.codecs.latent import LatentCodec
 from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config_file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.data.findings import show
 from heterodiff.data.recognise import source_hint
 from heterodiff.data.sources import load_data
 from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
-from heterodiff.pipelines.load import CONFIG_FILE, load
-from heterodiff.pipelines.reconstruct import ReconstructionPipeline
-from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning
+from heterodiff.pipelines.load import CONFIG_FILE, load, pipeline_task
+from heterodiff.tasks import loaded
 from heterodiff.training.check_latents import check_latent_setup
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.start import from_scratch, timed_steps, trial
+from heterodiff.training.trial import from_scratch, timed_steps, trial
 
 MAX_LISTED = 50
 
@@ -133,11 +127,11 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         trainer, recipe = trial(config)
         result = timed_steps(trainer, recipe)
         findings.add(True, "network", f"{result.network}, {result.parameters:,} parameters")
-        if isinstance(recipe, DiffusionRecipe) and isinstance(recipe.codec, LatentCodec):
-            check_latent_setup(config, recipe, trainer, findings.add)
+        if isinstance(recipe.codec, LatentCodec):
+            check_latent_setup(config, cast(Any, recipe), trainer, findings.add)
         else:
             findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-        cached = config.codec.kind != "pixels" and config.codec.cache and not config.alignment.joint
+        cached = isinstance(recipe.codec, LatentCodec) and config.codec.cache
         encoding = cached and trainer.data.latents is None
         note = "; with its images encoded, which the run does once, before" if encoding else ""
         findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours{note}")
@@ -166,35 +160,6 @@ def _check_run(run: Path, findings: Findings) -> None:
         except HeterodiffError as error:
             findings.add(False, "checkpoint", str(error))
     try:
-        pipeline = load(run)
-        if isinstance(pipeline, ReconstructionPipeline):
-            vae = pipeline.vae.config
-            side = 8 * pipeline.codec.factor
-            images = pipeline(torch.rand(1, vae.in_channels, side, side)).images
-            scale = ", ".join(f"{value:.3g}" for value in vae.latents_std or [1 / vae.scaling_factor])
-            findings.add(
-                bool(torch.isfinite(images).all()), "vae", f"reconstructs an image; std of its latents {scale}"
-            )
-            return
-        if isinstance(pipeline, TextImagePipeline):
-            _check_text_image(pipeline, findings)
-            return
-        images = pipeline(num_images=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
-        findings.add(bool(torch.isfinite(images).all()), "sample", f"one image {tuple(images.shape[1:])}, 2 steps")
+        loaded(pipeline_task(run).try_out)(load(run), findings.add)
     except HeterodiffError as error:
         findings.add(False, "sample", str(error))
-
-
-def _check_text_image(pipeline: TextImagePipeline, findings: Findings) -> None:
-    """One caption of a picture of noise, and one picture of that caption."""
-    config, draws = pipeline.image_codec.config, pipeline.unet is not None
-    noise = torch.rand(1, config.in_channels, *config.sample_size, generator=torch.Generator().manual_seed(0))
-    ((text,),) = pipeline.generate_text_from_image(noise, temperature=0.0)
-    findings.add(True, "caption", f"one caption of a picture of noise: '{show(text)}'")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TextWarning)
-        images = pipeline.generate_from_text(text.strip() or "a picture", 1, draws, 2).images
-    how = "2 steps" if draws else "decoded directly"
-    findings.add(
-        bool(torch.isfinite(images).all()), "sample", f"one picture of a text {tuple(images.shape[1:])}, {how}"
-    )

@@ -7,18 +7,17 @@ from pathlib import Path
 from heterodiff.codecs import cnn, kl_vae
 from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.config_file import load_config
+from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.load import CONFIG_FILE
+from heterodiff.tasks import task_of_codec
 from heterodiff.training.loop import check_batch
 from heterodiff.training.memory_plan import check_fits
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
 from heterodiff.training.run_folder import changed_keys, weights_step
-
-SECTIONS = {"vae": ("vae",), "alignment": ("text", "alignment")}
-"""Sections of the configuration that matter to each recipe that trains a codec, beside data and training."""
 
 
 def codec_run(config: RunConfig) -> RunConfig | None:
@@ -32,9 +31,9 @@ def codec_run(config: RunConfig) -> RunConfig | None:
         return None
     if config.output is not None and weights_step(config.output) is not None:
         return None  # it has begun, so it has a copy
-    recipe = "alignment" if codec.kind == "cnn" else "vae"
-    keys = {name: getattr(config, name) for name in ("data", *SECTIONS[recipe])}
-    keys |= {"recipe": recipe, "output": codec.path, "training": codec.training}
+    task = task_of_codec(codec.kind)
+    keys = {name: getattr(config, name) for name in ("data", *task.sections)}
+    keys |= {"recipe": task.recipe, "output": codec.path, "training": codec.training}
     if not (codec.path / CONFIG_FILE).is_file():
         return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
     before = load_config(codec.path / CONFIG_FILE)
@@ -47,9 +46,10 @@ def codec_run(config: RunConfig) -> RunConfig | None:
     return None if weights_step(codec.path) == codec.training.steps else wanted
 
 
-def resting_keys(config: RunConfig) -> list[str]:
+def resting_keys(config: RunConfig, data: LoadedData) -> list[str]:
     """Notes on what the configuration says of networks that come as they are from ``codec.path``."""
-    assert config.codec.path is not None
+    if config.codec.path is None or config.codec.training is not None:
+        return []
     file = config.codec.path / CONFIG_FILE
     if not file.is_file():
         return []

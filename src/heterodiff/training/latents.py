@@ -1,10 +1,9 @@
 """Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from heterodiff.codecs.latent import LatentCodec, check_scale, measure
@@ -16,8 +15,11 @@ from heterodiff.data.latents import INDEX_FILE, load_latents
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import DataError
 from heterodiff.pipelines.load import CONFIG_FILE
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.processes import HostGroup
 from heterodiff.training.run_folder import LATENTS, weights_step
+
+if TYPE_CHECKING:
+    from heterodiff.training.recipes.diffusion import DiffusionRecipe
 
 MEASURED_IMAGES = 1024
 MEASURED_BATCH = 32
@@ -36,12 +38,7 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 
 
 def prepare_latents(
-    config: RunConfig,
-    recipe: DiffusionRecipe,
-    data: LoadedData,
-    accelerator: Accelerator,
-    barrier: Callable[[], None],
-    quiet: bool,
+    config: RunConfig, recipe: "DiffusionRecipe", data: LoadedData, hosts: HostGroup, quiet: bool
 ) -> LoadedData:
     """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
 
@@ -64,9 +61,9 @@ def prepare_latents(
             codec,
             latents_folder(config),
             vae_path=Path(config.codec.path or ""),
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            barrier=barrier,
+            rank=hosts.rank,
+            world_size=hosts.count,
+            barrier=hosts.wait,
             quiet=quiet,
         )
         data = load_latents(folder, config.data.memory_limit_gb)
@@ -89,7 +86,7 @@ def _caches(config: RunConfig) -> bool:
     return config.codec.kind != "pixels" and config.codec.cache and config.data.source != "latents"
 
 
-def _statistics(codec: LatentCodec, data: LoadedData, recipe: DiffusionRecipe) -> tuple[Tensor, Tensor]:
+def _statistics(codec: LatentCodec, data: LoadedData, recipe: "DiffusionRecipe") -> tuple[Tensor, Tensor]:
     """Mean and std (c,) of the unscaled latents of the training images: stored with them, or of up to 1,024."""
     if (stored := data.latents) is not None:
         if (found := codec.fingerprint()) != stored.vae_fingerprint or stored.shape != recipe.latent_shape:
@@ -107,7 +104,7 @@ def _statistics(codec: LatentCodec, data: LoadedData, recipe: DiffusionRecipe) -
     )
 
 
-def _refuse_another_vae(codec: LatentCodec, recipe: DiffusionRecipe) -> None:
+def _refuse_another_vae(codec: LatentCodec, recipe: "DiffusionRecipe") -> None:
     """Compare the codec with the one that a resumed run saved beside its weights."""
     run = recipe.config.output
     if run is None or weights_step(run) is None or (saved := load_saved_codec(run)) is None:

@@ -41,7 +41,8 @@ class HostGroup:
     """
 
     def __init__(self, accelerator: Accelerator):
-        several = accelerator.num_processes > 1
+        self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        several = self.count > 1
         self._group: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if several else None
 
     def wait(self) -> None:

@@ -17,6 +17,7 @@ from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
 from heterodiff.files import fresh, remove
 from heterodiff.pipelines.run_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from heterodiff.tasks import task_of
 from heterodiff.training.checkpoint import share_files
 
 LOCK_FILE = ".lock"
@@ -54,7 +55,7 @@ FREE_TO_CHANGE = (
 
 def parts_are_alike(config: RunConfig) -> bool:
     """Whether a batch in parts teaches what it teaches at once; texts are told apart within a part."""
-    return config.recipe != "alignment" and not config.alignment.joint
+    return not task_of(config).contrastive
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

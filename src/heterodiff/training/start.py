@@ -4,10 +4,8 @@ import gc
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +26,19 @@ from heterodiff.errors import (
     compile_error,
     is_out_of_memory,
 )
-from heterodiff.models.variants import VARIANTS
 from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
+from heterodiff.tasks import loaded, task_of
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
-from heterodiff.training.codec_stage import check_denoiser, codec_run, resting_keys
-from heterodiff.training.latents import prepare_latents, stored_latents
+from heterodiff.training.codec_stage import check_denoiser, codec_run
+from heterodiff.training.latents import stored_latents
 from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
 from heterodiff.training.memory_plan import advice, check_fits, training_memory_bytes
 from heterodiff.training.precision import precision_of
-from heterodiff.training.recipes.alignment import AlignmentRecipe
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
-from heterodiff.training.recipes.vae import VAERecipe
 from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
 
 RUN_FILE = "run.json"
-TEXT_RECIPES = (AlignmentRecipe, TextImageRecipe)
 MAX_TEXT_NOTES = 3
-TRIAL = Path("runs/dry-run")
-"""Stands for the folder of a run that is tried out; nothing is written there."""
-WITH_MASKS = ("brain-phantom", "volumes")
-"""Sources of images whose anomalies can be found."""
 
 
 def train(
@@ -88,9 +77,9 @@ def train(
         if is_main_process():
             save_config(folder, config)  # how the run is used may have changed
         return TrainingResult(checkpoint.step, None, 0.0)
-    _check_training(config)
+    check_training(config)
     if (needed := codec_run(config)) is not None:
-        _check_training(needed)
+        check_training(needed)
         data = load_run_data(needed)
         check_denoiser(config, data.spec)
         result = train(needed, quiet=quiet, data=data)
@@ -100,18 +89,14 @@ def train(
         if resuming:
             data = None  # the run has a split of its own, and maybe latents
     data = load_run_data(config) if data is None else data
-    with _explaining(config, data.spec):
+    with explaining(config, data.spec):
         recipe = build_recipe(config, data)
         trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
-    with alone, _explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
-        if isinstance(recipe, DiffusionRecipe):  # images that were encoded need no memory any more
-            data = prepare_latents(config, recipe, data, trainer.accelerator, trainer.hosts.wait, quiet)
-            trainer.data = data
-        if checkpoint is None and isinstance(recipe, TextImageRecipe):
-            error = recipe.fit_guess(data, quiet or not trainer.accelerator.is_main_process)
-            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+    with alone, explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
+        data, found = recipe.before_training(config, data, trainer.hosts, checkpoint is None, quiet)
+        trainer.data, notes = data, [*notes, *found]  # images that were encoded need no memory any more
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             if not current:  # stopped between the checkpoint and the weights made from it
@@ -123,7 +108,7 @@ def train(
         return trainer.run(stop_after, on_step, quiet)
 
 
-def _check_training(config: RunConfig) -> None:
+def check_training(config: RunConfig) -> None:
     """Refuse settings that cannot work on this machine before data are read.
 
     Raises:
@@ -134,7 +119,7 @@ def _check_training(config: RunConfig) -> None:
 
 
 @contextmanager
-def _explaining(config: RunConfig, spec: ImageSpec) -> Iterator[None]:
+def explaining(config: RunConfig, spec: ImageSpec) -> Iterator[None]:
     """Say which settings help if memory runs out or compilation fails; other errors stay as they are."""
     try:
         yield
@@ -170,18 +155,8 @@ def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
         )
     check_fits(config, spec)
     torch.manual_seed(config.training.seed)  # initial weights
-    if config.recipe == "vae":
-        if data.latents is not None:
-            raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
-        return VAERecipe(config, spec, data.train, data.val)
-    if config.recipe == "alignment":
-        return AlignmentRecipe(config, data)
-    if config.recipe == "text-image":
-        return JointRecipe(config, data) if config.alignment.joint else TextImageRecipe(config, data)
-    if data.latents is not None and config.codec.kind != "kl-vae":
-        vae = data.latents.vae_path
-        raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
-    return DiffusionRecipe(config, spec)
+    recipe: Recipe = loaded(task_of(config).build)(config, data)
+    return recipe
 
 
 def load_run_data(config: RunConfig) -> LoadedData:
@@ -266,45 +241,12 @@ def _doubts(config: RunConfig, data: LoadedData) -> list[str]:
     doubts = []
     if len(data.train) < config.training.batch_size:
         doubts.append(f"{len(data.train)} training images are fewer than training.batch_size; images repeat in a batch")
-    if config.recipe == "alignment" or config.alignment.joint:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if config.training.batch_size == config.training.accumulation_steps * processes:
-            doubts.append("one image at a time: with nothing to tell it from, the contrastive loss teaches nothing")
-    if config.recipe == "alignment":
-        return doubts
-    if config.recipe == "text-image" and config.codec.path is not None and config.codec.training is None:
-        doubts += resting_keys(config)
-    if config.recipe == "vae":
-        if config.vae.init_from is not None:
-            doubts.append(
-                f"the architecture is that of vae.init_from={config.vae.init_from}; vae's own keys for it rest"
-            )
-        return doubts
-    conditional = data.spec.class_names or data.captions
-    if conditional and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
-        doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
-    if conditional and config.diffusion.p_uncond == 1:
-        doubts.append("diffusion.p_uncond=1: the condition is never shown to the network")
-    hybrid = config.model.variant in VARIANTS and config.model.variant != "unet"
-    if hybrid and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
-        doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
-    return doubts
+    return doubts + [note for name in task_of(config).doubts for note in loaded(name)(config, data)]
 
 
 def next_steps(config: RunConfig) -> list[str]:
     """Commands to use a finished run with, a line each."""
-    run = config.output
-    if config.recipe in ("text-image", "alignment"):
-        caption = f"         heterodiff caption {run} PICTURE.png"
-        if config.recipe == "alignment":
-            return [f"next{caption[4:]}", f"         heterodiff evaluate {run}"]
-        return [f'next     heterodiff text2image {run} "a prompt"', caption, f"         heterodiff evaluate {run}"]
-    if config.recipe == "vae":
-        use = f"heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"
-        return [f"next     heterodiff evaluate {run}", f"         {use}"]
-    if config.data.source in WITH_MASKS:
-        return [f"next     heterodiff segment {run} --calibrate", f"         heterodiff evaluate {run}"]
-    return [f"next     heterodiff sample {run}", f"         heterodiff evaluate {run}"]
+    return task_of(config).next_lines(config.output)
 
 
 def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: list[str]) -> None:
@@ -315,7 +257,7 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
         f"data     {len(data.train)} training and {len(data.val)} held-out images, "
         f"{spec.channels}x{spec.height}x{spec.width}, {condition}"
     )
-    of_texts = trainer.recipe.captions.warnings if isinstance(trainer.recipe, TEXT_RECIPES) else []
+    of_texts = trainer.recipe.warnings
     for warning in [*data.warnings, *of_texts[:MAX_TEXT_NOTES]]:
         print(f"note     {warning}")
     if len(of_texts) > MAX_TEXT_NOTES:
@@ -329,116 +271,3 @@ def _say_start(config: RunConfig, data: LoadedData, trainer: Trainer, notes: lis
     parameters = sum(p.numel() for p in trainer.recipe.model.parameters())
     print(f"model    {trainer.recipe.summary}, {parameters:,} parameters, on {trainer.device}")
     print(f"run      {config.output}" + (f", going on from step {trainer.step}" if trainer.step else ""), flush=True)
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What one step of a run would be like: shapes, parameters, estimated memory, measured time."""
-
-    spec: ImageSpec
-    train_images: int
-    val_images: int
-    classes: int
-    network: str
-    parameters: int
-    memory_gb: float
-    step_seconds: float
-    total_hours: float
-    loss: float
-    notes: tuple[str, ...] = ()
-
-
-def from_scratch(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run without those of its folders that hold something that :func:`train` refuses, and notes of what they hold.
-
-    To try a run out, which writes nothing, such folders are no hindrance.
-    """
-    notes = []
-    if config.output is not None:
-        try:
-            check_run_folder(config.output, config, "auto")
-        except HeterodiffError as error:
-            notes.append(f"train would refuse {error}")
-            config = config.model_copy(update={"output": None})
-    try:
-        codec_run(config)
-    except HeterodiffError as error:
-        notes.append(f"train would refuse {error}")
-        config = config.model_copy(update={"codec": config.codec.model_copy(update={"path": TRIAL / "codec"})})
-    return config, notes
-
-
-def trial(config: RunConfig) -> tuple[Trainer, Recipe]:
-    """A run in memory, for trying out; nothing is written.
-
-    Raises:
-        HeterodiffError: as :func:`train`, for anything but the folder that would stop it before the first step.
-    """
-    config, _ = from_scratch(config)
-    _check_training(config)
-    data = load_run_data(config)
-    with _explaining(config, data.spec):
-        recipe = build_recipe(config, data)
-        config = config.model_copy(update={"output": config.output or TRIAL})
-        trainer = Trainer(config, recipe, data)
-        if isinstance(recipe, DiffusionRecipe):
-            without_files = config.model_copy(update={"codec": config.codec.model_copy(update={"cache": False})})
-            wait = trainer.hosts.wait
-            trainer.data = prepare_latents(without_files, recipe, data, trainer.accelerator, wait, quiet=True)
-    return trainer, recipe
-
-
-def dry_run(config: RunConfig) -> DryRun:
-    """Load the data, build the model, do two training steps in memory and time the second; writes nothing.
-
-    Where the run needs a codec that is still to be trained, this is about the codec's training.
-
-    Raises:
-        HeterodiffError: as :func:`train`, for anything but the folders that would stop it before the first step.
-    """
-    config, notes = from_scratch(config)
-    _check_training(config)
-    if (needed := codec_run(config)) is not None:
-        check_denoiser(config, load_run_data(needed).spec)
-    return replace(timed_steps(*trial(needed or config)), notes=tuple(notes))
-
-
-def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:
-    """Two training steps, the second timed, and what else is to be known before a run."""
-    config, data = trainer.config, trainer.data
-    with _explaining(config, data.spec):
-        trainer.step_once()
-        start = time.perf_counter()
-        loss = trainer.step_once()
-    seconds = time.perf_counter() - start
-    spec = data.spec
-    return DryRun(
-        spec=spec,
-        train_images=len(data.train),
-        val_images=len(data.val),
-        classes=len(spec.class_names),
-        network=recipe.summary,
-        parameters=sum(p.numel() for p in recipe.model.parameters()),
-        memory_gb=training_memory_bytes(config, spec) / 1e9,
-        step_seconds=seconds,
-        total_hours=seconds * config.training.steps / 3600,
-        loss=loss,
-    )
-
-
-def print_dry_run(result: DryRun) -> None:
-    """Print what :func:`dry_run` found."""
-    shape = f"{result.spec.channels}x{result.spec.height}x{result.spec.width}"
-    minutes = result.total_hours * 60
-    for name, text in (
-        ("images", f"{shape}, {result.train_images} to train on, {result.val_images} held out"),
-        ("classes", str(result.classes or "none")),
-        ("model", f"{result.network}, {result.parameters:,} parameters"),
-        ("memory", f"about {result.memory_gb:.2f} GB for a training step"),
-        ("step", f"{result.step_seconds:.2f} s, loss {result.loss:.4f}"),
-        ("total", f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"),
-    ):
-        print(f"{name:8} {text}")
-    for note in result.notes:
-        print(f"note     {note}")
-    print("nothing was written")

@@ -1,5 +1,6 @@
 """The recipe ``alignment``: image codec, text encoder and captioner together; with the denoiser if joint."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from heterodiff.text.contrastive import LogitScale, contrastive_losses
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.networks import TextNetworks
 from heterodiff.text.table import CaptionTable
+from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses, refuse_without_captions, store_scale
 from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer
 
@@ -133,7 +135,7 @@ class AlignmentRecipe:
         ConfigError, CheckpointError: no networks for these images.
     """
 
-    adversary = None
+    adversary = codec = None
 
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
@@ -149,8 +151,18 @@ class AlignmentRecipe:
         self.latent_shape = (config.alignment.latent_channels, *networks.image_codec.latent_size)
         self.summary = "image codec to {}x{}x{}, text encoder, captioner".format(*self.latent_shape)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Captions that were changed to be read."""
+        return self.captions.warnings
+
     def to(self, device: torch.device) -> None:
         pass
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        return data, []
 
     def prepare(self, images: Tensor) -> Tensor:
         return images * 2 - 1
@@ -310,3 +322,11 @@ def everywhere(values: Tensor) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values)
     return torch.cat(parts)
+
+
+def doubts(config: RunConfig, data: LoadedData) -> list[str]:
+    """Batches that the contrastive loss learns nothing from."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.training.batch_size != config.training.accumulation_steps * processes:
+        return []
+    return ["one image at a time: with nothing to tell it from, the contrastive loss teaches nothing"]

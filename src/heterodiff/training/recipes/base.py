@@ -1,6 +1,6 @@
 """What the loop asks of a recipe."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.errors import DataError
+from heterodiff.training.processes import HostGroup
 
 VALIDATION_IMAGES = 256
 STATISTICS_IMAGES = 4096
@@ -50,9 +51,13 @@ class Recipe(Protocol):
         model: the network that is trained and averaged (EMA).
         adversary: a second network with an optimiser of its own, trained against the first; or None.
         summary: the network in a few words.
+        codec: what images go through before ``model`` sees them; None where such a codec is what is trained.
+        warnings: what is to be said of the data before training.
     """
 
     summary: str
+    codec: Any
+    warnings: Sequence[str]
 
     @property
     def model(self) -> nn.Module: ...
@@ -62,6 +67,16 @@ class Recipe(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""
+        ...
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        """Do what is done once before the first step (``begins``) or the next one.
+
+        Returns:
+            What the loop is to train on, ``data`` or their latents, and notes to print.
+        """
         ...
 
     def prepare(self, images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The recipe ``diffusion``: a denoiser of images, steered by their class labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ from heterodiff.codecs.cnn import FEATURE_CHANNELS
 from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
+from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.devices import send
 from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
+from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, default_levels
 from heterodiff.models.unet import check_size
-from heterodiff.models.variants import create_model
+from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.training.latents import prepare_latents
+from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses
 
 PREVIEW_CLASSES = 10
@@ -118,6 +122,7 @@ class DiffusionRecipe:
     """
 
     adversary = None
+    warnings: Sequence[str] = ()
 
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
@@ -137,6 +142,12 @@ class DiffusionRecipe:
         """Move the codec and what timesteps are drawn from to ``device``."""
         self.codec.to(device)
         self.timesteps.to(device)
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        """Encode the images, if the run caches their latents, and fix the scale of the codec."""
+        return prepare_latents(config, self, data, hosts, quiet), []
 
     def prepare(self, images: Tensor) -> Tensor:
         """The codec's posterior of images (B, C, H, W) in [0, 1]."""
@@ -238,3 +249,29 @@ class DiffusionRecipe:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.timesteps.load_state_dict(state)
+
+
+def build(config: RunConfig, data: LoadedData) -> DiffusionRecipe:
+    """The recipe of a run on images with classes, or on their latents.
+
+    Raises:
+        ConfigError: latents without the VAE that they come from; else as :class:`DiffusionRecipe`.
+    """
+    if data.latents is not None and config.codec.kind != "kl-vae":
+        vae = data.latents.vae_path
+        raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
+    return DiffusionRecipe(config, data.spec)
+
+
+def doubts(config: RunConfig, data: LoadedData) -> list[str]:
+    """Settings of a denoiser that work but hardly mean what they say."""
+    doubts = []
+    conditional = data.spec.class_names or data.captions
+    if conditional and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:
+        doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
+    if conditional and config.diffusion.p_uncond == 1:
+        doubts.append("diffusion.p_uncond=1: the condition is never shown to the network")
+    hybrid = config.model.variant in VARIANTS and config.model.variant != "unet"
+    if hybrid and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
+        doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
+    return doubts

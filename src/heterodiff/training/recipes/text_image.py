@@ -22,6 +22,7 @@ from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings,
 from heterodiff.progress import progress_tasks
 from heterodiff.text.networks import TextNetworks, load_networks
 from heterodiff.text.table import CaptionTable
+from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
@@ -89,6 +90,21 @@ class TextImageRecipe(DiffusionRecipe):
             return fit_guess(self.codec, *known)
         with progress_tasks() as task:
             return fit_guess(self.codec, *known, progress=task("guessing maps of texts", STEPS))
+
+    @property
+    def warnings(self) -> list[str]:  # type: ignore[override]
+        """Captions that were changed to be read."""
+        return self.captions.warnings
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        """Encode the images, and learn which maps to expect of texts, which resumed runs know."""
+        data, notes = super().before_training(config, data, hosts, begins, quiet)
+        if begins:
+            error = self.fit_guess(data, quiet or hosts.rank > 0)
+            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+        return data, notes
 
     def to(self, device: torch.device) -> None:
         """Move what is not trained to ``device``."""

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from heterodiff.codecs.discriminator import PatchDiscriminator, adaptive_weight, hinge_losses
 from heterodiff.codecs.kl_vae import MAX_LOGVAR, MIN_LOGVAR, KLVAECodec, latent_shape, load_vae
 from heterodiff.config import RunConfig, VAEConfig
+from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
+from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses, store_scale
 
 MAX_GROUPS = 8
@@ -96,6 +98,9 @@ class VAERecipe:
         ConfigError: no VAE for these images.
     """
 
+    codec = None
+    warnings = ()
+
     def __init__(self, config: RunConfig, spec: ImageSpec, train: ImageDataset, val: ImageDataset):
         self.config, self.spec, self.train = config, spec, train
         self.shown = val if len(val) else train
@@ -126,6 +131,11 @@ class VAERecipe:
 
     def to(self, device: torch.device) -> None:
         pass
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        return data, []
 
     def prepare(self, images: Tensor) -> Tensor:
         return images * 2 - 1
@@ -226,3 +236,20 @@ def structural_losses(images: Tensor, reconstruction: Tensor) -> Tensor:
             break
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return torch.stack(losses).mean(dim=0)
+
+
+def build(config: RunConfig, data: LoadedData) -> VAERecipe:
+    """The recipe of a run that trains a VAE.
+
+    Raises:
+        ConfigError: latents in place of images; else as :class:`VAERecipe`.
+    """
+    if data.latents is not None:
+        raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
+    return VAERecipe(config, data.spec, data.train, data.val)
+
+
+def doubts(config: RunConfig, data: LoadedData) -> list[str]:
+    """Keys that are not read."""
+    start = config.vae.init_from
+    return [] if start is None else [f"the architecture is that of vae.init_from={start}; vae's own keys for it rest"]

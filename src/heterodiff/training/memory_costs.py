@@ -1,0 +1,169 @@
+"""How much memory the networks of a task take in training: parameters, and what is kept for the backward pass."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from heterodiff.codecs.cnn import STAGES
+from heterodiff.codecs.kl_vae import latent_shape as latent_shape_of
+from heterodiff.codecs.kl_vae import read_vae_config
+from heterodiff.codecs.make import latent_shape
+from heterodiff.config import RunConfig
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
+from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
+from heterodiff.training.precision import precision_of
+from heterodiff.training.recipes.alignment import AlignmentModel
+from heterodiff.training.recipes.diffusion import model_arguments
+from heterodiff.training.recipes.text_image import denoiser_arguments
+from heterodiff.training.recipes.text_networks import build_networks
+from heterodiff.training.recipes.vae import Autoencoder, build_vae
+
+BYTES_PER_PARAMETER = 5 * 4
+"""Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
+TRANSIENT_SHARE = 0.25
+"""Of what is kept where nothing is recomputed: what comes and goes while gradients flow back."""
+SCRATCH_BYTES = 200e6
+"""Room that kernels and the optimiser work in, as measured with small networks on a CPU."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, bytes of the copies of the weights, and bytes an image keeps: with and without recomputation."""
+
+    parameters: int
+    copies: float
+    kept: float
+    kept_without: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype | None, parameters: int, saved: float, saved_without: float) -> "Cost":
+        """From the bytes that one image's pass saves, which under autocast contain the copies of the weights."""
+        copies = 0 if dtype is None else dtype.itemsize * parameters
+        kept, without = (max(0.0, bytes_saved - copies) for bytes_saved in (saved, saved_without))
+        return cls(parameters, copies, kept, without)
+
+    def peak(self, images: int) -> float:
+        per_image = self.kept + TRANSIENT_SHARE * self.kept_without
+        return BYTES_PER_PARAMETER * self.parameters + self.copies + SCRATCH_BYTES + images * per_image
+
+
+@dataclass(frozen=True)
+class MemoryTerms:
+    """What a plan of memory needs to know about the networks of a task.
+
+    Attributes:
+        cost: (config, spec) -> :class:`Cost`; raises ConfigError where no network can be built for these images.
+        sizes: config -> widths, the first those at the image's size, and blocks a level: roughly, to see quickly what
+            is surely small.
+        smaller: the key that makes the network smaller.
+        recomputes: whether ``model.memory_optimization`` and ``model.gradient_checkpointing`` act on it.
+    """
+
+    cost: Callable[[RunConfig, ImageSpec], Cost]
+    sizes: Callable[[RunConfig], tuple[Sequence[int], int]]
+    smaller: str = "model.model_channels"
+    recomputes: bool = False
+
+
+def autocast(dtype: torch.dtype | None) -> Any:
+    """The context that networks compute in; that of the CPU, which casts as GPUs do in what matters here.
+
+    Attention to condition tokens keeps more on a GPU, see `attend_with_condition`, which the estimate leaves out.
+    """
+    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def _denoiser_cost(config: RunConfig, spec: ImageSpec) -> Cost:
+    _, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
+
+    def profile_with(**keys: bool) -> ModelProfile:
+        model = config.model.model_copy(update=keys)
+        arguments = model_arguments(config.model_copy(update={"model": model}), spec)
+        return _profile(model.variant, height, width, dtype, tuple(arguments.items()))
+
+    dtype = precision_of(config.training)
+    found = profile_with()
+    without = profile_with(memory_optimization=False, gradient_checkpointing=False)
+    return Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+
+
+@lru_cache(maxsize=64)  # a plan looks at the same few networks many times, a second each
+def _profile(
+    variant: str, height: int, width: int, dtype: torch.dtype | None, arguments: tuple[tuple[str, Any], ...]
+) -> ModelProfile:
+    with autocast(dtype):
+        return profile(variant, height, width, **dict(arguments))
+
+
+def _denoiser_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
+    model = config.model
+    return [model.model_channels * mult for mult in model.channel_mult or (1, 8)], model.layers_per_block
+
+
+def _vae_cost(config: RunConfig, spec: ImageSpec) -> Cost:
+    """A VAE recomputes nothing; the discriminator, far smaller, is left out."""
+    dtype = precision_of(config.training)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast(dtype):
+        start = config.vae.init_from
+        vae = build_vae(config.vae, spec) if start is None else AutoencoderKL.from_config(read_vae_config(start))
+        shape = latent_shape_of(vae.config, spec.channels, spec.height, spec.width)
+        model = Autoencoder(vae)
+        image = torch.empty(1, spec.channels, spec.height, spec.width)
+        kept = count_saved_bytes(model, image, torch.empty(1, *shape))
+    return Cost.of(dtype, sum(p.numel() for p in model.parameters()), kept, kept)
+
+
+def _vae_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
+    return [*config.vae.block_out_channels, 2 * config.vae.latent_channels], config.vae.layers_per_block
+
+
+def _alignment_cost(config: RunConfig, spec: ImageSpec, joint: bool = False) -> Cost:
+    """Of real tensors where pretrained parts are loaded; with captions of the greatest length.
+
+    The vocabulary, which the captions decide, is left out: of the memory it takes little unless it is pretrained.
+    """
+    pretrained = config.text.encoder is not None or config.alignment.backbone is not None
+    with nullcontext() if pretrained else FakeTensorMode(allow_non_fake_inputs=True):
+        return _alignment_cost_here(config, spec, joint)
+
+
+def _alignment_cost_here(config: RunConfig, spec: ImageSpec, joint: bool) -> Cost:
+    size, length = config.text.vocabulary_size, config.text.max_tokens
+    encoder = config.text.encoder
+    tokenizer = train_tokenizer(["?"], size) if encoder is None else load_tokenizer(encoder)
+    networks = build_networks(config, spec, tokenizer)
+    shape = (1, config.alignment.latent_channels, *networks.image_codec.latent_size)
+    image = torch.zeros(1, spec.channels, spec.height, spec.width)
+    ids = torch.zeros(config.alignment.captions_per_image, length, dtype=torch.long)
+    inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
+    model = AlignmentModel(networks)
+    dtype = precision_of(config.training)
+    parameters = sum(p.numel() for p in model.parameters())
+    with autocast(dtype):
+        kept = count_saved_bytes(model, *inputs)
+    if joint:
+        arguments = denoiser_arguments(config, spec, shape[1:])
+        with autocast(dtype):
+            found = profile(config.model.variant, *shape[2:], **arguments)
+        kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
+    return Cost.of(dtype, parameters, kept, kept)
+
+
+def _alignment_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
+    text, alignment = config.text, config.alignment
+    denoiser, depth = _denoiser_sizes(config)
+    widths = [*(alignment.block_out_channels or STAGES), *denoiser, alignment.latent_channels]
+    return [*widths, text.width, text.captioner_width], max(depth, text.layers, text.captioner_layers)
+
+
+DENOISER = MemoryTerms(_denoiser_cost, _denoiser_sizes, recomputes=True)
+VAE = MemoryTerms(_vae_cost, _vae_sizes, "vae.block_out_channels")
+ALIGNMENT = MemoryTerms(_alignment_cost, _alignment_sizes, "alignment.block_out_channels")
+JOINT = MemoryTerms(partial(_alignment_cost, joint=True), _alignment_sizes)

@@ -1,0 +1,169 @@
+"""A task of its own in one file: a network that is one image learns the mean of the training images."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from heterodiff.config import RunConfig
+from heterodiff.data.assemble import LoadedData
+from heterodiff.data.dataset import ImageSpec
+from heterodiff.evaluation import page
+from heterodiff.evaluation.report import RunFiles, write_report
+from heterodiff.evaluation.run import Evaluation, Request, images_of, run_data
+from heterodiff.pictures import image_grid
+from heterodiff.pipelines.load import Placing
+from heterodiff.tasks import Task
+from heterodiff.training.memory_costs import Cost, MemoryTerms
+from heterodiff.training.processes import HostGroup
+from heterodiff.training.recipes.base import Losses
+
+WEIGHTS = "mean/model.safetensors"
+
+
+class MeanImage(nn.Module):
+    """One image (C, H, W) for whatever comes in."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.image = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.image.expand_as(images)
+
+
+class Nothing:
+    """The random numbers of a step: none."""
+
+    def rows(self, part: slice) -> "Nothing":
+        return self
+
+
+class MeanImageRecipe:
+    adversary = codec = None
+    warnings = ("the mean of images is not an image",)
+    summary = "one image"
+
+    def __init__(self, config: RunConfig, data: LoadedData):
+        spec = data.spec
+        self.model = MeanImage((spec.channels, spec.height, spec.width))
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def before_training(
+        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
+    ) -> tuple[LoadedData, list[str]]:
+        return data, ["begins" if begins else "goes on"]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return images
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Nothing:
+        return Nothing()
+
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Nothing) -> Losses:
+        return Losses((network(inputs) - inputs).square().mean(dim=(1, 2, 3)))
+
+    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
+        raise AssertionError("no adversary")
+
+    def judges(self, draws: Nothing) -> bool:
+        return False
+
+    def observe(self, draws: Nothing, losses: Tensor, left_out: Tensor) -> None:
+        pass
+
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
+        return {
+            "val_loss": float(torch.cat([self.losses(self.model, x, y, Nothing()).each for x, y in batches]).mean())
+        }
+
+    def preview(self, seed: int) -> Image:
+        return image_grid(self.model.image.detach()[None].clamp(0, 1).cpu())
+
+    def save(self, folder: Path) -> None:
+        (folder / WEIGHTS).parent.mkdir(parents=True)
+        save_file({"image": self.model.image.detach().cpu().contiguous()}, folder / WEIGHTS)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": MeanImagePipeline.__name__}))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class MeanImagePipeline:
+    def __init__(self, image: Tensor):
+        self.image = image
+
+
+def read_pipeline(folder: Path, placing: Placing) -> MeanImagePipeline:
+    return MeanImagePipeline(load_file(folder / WEIGHTS)["image"].to(placing.device))
+
+
+def try_out(pipeline: MeanImagePipeline, add: Callable[[bool, str, str], None]) -> None:
+    add(bool(torch.isfinite(pipeline.image).all()), "mean", f"an image {tuple(pipeline.image.shape)}")
+
+
+def doubts(config: RunConfig, data: LoadedData) -> list[str]:
+    return ["one label would do"] if data.spec.class_names else []
+
+
+def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+    image = load_file(run / WEIGHTS)["image"]
+    images, _ = images_of(run_data(run).val)
+    metrics = {"mean_image": {"n": len(images), "error": float((images - image).abs().mean())}}
+    (run / "evaluation.json").write_text(json.dumps(metrics))
+    image_grid(image[None].clamp(0, 1)).save(run / "samples.png")
+    return Evaluation(metrics, run / "samples.png", write_report(run)), [
+        f"error    {metrics['mean_image']['error']:.4f}"
+    ]
+
+
+def cards(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
+    found = evaluation.get("mean_image")
+    return [("Error of the mean image", f"{found['error']:.4f}", f"{found['n']} images")] if found else []
+
+
+def report(files: RunFiles) -> list[str]:
+    found = files.evaluation.get("mean_image")
+    return [page.section("The mean image", page.paragraph(f"off by {found['error']:.4f}" if found else ""))]
+
+
+def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
+    print(*evaluate(out, Request(seed=seed))[1], sep="\n")
+    return [f"shown    {shlex.quote(str(out))}"]
+
+
+def _cost(config: RunConfig, spec: ImageSpec) -> Cost:
+    values = spec.channels * spec.height * spec.width
+    return Cost(values, 0, 4.0 * values, 4.0 * values)
+
+
+MEMORY = MemoryTerms(_cost, lambda config: ([1], 1), smaller="data.image_size")
+
+TASK = Task(
+    recipe="mean-image",
+    sections=(),
+    pipeline="MeanImagePipeline",
+    load="tests.mean_image_task:read_pipeline",
+    try_out="tests.mean_image_task:try_out",
+    commands=("look",),
+    build="tests.mean_image_task:MeanImageRecipe",
+    memory="tests.mean_image_task:MEMORY",
+    evaluate="tests.mean_image_task:evaluate",
+    doubts=("tests.mean_image_task:doubts",),
+    next_steps=("look at {run}/samples.png",),
+    cards="tests.mean_image_task:cards",
+    report="tests.mean_image_task:report",
+    reproduce=("look at {run}",),
+    demo="tests.mean_image_task:demo",
+)
