@@ -11,19 +11,17 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.compiling import Compile, compile_for_drawing
-from heterodiff.config_file import load_config
 from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
+from heterodiff.files import read_json
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
-from heterodiff.pipelines.run_files import CONFIG_FILE, DATA_FILE, INDEX_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.run_folder import RunFolder
 from heterodiff.text.networks import load_networks
-
-__all__ = ["CONFIG_FILE", "DATA_FILE", "INDEX_FILE", "SPLIT_FILE", "load", "load_generation", "load_spec", "read_json"]
 
 Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
 
@@ -65,8 +63,8 @@ def load(
         return ReconstructionPipeline(load_vae(folder)).to(device)
     if kind not in loaders:
         raise CheckpointError(
-            f"{folder / INDEX_FILE}: expected a GenerationPipeline, ReconstructionPipeline or TextImagePipeline, found "
-            f"{kind}; it needs another loader"
+            f"{RunFolder(folder).index_file}: expected a GenerationPipeline, ReconstructionPipeline or "
+            f"TextImagePipeline, found {kind}; it needs another loader"
         )
     try:
         pipeline = loaders[kind](folder)
@@ -115,7 +113,7 @@ def load_text_image(
 
 def _load_generation(folder: Path) -> GenerationPipeline:
     vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
-    if vae is None and (folder / CONFIG_FILE).is_file() and load_config(folder / CONFIG_FILE).codec.kind == "kl-vae":
+    if vae is None and RunFolder(folder).has_config and RunFolder(folder).config().codec.kind == "kl-vae":
         raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
     return GenerationPipeline(
         _load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae, **_kept(folder, GenerationPipeline)
@@ -126,7 +124,7 @@ def _kept(folder: Path, pipeline: type[Any]) -> dict[str, Any]:
     """Settings that ``save_pretrained`` kept for a class of pipelines; earlier folders have none."""
     names = set(inspect.signature(pipeline).parameters) - set(pipeline._optional_components)
     # Components are lists of a module and a class.
-    return {k: v for k, v in read_json(folder / INDEX_FILE).items() if k in names and not isinstance(v, list)}
+    return {k: v for k, v in RunFolder(folder).pipeline_index().items() if k in names and not isinstance(v, list)}
 
 
 def _load_text_image(folder: Path) -> TextImagePipeline:
@@ -165,11 +163,7 @@ def pipeline_kind(folder: Path) -> str:
     Raises:
         RunError: no such folder, or no weights in it yet.
     """
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder; `heterodiff train` makes one")
-    if not (folder / INDEX_FILE).is_file():
-        raise RunError(f"{folder}: no {INDEX_FILE}, so no finished weights here yet; train it first")
-    return str(read_json(folder / INDEX_FILE).get("_class_name"))
+    return str(RunFolder(folder).pipeline_index().get("_class_name"))
 
 
 def check_preprocessing(run: Path, made: str | None) -> None:
@@ -181,12 +175,12 @@ def check_preprocessing(run: Path, made: str | None) -> None:
     Raises:
         RunError: they were.
     """
-    trained = read_json(run / DATA_FILE).get("preprocessing")
+    trained = RunFolder(run).facts().get("preprocessing")
     if trained != made:
         raise RunError(
-            f"{run / DATA_FILE}: the run was trained on slices of fingerprint {trained or 'unknown'}, these are of "
-            f"{made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the settings and "
-            "version of the training, or train again"
+            f"{RunFolder(run).data_file}: the run was trained on slices of fingerprint {trained or 'unknown'}, these "
+            f"are of {made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the "
+            "settings and version of the training, or train again"
         )
 
 
