@@ -113,23 +113,18 @@ def share_files(folder: Path) -> None:
 # ---- reading ------------------------------------------------------------------------------------------------
 
 
-def read_text(
-    path: Path,
-    error: type[HeterodiffError] = CheckpointError,
-    way_out: str = COPY_AGAIN,
-    limit: int = MAX_JSON_BYTES,
-    damaged: str = "strict",
-) -> str:
-    """Read a file in UTF-8.
+def read_bytes(
+    path: Path, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN, limit: int = MAX_JSON_BYTES
+) -> bytes:
+    """Read a whole file.
 
     Args:
         error: raised where it cannot be read.
         way_out: the end of its message.
         limit: bytes that it may have.
-        damaged: what becomes of bytes that are no text, ``errors`` of ``bytes.decode``.
 
     Raises:
-        HeterodiffError: the file is missing, too large, or no text.
+        HeterodiffError: the file is missing, too large, or refused by the disk.
     """
     try:
         if not path.is_file():
@@ -139,24 +134,24 @@ def read_text(
             content = file.read(limit + 1)
         if len(content) > limit:
             raise error(f"{path}: {path.stat().st_size:,} bytes, expected at most {limit:,}; {way_out}")
-        return content.decode("utf-8", damaged)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: not readable as text: {reason(problem)}; {way_out}") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or reason(problem)}; {way_out}") from None
+    return content
 
 
 def read_json(
     path: Path, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN, limit: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """Read a JSON object; arguments as of :func:`read_text`.
+    """Read a JSON object; arguments as of :func:`read_bytes`.
 
     Raises:
         HeterodiffError: the file is missing, too large, damaged, or holds something else.
     """
-    return parse_json(read_text(path, error, way_out, limit), path, error, way_out)
+    return parse_json(read_bytes(path, error, way_out, limit), path, error, way_out)
 
 
 def parse_json(
-    text: str, where: object, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN
+    text: str | bytes, where: object, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN
 ) -> dict[str, Any]:
     """Return the JSON object in ``text``; ``where`` it comes from is the beginning of the message.
 
@@ -172,13 +167,13 @@ def parse_json(
     return content
 
 
-def parse_rows(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the JSON objects in ``text``, one a line, and the number of damaged lines.
+def parse_rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the JSON objects in ``content``, one a line, and the number of damaged lines.
 
     A process that is killed can leave half a line, which costs that row only.
     """
     rows, damaged = [], 0
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(bytes.strip, content.splitlines()):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

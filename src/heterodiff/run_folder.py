@@ -17,8 +17,8 @@ from heterodiff.errors import RunError, reason
 from heterodiff.files import (
     MAX_LIST_BYTES,
     parse_rows,
+    read_bytes,
     read_json,
-    read_text,
     remove,
     remove_leftovers,
     replacing,
@@ -132,7 +132,7 @@ class RunFolder:
         """
         if not self.metrics_file.exists():
             return [], 0
-        return parse_rows(read_text(self.metrics_file, limit=MAX_LIST_BYTES, damaged="replace"))
+        return parse_rows(read_bytes(self.metrics_file, limit=MAX_LIST_BYTES))
 
     def pipeline_index(self) -> dict[str, Any]:
         """The index of the pipeline, as diffusers writes it.

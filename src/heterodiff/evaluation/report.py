@@ -25,7 +25,7 @@ from heterodiff.evaluation.metric_sections import (
 )
 from heterodiff.evaluation.segmentation_sections import segmentation_cards, segmentation_section
 from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
-from heterodiff.files import MAX_LIST_BYTES, parse_json, parse_rows, read_text
+from heterodiff.files import MAX_LIST_BYTES, parse_json, parse_rows, read_bytes
 from heterodiff.run_folder import RunFolder
 
 PROMPTS_PICTURE = "evaluation/text_to_image.png"
@@ -41,7 +41,7 @@ class RunFiles:
         self.run_dir = run_dir
         self.problems: list[str] = []
         folder = self.folder = RunFolder(run_dir)
-        self.config = self._text(folder.config_file)
+        self.config = self._content(folder.config_file).decode("utf-8", "replace")
         self.run = self._json(folder.machine_file)
         self.evaluation = self._json(folder.evaluation_file)
         self.augmentation = self._json(folder.augmentation_file)
@@ -67,25 +67,25 @@ class RunFiles:
             return []
         return RunFiles(folders[0]).metrics if folders else []
 
-    def _text(self, path: Path) -> str:
+    def _content(self, path: Path) -> bytes:
         if not path.exists():
-            return ""
+            return b""
         try:
-            return read_text(path, limit=MAX_LIST_BYTES, damaged="replace")
+            return read_bytes(path, limit=MAX_LIST_BYTES)
         except HeterodiffError:
             self.problems.append(f"{path.name} could not be read; what it holds is missing here")
-            return ""
+            return b""
 
     def _json(self, path: Path) -> dict[str, Any]:
-        text = self._text(path)
+        content = self._content(path)
         try:
-            return parse_json(text, path.name) if text else {}
+            return parse_json(content, path.name) if content else {}
         except HeterodiffError:
             self.problems.append(f"{path.name} is not a JSON object; what it holds is missing here")
             return {}
 
     def _rows(self, path: Path) -> list[dict[str, Any]]:
-        rows, bad = parse_rows(self._text(path))
+        rows, bad = parse_rows(self._content(path))
         if bad:
             self.problems.append(f"{path.name}: {bad} damaged {'line' if bad == 1 else 'lines'} left out")
         return [row for row in rows if row]

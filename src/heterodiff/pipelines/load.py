@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import schedulers
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.compiling import Compile, compile_for_drawing
@@ -22,6 +20,8 @@ from heterodiff.pipelines.reconstruct import ReconstructionPipeline
 from heterodiff.pipelines.text_image import TextImagePipeline
 from heterodiff.run_folder import RunFolder
 from heterodiff.text.networks import load_networks
+
+TRAIN_OR_IMPORT = "train or import it again; earlier checkpoints come in through `heterodiff import`"
 
 Pipeline = GenerationPipeline | ReconstructionPipeline | TextImagePipeline
 
@@ -116,7 +116,10 @@ def _load_generation(folder: Path) -> GenerationPipeline:
     if vae is None and RunFolder(folder).has_config and RunFolder(folder).config().codec.kind == "kl-vae":
         raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
     return GenerationPipeline(
-        _load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae, **_kept(folder, GenerationPipeline)
+        load_network(HAEUNet, folder / "unet", TRAIN_OR_IMPORT, draws=False),
+        _load_scheduler(folder / "scheduler"),
+        vae,
+        **_kept(folder, GenerationPipeline),
     )
 
 
@@ -131,11 +134,8 @@ def _load_text_image(folder: Path) -> TextImagePipeline:
     networks = load_networks(folder)
     unet = scheduler = None
     if (folder / "unet").is_dir():
-        kind = read_json(folder / "unet" / "config.json").get("_class_name")
-        network = next((cls for cls in (FiLMUNet, HAEUNet) if cls.__name__ == kind), None)
-        if network is None:
-            raise CheckpointError(f"{folder / 'unet'}: expected a FiLMUNet or HAEUNet, found {kind}")
-        unet, scheduler = load_network(network, folder / "unet"), _load_scheduler(folder / "scheduler")
+        unet = load_network((FiLMUNet, HAEUNet), folder / "unet")
+        scheduler = _load_scheduler(folder / "scheduler")
         codec = networks.image_codec.config
         takes, given = (
             (unet.config.in_channels, unet.config.condition_dim),
@@ -182,34 +182,6 @@ def check_preprocessing(run: Path, made: str | None) -> None:
             f"are of {made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the "
             "settings and version of the training, or train again"
         )
-
-
-def _load_unet(folder: Path) -> HAEUNet:
-    kind = read_json(folder / "config.json").get("_class_name")
-    if kind != HAEUNet.__name__:
-        raise CheckpointError(
-            f"{folder}: expected a network of class HAEUNet, found {kind}; earlier checkpoints come in through "
-            "`heterodiff import`"
-        )
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only")
-    try:
-        # diffusers would fill what a file lacks with fresh weights and only warn, so the names are compared first.
-        with safe_open(weights, "pt") as file:
-            found = set(file.keys())
-        with torch.device("meta"):
-            expected = set(HAEUNet.from_config(HAEUNet.load_config(folder)).state_dict())
-        if found != expected:
-            differing = ", ".join(sorted(found ^ expected)[:4])
-            raise CheckpointError(
-                f"{weights}: weights of another network: {len(expected - found)} missing, "
-                f"{len(found - expected)} unexpected ({differing}, ...)"
-            )
-        unet = HAEUNet.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: damaged weights ({error}); train or import it again") from None
-    return unet.eval()
 
 
 def _load_scheduler(folder: Path) -> Any:
