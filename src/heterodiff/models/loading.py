@@ -32,14 +32,12 @@ def read_network_config(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> 
     return config
 
 
-def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN, draws: bool = True) -> Any:
+def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
     """A network of diffusers' ModelMixin from a folder it was saved in, in evaluation mode.
 
     Args:
         kinds: the class that the network may be of, or several.
         way_out: the end of an error's message.
-        draws: draw the weights that are then replaced, from torch's global generator: what a training run draws after
-            it loaded its codec is then what it always was. False is faster.
 
     Raises:
         CheckpointError: no such folder, a network of another class, or damaged, incomplete or NaN weights.
@@ -54,7 +52,7 @@ def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN, draws: boo
             folder,
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=not draws,
+            low_cpu_mem_usage=False,  # transformers then draws as it always did before a run's next weights
             output_loading_info=True,
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:

@@ -116,7 +116,7 @@ def _load_generation(folder: Path) -> GenerationPipeline:
     if vae is None and RunFolder(folder).has_config and RunFolder(folder).config().codec.kind == "kl-vae":
         raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
     return GenerationPipeline(
-        load_network(HAEUNet, folder / "unet", TRAIN_OR_IMPORT, draws=False),
+        load_network(HAEUNet, folder / "unet", TRAIN_OR_IMPORT),
         _load_scheduler(folder / "scheduler"),
         vae,
         **_kept(folder, GenerationPipeline),
