@@ -32,8 +32,9 @@ from heterodiff.evaluation.segmentation import overlap, patient_interval
 from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies, segmentation_summary
 from heterodiff.memory import keep_freed_memory
 from heterodiff.pipelines.anomaly_masks import calibrate
-from heterodiff.pipelines.load import load_generation, load_spec, read_json
+from heterodiff.pipelines.load import load_generation
 from heterodiff.pipelines.segment import Segmenter
+from heterodiff.run_folder import RunFolder
 from heterodiff.training.trial import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
@@ -81,9 +82,9 @@ def steps(runs: Path, data: Path) -> dict[str, Any]:
     run = runs / "phantom"
     settings, pipeline = load_config(run / "config.yaml").segmentation, load_generation(run)
     val = run_data(run).val
-    spec = load_spec(run)
+    spec = RunFolder(run).spec()
     assert spec is not None
-    test = load_test(image_config(run), spec, split=read_json(run / "split.json"))
+    test = load_test(image_config(run), spec, split=RunFolder(run).split())
     assert test.mask is not None
     truth = np.stack([test.mask(row) for row in range(len(test.images))])
     ill = np.flatnonzero(truth.any(axis=(1, 2)))

@@ -193,8 +193,8 @@ def test_fingerprint_is_that_of_the_encoder() -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), "missing"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
-    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as a JSON object"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "not readable as a JSON object"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object, found list"),
     "another class": (change_config(_class_name="AutoencoderKL"), "expected a network of class ImageCodec, found"),
     "another width": (change_config(latent_channels=7), "damaged|another network"),
     "a stage more": (change_config(block_out_channels=[8, 16, 16]), "damaged|another network"),

@@ -292,10 +292,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another depth": (
         edit_config(block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
                     up_block_types=["UpDecoderBlock2D"] * 2), "another network"),
-    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as a JSON object"),
-    "config too deep": (lambda folder: (folder / "config.json").write_text("[" * 10**5), "not readable as a JSON"),
-    "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "not readable as a JSON"),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[1]"), "not readable as a JSON object"),
+    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
+    "config too deep": (lambda folder: (folder / "config.json").write_text("[" * 10**5), "not readable as JSON"),
+    "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "not readable as JSON"),
+    "config a list": (lambda folder: (folder / "config.json").write_text("[1]"), "expected a JSON object, found list"),
     "config of nonsense": (edit_config(block_out_channels="many"), "damaged"),
 }  # fmt: skip
 

@@ -435,7 +435,7 @@ BAD_FOLDERS = {
     "not JSON": (lambda f: (f / "index.json").write_text("{'a'"), "index.json: not readable as JSON: .*encode again"),
     "deep JSON": (lambda f: (f / "index.json").write_text("[" * 10**6), "index.json: not readable as JSON"),
     "not text": (lambda f: (f / "index.json").write_bytes(b"\xff\xfe\x00"), "index.json: not readable as JSON"),
-    "a list": (lambda f: (f / "index.json").write_text("[1]"), "latents of format None, expected 1"),
+    "a list": (lambda f: (f / "index.json").write_text("[1]"), "expected a JSON object, found list"),
     "format": (lambda f: edit_index(f, format=2), "latents of format 2, expected 1; encode the images again"),
     "unknown key": (lambda f: edit_index(f, extra=1), "damaged: extra: "),
     "shape": (lambda f: edit_index(f, shape=[4, 4]), "damaged: shape"),

@@ -24,8 +24,9 @@ from heterodiff.evaluation.segmentation_run import (
 )
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.anomaly_masks import Calibration, drop_small, half_peak_mask, peak_score
-from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.pipelines.load import load_generation
 from heterodiff.pipelines.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
+from heterodiff.run_folder import RunFolder
 from heterodiff.training.start import train
 
 
@@ -68,7 +69,7 @@ def test_a_calibrated_run_is_evaluated_on_its_test_images(run: Path) -> None:
     save_calibration(run, CALIBRATION, config.segmentation)
     assert load_calibration(run, config.segmentation) == CALIBRATION
     found = evaluate_anomalies(run)
-    spec = load_spec(run)
+    spec = RunFolder(run).spec()
     assert spec is not None
     test = load_test(config.data, spec)
     assert test.mask is not None
@@ -94,7 +95,7 @@ def test_maps_of_a_run_do_not_depend_on_how_many_images_come_together(run: Path)
     for method in ("forward-process", "ddib", "partial-noising"):
         config = settings(run, segmentation__method=method, segmentation__channels=[3, 0])
         segmenter = Segmenter(load_generation(run), config.segmentation)
-        spec = load_spec(run)
+        spec = RunFolder(run).spec()
         assert spec is not None
         images = load_test(config.data, spec).images.batch(range(3))[0]
         together = segmenter.maps(images)
@@ -117,7 +118,7 @@ def test_settings_of_segmentation_may_change_after_training(run: Path) -> None:
 
 def test_images_may_be_judged_by_the_peak_of_their_map_or_by_how_far_predictions_part(run: Path) -> None:
     config = settings(run, segmentation__channels=[1, 2])
-    spec = load_spec(run)
+    spec = RunFolder(run).spec()
     assert spec is not None
     images = load_test(config.data, spec).images.batch(range(3))[0]
     pipeline = load_generation(run)
@@ -132,7 +133,7 @@ def test_images_may_be_judged_by_the_peak_of_their_map_or_by_how_far_predictions
 
 def test_masks_may_reach_to_half_the_peak(run: Path) -> None:
     config = settings(run)
-    spec = load_spec(run)
+    spec = RunFolder(run).spec()
     assert spec is not None
     images = load_test(config.data, spec).images.batch(range(3))[0]
     half = Segmenter(load_generation(run), config.segmentation.model_copy(update={"threshold": "half-peak"}))
@@ -299,7 +300,7 @@ def test_other_patients_with_masks_are_measured_in_place_of_the_runs(
 def test_test_images_stay_those_of_the_training(run: Path) -> None:
     """Whatever the settings say since, or which patients came or went."""
     path, split = run / "split.json", json.loads((run / "split.json").read_text())
-    config, spec = load_config(run / "config.yaml").data, load_spec(run)
+    config, spec = load_config(run / "config.yaml").data, RunFolder(run).spec()
     assert spec is not None
     every = open_source(config).names
     assert sorted([*split["train"], *split["val"], *split["test"]]) == sorted(every)

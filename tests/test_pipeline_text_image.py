@@ -494,7 +494,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "captioner of other maps": ("captioner", change_config(latent_channels=7), "damaged|another network"),
     "another class of captioner": ("captioner", change_config(_class_name="TextEncoder"), "class Captioner, found"),
-    "another class of denoiser": ("unet", change_config(_class_name="UNet2DModel"), "expected a FiLMUNet or HAEUNet"),
+    "another class of denoiser": (
+        "unet",
+        change_config(_class_name="UNet2DModel"),
+        "expected a network of class FiLMUNet or HAEUNet",
+    ),
     "damaged schedule": ("scheduler", lambda f: (f / "scheduler_config.json").write_text("{"), "not readable as JSON"),
 }
 

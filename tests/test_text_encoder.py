@@ -129,7 +129,7 @@ def cut_weights(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), "missing"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as a JSON object"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
     "another class": (change_config(_class_name="AutoencoderKL"), "expected a network of class TextEncoder"),
     "another width": (change_config(width=64), "damaged|another network"),
     "no width": (change_config(width="wide"), "damaged"),

@@ -214,9 +214,9 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    from heterodiff.training.run_folder import locked
+    from heterodiff.run_folder import RunFolder
 
-    with locked(tmp_path / "run"), pytest.raises(RunError, match="another run"):
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(RunError, match="another run"):
         train(tiny_config(tmp_path / "run"), quiet=True)
 
 

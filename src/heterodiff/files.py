@@ -1,7 +1,26 @@
-"""Files that a run writes again and again, in folders that others can write to as well."""
+"""Files that are there whole or not at all, in folders that others can write to as well; JSON of bounded size."""
 
+import json
+import os
+import re
+import secrets
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from heterodiff.errors import CheckpointError, HeterodiffError, reason
+
+MAX_JSON_BYTES = 2**26
+MAX_LIST_BYTES = 2**30
+"""Sizes up to which JSON is read: of facts, and of lists with an entry for each image or step."""
+
+COPY_AGAIN = "train the run again, or copy the folder again"
+LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+LEFTOVER_SECONDS = 3600.0
+"""Age from which an unfinished file is taken for one of a process that was killed."""
 
 
 def fresh(path: Path) -> Path:
@@ -16,3 +35,151 @@ def remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files in ``folder`` that killed processes left behind."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name) and time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+# ---- writing ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path, flush: bool = False) -> Iterator[BinaryIO]:
+    """Open a new file that takes the place of ``path``, or of a link there, when all of it is written.
+
+    Several processes may write the same file at once: the last one wins.
+
+    Args:
+        flush: wait until it is on disk, so that a power cut does not leave an empty file.
+
+    Raises:
+        OSError: refused by the disk; what was there before is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:  # exclusively: a link of this name is not followed
+            yield file
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if flush:
+        flush_to_disk(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, flush: bool = False) -> None:
+    """Write a whole file, see :func:`replacing`."""
+    with replacing(path, flush) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a whole file in UTF-8, see :func:`replacing`; ``errors`` as of ``str.encode``."""
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_json(path: Path, content: Any, errors: str = "strict", **layout: Any) -> None:
+    """Write a whole file of JSON, see :func:`replacing`; ``layout`` as of ``json.dumps``."""
+    write_text(path, json.dumps(content, **{"indent": 1, **layout}) + "\n", errors)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps their names by itself
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def share_files(folder: Path) -> None:
+    """Give the files below ``folder`` the permissions new files have here; safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------
+
+
+def read_bytes(
+    path: Path, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN, limit: int = MAX_JSON_BYTES
+) -> bytes:
+    """Read a whole file.
+
+    Args:
+        error: raised where it cannot be read.
+        way_out: the end of its message.
+        limit: bytes that it may have.
+
+    Raises:
+        HeterodiffError: the file is missing, too large, or refused by the disk.
+    """
+    try:
+        if not path.is_file():
+            found = "expected a file, found something else" if path.exists() else "missing"
+            raise error(f"{path}: {found}; {way_out}")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise error(f"{path}: {path.stat().st_size:,} bytes, expected at most {limit:,}; {way_out}")
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or reason(problem)}; {way_out}") from None
+    return content
+
+
+def read_json(
+    path: Path, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN, limit: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """Read a JSON object; arguments as of :func:`read_bytes`.
+
+    Raises:
+        HeterodiffError: the file is missing, too large, damaged, or holds something else.
+    """
+    return parse_json(read_bytes(path, error, way_out, limit), path, error, way_out)
+
+
+def parse_json(
+    text: str | bytes, where: object, error: type[HeterodiffError] = CheckpointError, way_out: str = COPY_AGAIN
+) -> dict[str, Any]:
+    """Return the JSON object in ``text``; ``where`` it comes from is the beginning of the message.
+
+    Raises:
+        HeterodiffError: it is not JSON, or not an object.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where}: not readable as JSON: {reason(problem)}; {way_out}") from None
+    if not isinstance(content, dict):
+        raise error(f"{where}: expected a JSON object, found {type(content).__name__}; {way_out}")
+    return content
+
+
+def parse_rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the JSON objects in ``content``, one a line, and the number of damaged lines.
+
+    A process that is killed can leave half a line, which costs that row only.
+    """
+    rows, damaged = [], 0
+    for line in filter(bytes.strip, content.splitlines()):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged

@@ -1,7 +1,6 @@
 """The codec ``kl-vae``: latents of diffusers' AutoencoderKL, brought to zero mean and unit variance."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from heterodiff.codecs.latent import LatentCodec
 from heterodiff.errors import CheckpointError, ConfigError
-from heterodiff.models.loading import load_weights
+from heterodiff.models.loading import load_network, read_network_config
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 """As diffusers clamps the log variance of the posterior."""
@@ -101,15 +100,7 @@ def read_vae_config(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no VAE there, or another kind of network.
     """
-    file = vae_folder(Path(path).expanduser()) / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        kind = config.get("_class_name")
-        if kind == AutoencoderKL.__name__:
-            return _DEFAULTS | config
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as a JSON object ({error}); {AGAIN}") from None
-    raise CheckpointError(f"{file.parent}: expected a network of class AutoencoderKL, found {kind}; {AGAIN}")
+    return _DEFAULTS | read_network_config(AutoencoderKL, vae_folder(Path(path).expanduser()), AGAIN)
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:
@@ -118,6 +109,4 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     Raises:
         CheckpointError: no VAE there, another kind of network, or damaged, incomplete or NaN weights.
     """
-    folder = vae_folder(Path(path).expanduser())
-    read_vae_config(folder)
-    return load_weights(AutoencoderKL, folder).requires_grad_(False)
+    return load_network(AutoencoderKL, vae_folder(Path(path).expanduser()), AGAIN).requires_grad_(False)

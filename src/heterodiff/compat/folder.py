@@ -1,6 +1,5 @@
 """Writing a network and its scheduler as a diffusers pipeline folder, all of it or nothing."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,7 +11,9 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
 from heterodiff.errors import CheckpointError
+from heterodiff.files import write_json
 from heterodiff.models.unet import HAEUNet
+from heterodiff.run_folder import RunFolder
 
 
 def check_target(out: Path) -> None:
@@ -44,7 +45,7 @@ def write_folder(out: Path, model: HAEUNet, scheduler: Mapping[str, Any]) -> Non
             "scheduler": ["diffusers", "DDPMScheduler"],
             "unet": ["heterodiff", "HAEUNet"],
         }
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_json(RunFolder(temporary).index_file, index, indent=2)
         check_target(out)
         if out.is_dir():
             out.rmdir()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import time
 from collections import Counter
@@ -33,6 +32,7 @@ from heterodiff.data.latents_format import (
 )
 from heterodiff.data.latents_plan import SHARD_SIZE, differences, images_at, plan_of
 from heterodiff.errors import DataError
+from heterodiff.files import write_bytes
 from heterodiff.progress import progress_tasks
 
 MAX_FLOAT16 = 65504.0
@@ -195,20 +195,9 @@ def _check_room(out: Path, needed: int) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file that appears under its name only when all of it is on disk."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_bytes(path, content, flush=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise DataError(
             f"{path}: cannot be written ({error.strerror}): {len(content):,} bytes needed, {free:,} free; "

@@ -6,7 +6,6 @@ repeats the plan and lists the shards with their checksums. Each file appears un
 """
 
 import hashlib
-import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import show
 from heterodiff.errors import DataError
+from heterodiff.files import MAX_LIST_BYTES, read_json
 
 FORMAT = 1
 PLAN_FILE = "plan.json"
 INDEX_FILE = "index.json"
-MAX_JSON_BYTES = 2**30
 AGAIN = (
     "run the same `heterodiff encode` again, which keeps what is whole and writes the rest anew (or, if a run encoded "
     "its images here, delete the folder and start the run again)"
@@ -125,15 +124,8 @@ def read_record(path: Path, kind: type[_PlanOrIndex]) -> _PlanOrIndex:
     Raises:
         DataError: too large, not JSON, of another format, or facts that are missing or contradict each other.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
-        content = json.loads(path.read_text("utf-8"))
-    except DataError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}; delete {path.parent} and encode again") from None
-    found = content.get("format") if isinstance(content, dict) else None
+    content = read_json(path, DataError, f"delete {path.parent} and encode again", MAX_LIST_BYTES)
+    found = content.get("format")
     if found != FORMAT:
         raise DataError(
             f"{path}: latents of format {found!r:.50}, expected {FORMAT}; encode the images again into another folder"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 import zipfile
@@ -20,7 +19,8 @@ from heterodiff.data.findings import BadImage
 from heterodiff.data.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.resize import Size
 from heterodiff.data.slices import PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
-from heterodiff.errors import DataError
+from heterodiff.errors import CheckpointError, DataError
+from heterodiff.files import read_json, replacing, write_text
 
 DEFAULT_SIZE = (128, 128)
 CLASSES = ("healthy", "unhealthy")
@@ -168,9 +168,9 @@ def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int
     mask = Path(f"{stem}.mask.npy") if patient.mask else None
     stamp = _stamp(patient)
     try:
-        content = json.loads(index_file.read_text("utf-8"))
+        content = read_json(index_file)
         fits = content["stamp"] == stamp and image.is_file() and (mask is None or mask.is_file())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError):
         fits = False
     if not fits:
         if total >= PROGRESS_FROM:
@@ -186,9 +186,7 @@ def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int
             _write(image, slices.image.astype(np.float16))
             if mask is not None:
                 _write(mask, slices.mask)
-            temporary = Path(f"{index_file}.tmp{os.getpid()}")
-            temporary.write_text(json.dumps(content), "utf-8")
-            temporary.replace(index_file)  # last: with it, the patient is done
+            write_text(index_file, json.dumps(content))  # last: with it, the patient is done
         except OSError as error:
             raise DataError(
                 f"{folder}: slices cannot be kept here ({error.strerror}); name another folder in data.volumes.cache"
@@ -200,10 +198,8 @@ def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int
 
 def _write(path: Path, array: np.ndarray | None) -> None:
     assert array is not None
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, array, allow_pickle=False)
-    temporary.replace(path)
 
 
 # --- slices in one npz file ------------------------------------------------------------------------

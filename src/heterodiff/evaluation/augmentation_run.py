@@ -1,6 +1,5 @@
 """The augmentation study of a run folder: draw images, train the classifiers, write numbers, picture and report."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from heterodiff.evaluation.augmentation import augmentation_study
 from heterodiff.evaluation.augmentation_picture import augmentation_picture
 from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
 from heterodiff.evaluation.progress import pictures_at_once
-from heterodiff.evaluation.report import AUGMENTATION_FILE, AUGMENTATION_PICTURE, write_report
+from heterodiff.evaluation.report import write_report
 from heterodiff.evaluation.run import held_out_images, images_of, run_data
-from heterodiff.files import fresh
+from heterodiff.files import write_bytes
 from heterodiff.pipelines.files import draw_classes
 from heterodiff.pipelines.generate import GenerationPipeline
-from heterodiff.pipelines.load import load_generation, load_spec
+from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import progress_tasks
+from heterodiff.run_folder import RunFolder
 
 MAX_PER_CLASS = 500
 
@@ -69,7 +69,8 @@ def study_run(
         ConfigError: the run has no classes.
         HeterodiffError: no usable run, data that are not there any more, or held-out images that cannot be used.
     """
-    spec = load_spec(run) if run.is_dir() else None
+    folder = RunFolder(run)
+    spec = folder.spec()
     if spec is not None and len(spec.class_names) < 2:
         raise ConfigError(
             f"{run}: trained without classes, so a classifier has nothing to learn from its images; --augmentation "
@@ -94,10 +95,10 @@ def study_run(
     study["notes"] += held_out.record["notes"]
     study["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     study["images"] = {"seed": seed, "seconds": seconds}
-    numbers, picture = run / AUGMENTATION_FILE, run / AUGMENTATION_PICTURE
-    fresh(numbers).write_text(json.dumps(study, indent=1) + "\n", "utf-8")
-    fresh(picture).write_bytes(augmentation_picture(study))
-    return AugmentationRun(study, numbers, picture, write_report(run))
+    folder.write_json(folder.augmentation_file, study)
+    with folder.writing(folder.augmentation_picture):
+        write_bytes(folder.augmentation_picture, augmentation_picture(study))
+    return AugmentationRun(study, folder.augmentation_file, folder.augmentation_picture, write_report(run))
 
 
 def _draw(

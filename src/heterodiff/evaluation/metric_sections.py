@@ -7,7 +7,7 @@ from typing import Any
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import MISSING, distance, number, part_of, percent, share_of, texts
 from heterodiff.evaluation.curves import is_number
-from heterodiff.evaluation.report import AUGMENTATION_PICTURE, RunFiles
+from heterodiff.evaluation.report import RunFiles
 
 MAX_CLASS_ROWS = 100
 
@@ -287,7 +287,9 @@ def sections(files: RunFiles) -> list[str]:
     nearest = page.figure(files.picture("nearest.png"), "png", "Generated images above their nearest training images")
     study = ""
     if files.augmentation:
-        study = page.figure(files.picture(AUGMENTATION_PICTURE), "png", "Accuracies and confusion matrices")
+        study = page.figure(
+            files.picture(files.folder.augmentation_picture.name), "png", "Accuracies and confusion matrices"
+        )
     return [
         metrics_section(files.evaluation),
         class_section(files.evaluation),

@@ -1,7 +1,5 @@
 """The report of a run: one self-contained HTML file that needs no network and prints well."""
 
-import json
-import os
 import platform
 import re
 import shlex
@@ -12,21 +10,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from heterodiff.config_file import load_config, read_yaml
+from heterodiff.config_file import read_yaml
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.evaluation import page
 from heterodiff.evaluation.cells import part_of
 from heterodiff.evaluation.curves import curves_svg, is_number, series
-from heterodiff.files import fresh
+from heterodiff.files import MAX_LIST_BYTES, parse_json, parse_rows, read_bytes
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import TASKS, Task, loaded, task_of, task_of_recipe
 
-REPORT_NAME = "report.html"
-AUGMENTATION_FILE = "augmentation.json"
-AUGMENTATION_PICTURE = "augmentation.png"
-EVALUATION_FOLDER = "evaluation"
-PROMPTS_PICTURE = f"{EVALUATION_FOLDER}/text_to_image.png"
-CAPTIONS_PICTURE = f"{EVALUATION_FOLDER}/image_to_text.png"
-ANOMALIES_PICTURE = f"{EVALUATION_FOLDER}/segmentation.png"
+PROMPTS_PICTURE = "evaluation/text_to_image.png"
+CAPTIONS_PICTURE = "evaluation/image_to_text.png"
+ANOMALIES_PICTURE = "evaluation/segmentation.png"
 SHOWN_GRIDS = 6
 
 
@@ -36,17 +31,18 @@ class RunFiles:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.problems: list[str] = []
-        self.config = self._text("config.yaml")
-        self.run = self._json("run.json")
-        self.evaluation = self._json("evaluation.json")
-        self.augmentation = self._json(AUGMENTATION_FILE)
-        self.metrics = self._rows("metrics.jsonl")
+        folder = self.folder = RunFolder(run_dir)
+        self.config = self._content(folder.config_file).decode("utf-8", "replace")
+        self.run = self._json(folder.machine_file)
+        self.evaluation = self._json(folder.evaluation_file)
+        self.augmentation = self._json(folder.augmentation_file)
+        self.metrics = self._rows(folder.metrics_file)
 
     @cached_property
     def task(self) -> Task:
         """The task of the run; that of class images where its configuration does not say."""
         try:
-            return task_of(load_config(self.run_dir / "config.yaml"))
+            return task_of(self.folder.config())
         except (HeterodiffError, OSError):
             found = re.search(r"^recipe: ([\w-]+)$", self.config, re.MULTILINE)
             return task_of_recipe(found[1] if found else "")
@@ -56,48 +52,36 @@ class RunFiles:
         if not self.task.first_stage:
             return []
         try:
-            path = Path(read_yaml(self.run_dir / "config.yaml")["codec"]["path"])
+            path = Path(read_yaml(self.folder.config_file)["codec"]["path"])
             # The saved path may be relative to where training was started.
-            folders = [folder for folder in (path, self.run_dir / path.name) if (folder / "metrics.jsonl").is_file()]
+            folders = [
+                folder for folder in (path, self.run_dir / path.name) if RunFolder(folder).metrics_file.is_file()
+            ]
         except (HeterodiffError, OSError, ValueError, TypeError, KeyError):
             return []
         return RunFiles(folders[0]).metrics if folders else []
 
-    def _text(self, name: str) -> str:
-        path = self.run_dir / name
+    def _content(self, path: Path) -> bytes:
+        if not path.exists():
+            return b""
         try:
-            return path.read_text("utf-8", errors="replace") if path.is_file() else ""
-        except OSError as error:
-            self.problems.append(f"{name} could not be read: {error.strerror}")
-            return ""
+            return read_bytes(path, limit=MAX_LIST_BYTES)
+        except HeterodiffError:
+            self.problems.append(f"{path.name} could not be read; what it holds is missing here")
+            return b""
 
-    def _json(self, name: str) -> dict[str, Any]:
-        text = self._text(name)
-        if not text:
-            return {}
+    def _json(self, path: Path) -> dict[str, Any]:
+        content = self._content(path)
         try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            self.problems.append(f"{name} is not a JSON object; what it holds is missing here")
+            return parse_json(content, path.name) if content else {}
+        except HeterodiffError:
+            self.problems.append(f"{path.name} is not a JSON object; what it holds is missing here")
             return {}
-        return content
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        """Read one JSON object per line; a crash can cut the last line, which costs that row only."""
-        rows, bad = [], 0
-        for line in self._text(name).splitlines():
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                bad += 1
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        rows, bad = parse_rows(self._content(path))
         if bad:
-            self.problems.append(f"{name}: {bad} damaged {'line' if bad == 1 else 'lines'} left out")
+            self.problems.append(f"{path.name}: {bad} damaged {'line' if bad == 1 else 'lines'} left out")
         return [row for row in rows if row]
 
     def picture(self, name: str) -> bytes | None:
@@ -111,7 +95,7 @@ class RunFiles:
     def grids(self) -> list[tuple[int, Path]]:
         """Return (step, path) of the grids drawn during training, in order of the steps."""
         found = []
-        for path in (self.run_dir / "samples").glob("step_*.png"):
+        for path in self.folder.samples.glob("step_*.png"):
             match = re.fullmatch(r"step_(\d+)", path.stem)
             if match:
                 found.append((int(match[1]), path))
@@ -209,7 +193,7 @@ def _machine_section(files: RunFiles) -> str:
 
 def _reproduce_section(files: RunFiles) -> str:
     folder = shlex.quote(str(files.run_dir))
-    config = shlex.quote(str(files.run_dir / "config.yaml"))
+    config = shlex.quote(str(files.folder.config_file))
     draw = [command.format(run=folder) for command in files.task.reproduce]
     if part_of(files.evaluation, "mixed"):
         draw = [f"heterodiff segment {folder} --calibrate"]
@@ -270,8 +254,5 @@ def write_report(run_dir: Path) -> Path:
     notices = [page.notice(problem) for problem in files.problems]
     header = [f"<h1>{escape(name)}</h1>", page.paragraph(f"Report of a heterodiff run · {_device(files)}", "soft")]
     document = page.page(f"{name} · heterodiff", [*header, *notices, *sections])
-    target = run_dir / REPORT_NAME
-    unfinished = fresh(run_dir / f".{REPORT_NAME}.part")
-    unfinished.write_text(document, "utf-8")
-    os.replace(unfinished, target)
-    return target
+    files.folder.write_text(files.folder.report_file, document)
+    return files.folder.report_file

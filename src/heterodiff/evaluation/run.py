@@ -1,7 +1,6 @@
 """Evaluating a run folder: draw images, measure them, and write pictures, numbers and the report."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from heterodiff.config import DataConfig, RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.latents import read_index
@@ -21,20 +19,10 @@ from heterodiff.devices import Device
 from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
 from heterodiff.evaluation.report import write_report
-from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.files import all_classes, class_title, draw_classes
-from heterodiff.pipelines.load import (
-    CONFIG_FILE,
-    DATA_FILE,
-    SPLIT_FILE,
-    check_preprocessing,
-    load_generation,
-    load_spec,
-    pipeline_kind,
-    pipeline_task,
-    read_json,
-)
+from heterodiff.pipelines.load import check_preprocessing, load_generation, pipeline_kind, pipeline_task
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import Task, loaded, task_of
 
 IMAGES_PER_CLASS, DEMO_IMAGES_PER_CLASS = 50, 20
@@ -101,11 +89,12 @@ def run_data(run: Path) -> LoadedData:
     """
     if not run.is_dir():
         raise RunError(f"{run}: no such run folder; `heterodiff train` makes one")
-    needed = [run / CONFIG_FILE, run / DATA_FILE, run / SPLIT_FILE]
+    folder = RunFolder(run)
+    needed = [folder.config_file, folder.data_file, folder.split_file]
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
-    check_preprocessing(run, known_fingerprint(load_config(run / CONFIG_FILE).data))
-    return load_data(image_config(run), split=read_json(run / SPLIT_FILE), spec=load_spec(run))
+    check_preprocessing(run, known_fingerprint(folder.config().data))
+    return load_data(image_config(run), split=folder.split(), spec=folder.spec())
 
 
 def image_config(run: Path) -> DataConfig:
@@ -114,7 +103,7 @@ def image_config(run: Path) -> DataConfig:
     Raises:
         DataError: the latents are not there any more.
     """
-    config = load_config(run / CONFIG_FILE).data
+    config = RunFolder(run).config().data
     if config.source != "latents":
         return config
     assert config.path is not None
@@ -207,11 +196,12 @@ def evaluate_run(
     metrics["sampling"] = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     titles = [class_title(pipeline, int(label)) for label in labels]
     shown = [i for i in range(len(images)) if i % per_class < 10]
-    picture = run / "samples.png"
-    image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class)).save(fresh(picture))
-    nearest_picture(images, train[0], metrics).save(fresh(run / "nearest.png"))
-    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    return Evaluation(metrics, picture, write_report(run))
+    folder = RunFolder(run)
+    grid = image_grid(images[shown], [titles[i] for i in shown], columns=min(10, per_class))
+    folder.write_picture(folder.samples_picture, grid)
+    folder.write_picture(folder.nearest_picture, nearest_picture(images, train[0], metrics))
+    folder.write_json(folder.evaluation_file, metrics)
+    return Evaluation(metrics, folder.samples_picture, write_report(run))
 
 
 def evaluate_images(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
@@ -229,9 +219,10 @@ def task_evaluated(run: Path) -> Task:
         RunError, CheckpointError: no run folder, or one that nothing fits.
         DataError: the latents are not there any more.
     """
-    if not (run / CONFIG_FILE).is_file():
+    folder = RunFolder(run)
+    if not folder.has_config:
         return pipeline_task(run)
-    return task_of(load_config(run / CONFIG_FILE).model_copy(update={"data": image_config(run)}))
+    return task_of(folder.config().model_copy(update={"data": image_config(run)}))
 
 
 def evaluate_task(run: Path, request: Request) -> tuple[Evaluation, list[str]]:

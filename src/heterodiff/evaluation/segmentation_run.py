@@ -1,6 +1,5 @@
 """Calibrating and evaluating a run that finds anomalies, on its validation and its test images."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.config import DataConfig, RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_test, open_source
 from heterodiff.data.volumes import known_fingerprint
@@ -21,17 +19,9 @@ from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation.report import ANOMALIES_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, Request, count_seen, evaluate_images, image_config, run_data
 from heterodiff.evaluation.segmentation import evaluate_segmentation, threshold_baseline
-from heterodiff.files import fresh
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import calibrate
-from heterodiff.pipelines.load import (
-    CONFIG_FILE,
-    SPLIT_FILE,
-    check_preprocessing,
-    load_generation,
-    load_spec,
-    read_json,
-)
+from heterodiff.pipelines.load import check_preprocessing, load_generation
 from heterodiff.pipelines.segment import (
     DEFAULT_PRECISION,
     Segmentation,
@@ -41,6 +31,7 @@ from heterodiff.pipelines.segment import (
     save_calibration,
 )
 from heterodiff.progress import progress_tasks
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 
 IMAGES_AT_ONCE = 32
@@ -53,7 +44,7 @@ FOREGROUND = 0.025
 
 def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
     """Whether the run's images, or those ``elsewhere``, have masks to compare with."""
-    if not (run / CONFIG_FILE).is_file() or "segment" not in task_of(load_config(run / CONFIG_FILE)).commands:
+    if not RunFolder(run).has_config or "segment" not in task_of(RunFolder(run).config()).commands:
         return False
     return open_source(elsewhere or image_config(run)).mask is not None
 
@@ -66,7 +57,7 @@ def other_patients(run: Path, path: Path) -> DataConfig | None:
     Raises:
         DataError: nothing is at ``path``, or no masks, though the run's own images have some.
     """
-    if not (run / CONFIG_FILE).is_file() or image_config(run).source not in ("volumes", "brain-phantom"):
+    if not RunFolder(run).has_config or image_config(run).source not in ("volumes", "brain-phantom"):
         return None
     if not (path.expanduser().is_dir() or (path.suffix.lower() == ".npz" and path.expanduser().is_file())):
         raise DataError(f"{path}: no such folder or npz file; correct --data")
@@ -99,7 +90,7 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
         HeterodiffError: no usable run, or validation images that do not allow it.
     """
     data = run_data(run)  # says what is missing of the run
-    settings = load_config(run / CONFIG_FILE).segmentation
+    settings = RunFolder(run).config().segmentation
     segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
     classes = data.spec.class_names
     alone = settings.method == "partial-noising"  # which needs no unhealthy images; those without labels are healthy
@@ -143,16 +134,17 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     Raises:
         HeterodiffError: no usable run, not calibrated, or no test images.
     """
-    config = load_config(run / CONFIG_FILE)
+    folder = RunFolder(run)
+    config = folder.config()
     calibration = load_calibration(run, config.segmentation)
-    spec = load_spec(run)
-    if spec is None or not (run / SPLIT_FILE).is_file():
+    spec = folder.spec()
+    if spec is None or not folder.split_file.is_file():
         raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
     of = elsewhere or image_config(run)
     made = known_fingerprint(of)
     if made or not elsewhere:
         check_preprocessing(run, made)
-    test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=read_json(run / SPLIT_FILE))
+    test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=folder.split())
     assert test.mask is not None  # asked before, by `finds_anomalies`
     settings, count = config.segmentation, len(test.images)
     segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
@@ -182,12 +174,11 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     metrics["settings"] = settings.model_dump(mode="json")
     metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls in found]).float().mean())
     picture = run / ANOMALIES_PICTURE
-    picture.parent.mkdir(exist_ok=True)
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
-    overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]).save(fresh(picture))
-    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    folder.write_picture(picture, overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]))
+    folder.write_json(folder.evaluation_file, metrics)
     return Evaluation(metrics, picture, write_report(run))
 
 

@@ -25,7 +25,9 @@ from heterodiff.data.builtin.shapes import (
     render,
 )
 from heterodiff.devices import default_device
-from heterodiff.files import fresh
+from heterodiff.errors import CheckpointError
+from heterodiff.files import write_bytes
+from heterodiff.models.loading import refuse_nonfinite
 
 VERSION = "3"
 """Of network, training and renders: change it with any of them, and stored weights are not used any more."""
@@ -201,9 +203,7 @@ class ShapesReader:
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = fresh(path.with_suffix(".part"))
-        unfinished.write_bytes(save(self.network.state_dict(), self._key()))
-        unfinished.replace(path)
+        write_bytes(path, save(self.network.state_dict(), self._key()))
 
     def load(self, path: Path) -> bool:
         """Take the weights that :meth:`save` wrote, if they are there, intact, and of this size and version."""
@@ -212,7 +212,8 @@ class ShapesReader:
                 if file.metadata() != self._key():
                     return False
                 self.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, RuntimeError):
+            refuse_nonfinite(self.network.state_dict(), path)
+        except (OSError, SafetensorError, RuntimeError, CheckpointError):
             return False
         return True
 

@@ -1,6 +1,5 @@
 """Evaluating a run of recipe ``text-image`` or ``alignment``: run folder in; numbers, pictures and report out."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from heterodiff.data.builtin.shapes import scene_of
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
-from heterodiff.evaluation.report import CAPTIONS_PICTURE, EVALUATION_FOLDER, PROMPTS_PICTURE, write_report
+from heterodiff.evaluation.report import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
 from heterodiff.evaluation.run import Evaluation, Request, image_config, run_data
 from heterodiff.evaluation.shapes_reader import STEPS, TEST_RENDERS, ShapesReader
 from heterodiff.evaluation.text_image import (
@@ -34,11 +33,11 @@ from heterodiff.evaluation.text_image import (
 )
 from heterodiff.evaluation.text_image_sections import WAYS
 from heterodiff.evaluation.vae_run import spread
-from heterodiff.files import fresh
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 
 PROMPTS = 200
@@ -87,7 +86,7 @@ def evaluate_text_image(
     shapes = image_config(run).shapes if image_config(run).source == "shapes" else None
     held_out, captions, record = held_out_captioned(run, loaded, data)
     everything = CaptionedImages.choose(held_out, captions, MAX_RETRIEVAL_IMAGES, seed)
-    folder = run / EVALUATION_FOLDER
+    folder = RunFolder(run)
     with progress_tasks() as task, text_notes() as notes:
         measuring = _Measuring(pipeline, options, seed, task, batch_size)
         pictures = _pictures(measuring, everything)  # first: a sampler that does not fit is found before the long part
@@ -114,13 +113,12 @@ def evaluate_text_image(
             metrics["generated_recall"] = _self_judged(measuring, to_caption.spread(-(-number // 2)))
         else:
             size = (loaded.spec.height, loaded.spec.width)
-            metrics |= _of_shapes(measuring, shapes, size, number, folder / READER_FILE, record["notes"])
+            metrics |= _of_shapes(measuring, shapes, size, number, folder.evaluation / READER_FILE, record["notes"])
     if notes:
         record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
-    folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(fresh(run / name))
-    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+        folder.write_picture(run / name, picture)
+    folder.write_json(folder.evaluation_file, metrics)
     return Evaluation(metrics, run / PROMPTS_PICTURE, write_report(run))
 
 

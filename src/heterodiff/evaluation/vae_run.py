@@ -1,6 +1,5 @@
 """Evaluating a run of recipe ``vae``: how much of real held-out images comes back, and the scale of their latents."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +15,9 @@ from heterodiff.evaluation.classifiers import ConvReader, SvmReader
 from heterodiff.evaluation.reconstruction import psnr, ssim
 from heterodiff.evaluation.report import write_report
 from heterodiff.evaluation.run import Evaluation, Request, held_out_images, images_of, run_data
-from heterodiff.files import fresh
 from heterodiff.pipelines.load import load_reconstruction
 from heterodiff.pipelines.reconstruct import ENCODE_BATCH, ReconstructionPipeline, comparison_picture
+from heterodiff.run_folder import RunFolder
 
 SHOWN = 12
 CNN_SEEDS = 3
@@ -54,10 +53,10 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device
         "readers": reading(images_of(data.train), held_out.images, reconstructed, held_out.labels, seed),
     }
     rows = torch.linspace(0, len(reconstructed) - 1, min(SHOWN, len(reconstructed))).long()
-    picture = run / "samples.png"
-    comparison_picture(held_out.images[rows], reconstructed[rows]).save(fresh(picture))
-    fresh(run / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    return Evaluation(metrics, picture, write_report(run))
+    folder = RunFolder(run)
+    folder.write_picture(folder.samples_picture, comparison_picture(held_out.images[rows], reconstructed[rows]))
+    folder.write_json(folder.evaluation_file, metrics)
+    return Evaluation(metrics, folder.samples_picture, write_report(run))
 
 
 def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:

@@ -1,68 +1,82 @@
 """Loading networks from folders, strictly: the right kind, all weights there, none of them NaN."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch import Tensor
 
 from heterodiff.errors import CheckpointError, reason
+from heterodiff.files import COPY_AGAIN, read_json
 
-AGAIN = "train the run again, or copy the folder again"
 
+def read_network_config(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> dict[str, Any]:
+    """Configuration of a network saved in ``folder``, without its weights.
 
-def read_network_config(cls: Any, folder: Path) -> dict[str, Any]:
-    """Configuration of a network of class ``cls`` saved in ``folder``, without its weights.
+    Args:
+        kinds: the class that the network may be of, or several.
+        way_out: the end of an error's message.
 
     Raises:
         CheckpointError: no such folder, not readable, or a network of another class.
     """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        found = config.get("_class_name")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; {AGAIN}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as a JSON object ({error}); {AGAIN}") from None
-    if found != cls.__name__:
-        raise CheckpointError(f"{folder}: expected a network of class {cls.__name__}, found {found}; {AGAIN}")
+    config = read_json(folder / "config.json", way_out=way_out)
+    names = [kind.__name__ for kind in _classes(kinds)]
+    if (found := config.get("_class_name")) not in names:
+        raise CheckpointError(
+            f"{folder}: expected a network of class {' or '.join(names)}, found {found!s:.60}; {way_out}"
+        )
     return config
 
 
-def load_network(cls: Any, folder: Path) -> Any:
-    """A network of class ``cls`` (diffusers' ModelMixin) from a folder it was saved in, in evaluation mode.
+def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
+    """A network of diffusers' ModelMixin from a folder it was saved in, in evaluation mode.
+
+    Args:
+        kinds: the class that the network may be of, or several.
+        way_out: the end of an error's message.
 
     Raises:
         CheckpointError: no such folder, a network of another class, or damaged, incomplete or NaN weights.
     """
-    read_network_config(cls, folder)
-    return load_weights(cls, folder)
-
-
-def load_weights(cls: Any, folder: Path) -> Any:
-    """As :func:`load_network`, of a folder whose configuration has been looked at.
-
-    Raises:
-        CheckpointError: damaged, incomplete or NaN weights.
-    """
+    name = read_network_config(kinds, folder, way_out)["_class_name"]
+    cls = next(kind for kind in _classes(kinds) if kind.__name__ == name)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
-        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {AGAIN}")
+        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {way_out}")
     try:
         network, info = cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # transformers then draws as it always did before a run's next weights
+            output_loading_info=True,
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: damaged network ({reason(error)}); {AGAIN}") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
+        raise CheckpointError(f"{folder}: damaged network ({reason(error)}); {way_out}") from None
+    # diffusers gives what a file lacks fresh weights, and only warns.
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         names = ", ".join(map(str, wrong[:4]))
         raise CheckpointError(
-            f"{weights}: weights of another network ({names}, ...) than its config.json says; {AGAIN}"
+            f"{weights}: weights of another network ({names}, ...) than its config.json says; {way_out}"
         )
-    if bad := [name for name, value in network.state_dict().items() if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(f"{weights}: NaN or infinite weights ({', '.join(bad[:4])}); {AGAIN}")
+    refuse_nonfinite(network.state_dict(), weights, way_out)
     return network.eval()
+
+
+def refuse_nonfinite(weights: Mapping[str, Tensor], where: object, way_out: str = COPY_AGAIN) -> None:
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        CheckpointError: some are; those of ``where``.
+    """
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise CheckpointError(f"{where}: NaN or infinite weights ({', '.join(bad[:4])}{more}); {way_out}")
+
+
+def _classes(kinds: Any) -> tuple[Any, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)

@@ -14,7 +14,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.config import SamplingConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.diffusers_loop import (
     check_scheduler,
@@ -27,7 +26,7 @@ from heterodiff.diffusion.sampling import draw_noise, sample
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import CheckpointError, ConfigError, RunError, is_out_of_memory, unknown_name
 from heterodiff.pictures import to_pil
-from heterodiff.pipelines.run_files import CONFIG_FILE, load_spec
+from heterodiff.run_folder import RunFolder
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 Images = Tensor | np.ndarray | list[Image]
@@ -112,9 +111,10 @@ class DrawingPipeline(DiffusionPipeline):
         Raises:
             HeterodiffError: a damaged file.
         """
-        if (folder / CONFIG_FILE).is_file():
-            self.defaults = load_config(folder / CONFIG_FILE).sampling
-        self.spec = load_spec(folder) or self.spec
+        run = RunFolder(folder)
+        if run.has_config:
+            self.defaults = run.config().sampling
+        self.spec = run.spec() or self.spec
 
     # ---- drawing --------------------------------------------------------------------------------------------
 

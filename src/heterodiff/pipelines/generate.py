@@ -21,7 +21,7 @@ from heterodiff.pipelines.drawing import (
     check_output_type,
     to_output,
 )
-from heterodiff.pipelines.run_files import DATA_FILE
+from heterodiff.run_folder import RunFolder
 
 Labels = int | str | Sequence[int | str] | Tensor
 
@@ -63,7 +63,7 @@ class GenerationPipeline(DrawingPipeline):
 
     def read_run(self, folder: Path) -> None:
         super().read_run(folder)
-        if self.spec is not None and (folder / DATA_FILE).is_file():
+        if self.spec is not None and RunFolder(folder).data_file.is_file():
             self.class_names = self.spec.class_names
 
     def class_index(self, label: int | str) -> int:

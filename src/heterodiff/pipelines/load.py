@@ -8,25 +8,23 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import schedulers
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.compiling import Compile, compile_for_drawing
-from heterodiff.config_file import load_config
 from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
+from heterodiff.files import read_json
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
-from heterodiff.pipelines.run_files import CONFIG_FILE, DATA_FILE, INDEX_FILE, SPLIT_FILE, load_spec, read_json
 from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import TASKS, Task, loaded, task_of_pipeline
 from heterodiff.text.networks import load_networks
 
-__all__ = ["CONFIG_FILE", "DATA_FILE", "INDEX_FILE", "SPLIT_FILE", "load", "load_generation", "load_spec", "read_json"]
+TRAIN_OR_IMPORT = "train or import it again; earlier checkpoints come in through `heterodiff import`"
 
 P = TypeVar("P", GenerationPipeline, TextImagePipeline)
 
@@ -155,10 +153,13 @@ def _refuse_unless(command: str, run: str | Path, reason: str) -> None:
 
 def _load_generation(folder: Path) -> GenerationPipeline:
     vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
-    if vae is None and (folder / CONFIG_FILE).is_file() and load_config(folder / CONFIG_FILE).codec.kind == "kl-vae":
+    if vae is None and RunFolder(folder).has_config and RunFolder(folder).config().codec.kind == "kl-vae":
         raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
     return GenerationPipeline(
-        _load_unet(folder / "unet"), _load_scheduler(folder / "scheduler"), vae, **_kept(folder, GenerationPipeline)
+        load_network(HAEUNet, folder / "unet", TRAIN_OR_IMPORT),
+        _load_scheduler(folder / "scheduler"),
+        vae,
+        **_kept(folder, GenerationPipeline),
     )
 
 
@@ -166,18 +167,15 @@ def _kept(folder: Path, pipeline: type[Any]) -> dict[str, Any]:
     """Settings that ``save_pretrained`` kept for a class of pipelines; earlier folders have none."""
     names = set(inspect.signature(pipeline).parameters) - set(pipeline._optional_components)
     # Components are lists of a module and a class.
-    return {k: v for k, v in read_json(folder / INDEX_FILE).items() if k in names and not isinstance(v, list)}
+    return {k: v for k, v in RunFolder(folder).pipeline_index().items() if k in names and not isinstance(v, list)}
 
 
 def _load_text_image(folder: Path) -> TextImagePipeline:
     networks = load_networks(folder)
     unet = scheduler = None
     if (folder / "unet").is_dir():
-        kind = read_json(folder / "unet" / "config.json").get("_class_name")
-        network = next((cls for cls in (FiLMUNet, HAEUNet) if cls.__name__ == kind), None)
-        if network is None:
-            raise CheckpointError(f"{folder / 'unet'}: expected a FiLMUNet or HAEUNet, found {kind}")
-        unet, scheduler = load_network(network, folder / "unet"), _load_scheduler(folder / "scheduler")
+        unet = load_network((FiLMUNet, HAEUNet), folder / "unet")
+        scheduler = _load_scheduler(folder / "scheduler")
         codec = networks.image_codec.config
         takes, given = (
             (unet.config.in_channels, unet.config.condition_dim),
@@ -205,11 +203,7 @@ def pipeline_kind(folder: Path) -> str:
     Raises:
         RunError: no such folder, or no weights in it yet.
     """
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder; `heterodiff train` makes one")
-    if not (folder / INDEX_FILE).is_file():
-        raise RunError(f"{folder}: no {INDEX_FILE}, so no finished weights here yet; train it first")
-    return str(read_json(folder / INDEX_FILE).get("_class_name"))
+    return str(RunFolder(folder).pipeline_index().get("_class_name"))
 
 
 def pipeline_task(folder: Path) -> Task:
@@ -224,7 +218,7 @@ def pipeline_task(folder: Path) -> Task:
         return task
     *most, last = dict.fromkeys(task.pipeline for task in TASKS.values())
     raise CheckpointError(
-        f"{folder / INDEX_FILE}: expected a {', '.join(most)} or {last}, found {kind}; it needs another loader"
+        f"{RunFolder(folder).index_file}: expected a {', '.join(most)} or {last}, found {kind}; it needs another loader"
     )
 
 
@@ -237,41 +231,13 @@ def check_preprocessing(run: Path, made: str | None) -> None:
     Raises:
         RunError: they were.
     """
-    trained = read_json(run / DATA_FILE).get("preprocessing")
+    trained = RunFolder(run).facts().get("preprocessing")
     if trained != made:
         raise RunError(
-            f"{run / DATA_FILE}: the run was trained on slices of fingerprint {trained or 'unknown'}, these are of "
-            f"{made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the settings and "
-            "version of the training, or train again"
+            f"{RunFolder(run).data_file}: the run was trained on slices of fingerprint {trained or 'unknown'}, these "
+            f"are of {made or 'unknown'}: cut or scaled in another way, so model and limits do not fit; use the "
+            "settings and version of the training, or train again"
         )
-
-
-def _load_unet(folder: Path) -> HAEUNet:
-    kind = read_json(folder / "config.json").get("_class_name")
-    if kind != HAEUNet.__name__:
-        raise CheckpointError(
-            f"{folder}: expected a network of class HAEUNet, found {kind}; earlier checkpoints come in through "
-            "`heterodiff import`"
-        )
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only")
-    try:
-        # diffusers would fill what a file lacks with fresh weights and only warn, so the names are compared first.
-        with safe_open(weights, "pt") as file:
-            found = set(file.keys())
-        with torch.device("meta"):
-            expected = set(HAEUNet.from_config(HAEUNet.load_config(folder)).state_dict())
-        if found != expected:
-            differing = ", ".join(sorted(found ^ expected)[:4])
-            raise CheckpointError(
-                f"{weights}: weights of another network: {len(expected - found)} missing, "
-                f"{len(found - expected)} unexpected ({differing}, ...)"
-            )
-        unet = HAEUNet.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: damaged weights ({error}); train or import it again") from None
-    return unet.eval()
 
 
 def _load_scheduler(folder: Path) -> Any:

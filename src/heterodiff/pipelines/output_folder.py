@@ -8,10 +8,10 @@ from typing import Any
 import heterodiff
 from heterodiff.devices import dtype_name
 from heterodiff.errors import RunError
+from heterodiff.files import read_json, write_json
 from heterodiff.pipelines.drawing import DrawingPipeline
-from heterodiff.pipelines.run_files import WEIGHTS_FILE, read_json, weights_digest
+from heterodiff.run_folder import RunFolder
 
-GENERATED = "generated"
 SETTINGS_FILE = "settings.json"
 PICTURES = (".png", ".npy", ".npz", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 TRIES = 100
@@ -36,7 +36,7 @@ def call_settings(
         sampler, steps, guidance: None for the run's own.
         **others: such as classes or prompts.
     """
-    defaults = pipeline.defaults
+    defaults, folder = pipeline.defaults, RunFolder(run)
     return {
         "command": command,
         **others,
@@ -50,8 +50,8 @@ def call_settings(
         "dtype": dtype_name(pipeline.unet.dtype) if pipeline.unet is not None else "float32",
         "device": pipeline.device.type,
         "weights": {
-            "step": read_json(run / WEIGHTS_FILE).get("step") if (run / WEIGHTS_FILE).is_file() else None,
-            "digest": weights_digest(run),
+            "step": read_json(folder.weights_file).get("step") if folder.weights_file.is_file() else None,
+            "digest": folder.weights_digest(),
         },
         "heterodiff": heterodiff.__version__,
     }
@@ -70,7 +70,7 @@ def check_output(out: Path | None, settings: dict[str, Any]) -> None:
         return
     way_out = "choose another --out, or leave it out for a new folder in the run"
     if (out / SETTINGS_FILE).is_file():
-        found = read_json(out / SETTINGS_FILE)
+        found = read_json(out / SETTINGS_FILE, RunError, way_out)
         for key in (*settings, *found):
             if found.get(key) != settings.get(key):
                 differing = f"{key} {_short(found.get(key))}, not {_short(settings.get(key))}"
@@ -92,11 +92,10 @@ def make_output(run: Path, out: Path | None, settings: dict[str, Any]) -> Path:
         RunError: it cannot be written.
     """
     try:
-        folder = _new_folder(run / GENERATED, settings) if out is None else out
+        folder = _new_folder(RunFolder(run).generated, settings) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=1, ensure_ascii=False)
         # What no encoding can express becomes \udcff, which JSON reads back as it was.
-        (folder / SETTINGS_FILE).write_text(text + "\n", "utf-8", errors="backslashreplace")
+        write_json(folder / SETTINGS_FILE, settings, "backslashreplace", ensure_ascii=False)
     except OSError as error:
         raise RunError(f"{out or run}: cannot be written: {error.strerror or error}; choose another --out") from None
     return folder

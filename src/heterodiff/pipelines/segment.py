@@ -1,6 +1,5 @@
 """Finding anomalies with a class-conditional model of a run: maps, masks and a decision for every image."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noi
 from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.errors import CheckpointError, ConfigError, RunError, unknown_name
-from heterodiff.files import fresh
+from heterodiff.files import read_json
 from heterodiff.pipelines.anomaly_masks import (
     Calibration,
     anomaly_mask,
@@ -26,9 +25,8 @@ from heterodiff.pipelines.anomaly_masks import (
     smoothed_map,
 )
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
-from heterodiff.pipelines.run_files import read_json, weights_digest
+from heterodiff.run_folder import RunFolder
 
-CALIBRATION_FILE = "calibration.json"
 DEFAULT_PRECISION = "float32"
 """Of the network in segmentation where none is chosen; also that of calibrations that name none."""
 
@@ -159,20 +157,15 @@ def save_calibration(
     Raises:
         RunError: the file cannot be written.
     """
-    path = run / CALIBRATION_FILE
+    folder = RunFolder(run)
     content: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
-        "weights": weights_digest(run),
+        "weights": folder.weights_digest(),
         "precision": precision,
         **calibration.to_dict(),
     }
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room, or copy the run") from None
-    return path
+    folder.write_json(folder.calibration_file, content)
+    return folder.calibration_file
 
 
 def calibrated_precision(run: Path) -> str:
@@ -181,14 +174,14 @@ def calibrated_precision(run: Path) -> str:
     Raises:
         RunError: one that is unknown here.
     """
+    file = RunFolder(run).calibration_file
     try:
-        found = read_json(run / CALIBRATION_FILE).get("precision", DEFAULT_PRECISION)
+        found = read_json(file).get("precision", DEFAULT_PRECISION)
     except CheckpointError:
         return DEFAULT_PRECISION  # `load_calibration` says what is wrong
     if found not in DTYPES:
         raise RunError(
-            f"{run / CALIBRATION_FILE}: {unknown_name('precision', found, DTYPES)}; run `heterodiff segment {run} "
-            "--calibrate`"
+            f"{file}: {unknown_name('precision', found, DTYPES)}; run `heterodiff segment {run} --calibrate`"
         )
     return str(found)
 
@@ -202,21 +195,18 @@ def load_calibration(run: Path, settings: SegmentationConfig, channels: int | No
     Raises:
         RunError: there is none, it is damaged, or it was made with other settings or weights, or for other channels.
     """
-    path = run / CALIBRATION_FILE
+    path = RunFolder(run).calibration_file
     way_out = f"run `heterodiff segment {run} --calibrate`"
     if not path.is_file():
         raise RunError(f"{run}: not calibrated yet, so there are no limits for masks; {way_out}")
-    try:
-        content = read_json(path)
-    except CheckpointError as error:
-        raise RunError(f"{error}; {way_out}") from None
+    content = read_json(path, RunError, way_out)
     stored = content.pop("settings", None)
     wanted = settings.model_dump(mode="json")
     if stored != wanted:
         stored = stored if isinstance(stored, dict) else {}
         other = [key for key in (*wanted, *stored) if stored.get(key, ...) != wanted.get(key, ...)]
         raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
-    if content.get("weights") != weights_digest(run):
+    if content.get("weights") != RunFolder(run).weights_digest():
         raise RunError(f"{path}: calibrated before the run was trained further, so its limits do not fit; {way_out}")
     try:
         return Calibration.from_dict(content, channels)

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,25 +14,24 @@ import numpy as np
 import torch
 
 from heterodiff.config import DataConfig, RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.findings import printable
 from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
 from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.devices import Device
-from heterodiff.errors import DataError, RunError
-from heterodiff.files import fresh
+from heterodiff.errors import CheckpointError, DataError, RunError
+from heterodiff.files import fresh, read_json, replacing, write_json, write_text
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
-from heterodiff.pipelines.load import CONFIG_FILE, check_preprocessing, load_generation
+from heterodiff.pipelines.load import check_preprocessing, load_generation
 from heterodiff.pipelines.segment import (
-    CALIBRATION_FILE,
     Progress,
     Segmentation,
     Segmenter,
     calibrated_precision,
     load_calibration,
 )
+from heterodiff.run_folder import RunFolder
 
 SLICES_AT_ONCE = 16
 SHOWN, SHOWN_SIDE = 6, 128
@@ -108,14 +108,12 @@ def segment_folder(
             continue
         rows.append(row)
         report(f"{place}: {row['mask_ml']:.2f} ml marked, {state}")
-    # Names that are no UTF-8 are written as they are on disk.
-    with (
-        _writing(out),
-        fresh(out / SUMMARY_FILE).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with _writing(out):  # names that are no UTF-8 are written as they are on disk
+        write_text(out / SUMMARY_FILE, table.getvalue(), "surrogateescape")
     return rows, problems
 
 
@@ -125,7 +123,7 @@ def prepare_folders(run: Path, data: Path, out: Path) -> tuple[RunConfig, list[P
     Raises:
         HeterodiffError: a run that was not trained on volumes, no patients, or ``out`` where it cannot be.
     """
-    config = load_config(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else None
+    config = RunFolder(run).config() if RunFolder(run).has_config else None
     if config is None:
         raise RunError(f"{run}: no config.yaml, so it is not known how its images were made; train a run here")
     if config.data.source != "volumes":
@@ -164,17 +162,17 @@ def _key(run: Path, patient: PatientFiles) -> str:
         stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     except OSError as error:  # such as a link to nowhere
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); copy it again") from None
-    content = json.dumps([(run / CALIBRATION_FILE).read_text("utf-8"), stamps])
+    content = json.dumps([RunFolder(run).calibration_file.read_text("utf-8"), stamps])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _done(folder: Path, key: str) -> dict[str, Any] | None:
     """The patient's row, if all its files are there with the sizes they were written with."""
     try:
-        content = json.loads((folder / DONE_FILE).read_text("utf-8"))
+        content = read_json(folder / DONE_FILE)
         found = content["key"], content["sizes"]
         return content["patient"] if found == (key, _sizes(folder)) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, KeyError, TypeError):
         return None
 
 
@@ -222,11 +220,10 @@ def _segment(
         (folder / DONE_FILE).unlink(missing_ok=True)  # first: it does not hold for what is written now
         save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
         save_like(folder / MAP_FILE, volumes.map, reference)
-        picture.save(fresh(folder / PICTURE_FILE))
+        with replacing(folder / PICTURE_FILE) as file:
+            picture.save(file, format="PNG")
         content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
-        temporary = folder / f"{DONE_FILE}.tmp"
-        fresh(temporary).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        temporary.replace(folder / DONE_FILE)  # last: with it, the patient is done
+        write_json(folder / DONE_FILE, content)  # last: with it, the patient is done
     return row
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import DataError, RunError
+from heterodiff.files import write_text
 from heterodiff.pictures import image_grid, save_image
 from heterodiff.pipelines.files import GRID_FILE, MAX_GRID_IMAGES, UNSAFE
 from heterodiff.pipelines.text_image import TextImagePipeline
@@ -32,14 +33,14 @@ def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: I
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+            name = UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition"
+            stem = folder / f"{number:04d}_{name}"
+            written.append(save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem))
+        rows = [{"file_name": path.name, "text": text} for path, text in zip(written, texts, strict=True)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # What no encoding can express becomes \udcff, which JSON reads back as it was.
-        with (folder / PROMPTS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-                name = UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition"
-                stem = folder / f"{number:04d}_{name}"
-                path = save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem)
-                written.append(path)
-                file.write(json.dumps({"file_name": path.name, "text": text}, ensure_ascii=False) + "\n")
+        write_text(folder / PROMPTS_FILE, lines, "backslashreplace")
         columns = each if len(prompts) > 1 else None
         grid = image_grid(images[:MAX_GRID_IMAGES], texts[:MAX_GRID_IMAGES], columns=columns)
         grid.save(folder / GRID_FILE)

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec, scaled
 from heterodiff.config import RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.reading import read_images
 from heterodiff.diffusion.guidance import guided_denoiser
@@ -28,7 +27,7 @@ from heterodiff.pipelines.drawing import (
     to_output,
 )
 from heterodiff.pipelines.generate import seeded_generators
-from heterodiff.pipelines.run_files import CONFIG_FILE
+from heterodiff.run_folder import RunFolder
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import encode_texts
@@ -121,8 +120,8 @@ class TextImagePipeline(DrawingPipeline):
 
     def read_run(self, folder: Path) -> None:
         super().read_run(folder)
-        if (folder / CONFIG_FILE).is_file():
-            self.resize = load_config(folder / CONFIG_FILE).data.resize
+        if RunFolder(folder).has_config:
+            self.resize = RunFolder(folder).config().data.resize
 
     def set_up(self, config: RunConfig, spec: ImageSpec | None) -> "TextImagePipeline":
         """Take the sampling defaults and the way to read images from a run."""

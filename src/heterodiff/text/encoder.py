@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from heterodiff.errors import CheckpointError, ConfigError, reason
-from heterodiff.models.loading import load_network
-from heterodiff.text.loading import AGAIN, find_pretrained, make_config, read_json
+from heterodiff.files import read_json
+from heterodiff.models.loading import load_network, refuse_nonfinite
+from heterodiff.text.loading import AGAIN, find_pretrained, make_config
 from heterodiff.text.tokenizer import tokenizer_fingerprint
 
 _BERT_KEYS = (
@@ -190,7 +190,7 @@ def _read_bert_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: holds no network (config.json); {AGAIN}")
-    content = read_json(file)
+    content = read_json(file, way_out=AGAIN)
     kind, positions = content.get("model_type"), content.get("position_embedding_type", "absolute")
     if kind != "bert" or positions != "absolute":
         raise CheckpointError(
@@ -218,8 +218,7 @@ def _load_bert_weights(bert: nn.Module, folder: Path) -> None:
         if found is None or found.shape != value.shape:
             what = "missing" if found is None else f"of shape {tuple(found.shape)}, expected {tuple(value.shape)}"
             raise CheckpointError(f"{file}: {name} {what}: weights of another network than its config.json says")
-        if not bool(torch.isfinite(found).all()):
-            raise CheckpointError(f"{file}: NaN or infinite weights ({name}); {AGAIN}")
+        refuse_nonfinite({name: found}, file, AGAIN)
         value.copy_(found)
 
 

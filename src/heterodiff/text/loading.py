@@ -1,6 +1,5 @@
 """Finding what others made: in a folder, or in the local cache of the Hugging Face hub; never on the net."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -45,18 +44,3 @@ def make_config(cls: Any, settings: dict[str, Any]) -> Any:
         raise ConfigError(f"{cls.__name__}: {reason(error)}") from None
     config._attn_implementation = "sdpa"
     return config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as a JSON object ({reason(error)}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}; {AGAIN}")
-    return content

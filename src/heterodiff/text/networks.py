@@ -6,7 +6,7 @@ from typing import Any
 
 from heterodiff.codecs.cnn import FOLDER, ImageCodec, load_image_codec
 from heterodiff.errors import CheckpointError
-from heterodiff.models.loading import AGAIN
+from heterodiff.files import COPY_AGAIN
 from heterodiff.text.captioner import Captioner, load_captioner
 from heterodiff.text.encoder import TextEncoder, check_tokenizer, load_text_encoder
 from heterodiff.text.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def load_networks(run: Path) -> TextNetworks:
             "there, or correct codec.path"
         )
     if missing:
-        raise CheckpointError(f"{run}: incomplete, {', '.join(missing)} missing; {AGAIN}")
+        raise CheckpointError(f"{run}: incomplete, {', '.join(missing)} missing; {COPY_AGAIN}")
     networks = TextNetworks(
         load_tokenizer(run / TOKENIZER_FOLDER),
         load_image_codec(run),
@@ -65,4 +65,4 @@ def _check_sizes(networks: TextNetworks, run: Path) -> None:
         ("vocabulary of the tokenizer and the captioner", len(networks.tokenizer), captioner.vocabulary_size),
     ):
         if first != second:
-            raise CheckpointError(f"{run}: parts of different runs ({what}: {first} and {second}); {AGAIN}")
+            raise CheckpointError(f"{run}: parts of different runs ({what}: {first} and {second}); {COPY_AGAIN}")

@@ -13,12 +13,12 @@ from heterodiff.data.recognise import source_hint
 from heterodiff.data.sources import load_data
 from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
-from heterodiff.pipelines.load import CONFIG_FILE, load, pipeline_task
+from heterodiff.pipelines.load import load, pipeline_task
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import loaded
 from heterodiff.training.check_latents import check_latent_setup
 from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
-from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.memory_plan import advice
 from heterodiff.training.trial import from_scratch, timed_steps, trial
 
@@ -46,7 +46,7 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         HeterodiffError: ``target`` is none of these.
     """
     findings = Findings()
-    if target.is_dir() and any((target / name).is_file() for name in (CONFIG_FILE, "model_index.json")):
+    if RunFolder(target).has_config or RunFolder(target).index_file.is_file():
         _check_run(target, findings)
     elif target.is_dir() or target.suffix == ".npz":
         content: dict[str, Any] = {"data": {"source": "images", "path": str(target)}}
@@ -150,10 +150,10 @@ def _report_latents(config: DataConfig, findings: Findings) -> ImageSpec:
 
 
 def _check_run(run: Path, findings: Findings) -> None:
-    if (run / CONFIG_FILE).is_file():
-        config = load_config(run / CONFIG_FILE)
+    if RunFolder(run).has_config:
+        config = RunFolder(run).config()
         findings.add(True, "config", f"recipe {config.recipe}, {config.training.steps} steps")
-    for path in list_checkpoints(run / CHECKPOINTS):
+    for path in list_checkpoints(RunFolder(run).checkpoints):
         try:
             checkpoint = read_checkpoint(path)
             findings.add(True, "checkpoint", f"step {checkpoint.step}, every file as its checksum says")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError
-from heterodiff.files import remove
+from heterodiff.files import flush_to_disk, read_json, remove, share_files, write_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
+COPY_OR_REMOVE = "copy the checkpoint again, or remove it"
 
 
 @dataclass
@@ -61,15 +61,15 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
         groups = sorted(checkpoint.tensors)
         state = {"format": FORMAT, "step": checkpoint.step, "groups": groups, **checkpoint.state}
-        (temporary / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+        write_text(temporary / STATE, json.dumps(state, indent=1))
         share_files(temporary)
         manifest = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
         for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
+            flush_to_disk(path)
         remove(target)
         temporary.rename(target)
-        _flush(folder)
+        flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free
@@ -86,15 +86,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, was changed or cut off, or the format is unknown.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        manifest = read_json(path / MANIFEST, way_out=COPY_OR_REMOVE)
         for name, expected in manifest.items():
             found = _fingerprint(path / name)
             if found != expected:
                 sizes = f"{expected.get('bytes')} bytes, found {found['bytes']}"
                 raise CheckpointError(f"{path / name}: damaged (checksum differs; expected {sizes})")
-        state = json.loads((path / STATE).read_text("utf-8"))
+        state = read_json(path / STATE, way_out=COPY_OR_REMOVE)
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: written by another version of the checkpoint format; expected {FORMAT}")
@@ -128,26 +128,9 @@ def _remove_leftovers(folder: Path) -> None:
         remove(path)
 
 
-def share_files(folder: Path) -> None:
-    """Give the files below ``folder`` the permissions new files have here; safetensors makes them private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _no_room(target: Path, needed: int, free: int) -> str:

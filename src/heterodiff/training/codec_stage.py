@@ -6,18 +6,17 @@ from pathlib import Path
 
 from heterodiff.codecs import cnn, kl_vae
 from heterodiff.config import CodecConfig, RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
-from heterodiff.pipelines.load import CONFIG_FILE
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of_codec
 from heterodiff.training.loop import check_batch
 from heterodiff.training.memory_plan import check_fits
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
-from heterodiff.training.run_folder import changed_keys, weights_step
+from heterodiff.training.run_folder import changed_keys
 
 
 def codec_run(config: RunConfig) -> RunConfig | None:
@@ -29,31 +28,32 @@ def codec_run(config: RunConfig) -> RunConfig | None:
     codec = config.codec
     if codec.kind == "pixels" or codec.training is None or codec.path is None or config.data.source == "latents":
         return None
-    if config.output is not None and weights_step(config.output) is not None:
+    if config.output is not None and RunFolder(config.output).weights_step() is not None:
         return None  # it has begun, so it has a copy
     task = task_of_codec(codec.kind)
     keys = {name: getattr(config, name) for name in ("data", *task.sections)}
     keys |= {"recipe": task.recipe, "output": codec.path, "training": codec.training}
-    if not (codec.path / CONFIG_FILE).is_file():
+    run = RunFolder(codec.path)
+    if not run.has_config:
         return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
-    before = load_config(codec.path / CONFIG_FILE)
+    before = run.config()
     wanted = before.model_copy(update=keys)  # other sections do not matter to it
-    if changes := changed_keys(before, wanted, weights_step(codec.path) or 0):
+    if changes := changed_keys(before, wanted, run.weights_step() or 0):
         raise RunError(
             f"codec.path={codec.path}: {_name(config)} was trained with other settings; undo these, set codec.path to "
             "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)
         )
-    return None if weights_step(codec.path) == codec.training.steps else wanted
+    return None if run.weights_step() == codec.training.steps else wanted
 
 
 def resting_keys(config: RunConfig, data: LoadedData) -> list[str]:
     """Notes on what the configuration says of networks that come as they are from ``codec.path``."""
     if config.codec.path is None or config.codec.training is not None:
         return []
-    file = config.codec.path / CONFIG_FILE
-    if not file.is_file():
+    run = RunFolder(config.codec.path)
+    if not run.has_config:
         return []
-    there = load_config(file)
+    there = run.config()
     return [
         f"{name}.{key}={getattr(section, key)} rests: codec.path={config.codec.path} was trained with "
         f"{getattr(getattr(there, name), key)}"

@@ -10,10 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from heterodiff.files import fresh
 from heterodiff.progress import progress_bar
-
-METRICS_FILE = "metrics.jsonl"
+from heterodiff.run_folder import RunFolder
 
 
 class StepClock:
@@ -54,7 +52,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, quiet: bool, writes: bool = True):
-        self.path = folder / METRICS_FILE
+        self.run = RunFolder(folder)
         self.writes = writes
         quiet = quiet or not writes
         self.steps = steps
@@ -81,26 +79,14 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
 
-    def _rows(self) -> list[dict[str, Any]]:
-        rows = []
-        if self.path.is_file():
-            for line in self.path.read_text("utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:  # the line that was being written when the run was killed
-                    continue
-        return [row for row in rows if isinstance(row, dict)]
-
     def _forget_after(self, step: int) -> None:
         if not self.writes:
             return
-        kept = [row for row in self._rows() if row.get("step", 0) <= step]
-        temporary = fresh(self.path.with_suffix(".tmp"))
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-        temporary.replace(self.path)
+        kept = [row for row in self.run.metrics()[0] if row.get("step", 0) <= step]
+        self.run.write_text(self.run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _last_seconds(self) -> float:
-        return max((row.get("seconds", 0.0) for row in self._rows()), default=0.0)
+        return max((row.get("seconds", 0.0) for row in self.run.metrics()[0]), default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -114,7 +100,7 @@ class Journal:
         """Record ``values`` of ``step`` (1-based)."""
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds, 3)}) + "\n")
         if self._writer is not None:
             for name, value in values.items():

@@ -14,9 +14,8 @@ from heterodiff.data.encode import encode_data
 from heterodiff.data.latents import INDEX_FILE, load_latents
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import DataError
-from heterodiff.pipelines.load import CONFIG_FILE
+from heterodiff.run_folder import RunFolder
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.run_folder import LATENTS, weights_step
 
 if TYPE_CHECKING:
     from heterodiff.training.recipes.diffusion import DiffusionRecipe
@@ -30,7 +29,7 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 
     Only those of a run that has begun are known to be of its images; others are compared when it begins.
     """
-    if config.output is None or not _caches(config) or not (config.output / CONFIG_FILE).is_file():
+    if config.output is None or not _caches(config) or not RunFolder(config.output).has_config:
         return None
     if not (latents_folder(config) / INDEX_FILE).is_file():
         return None
@@ -79,7 +78,7 @@ def prepare_latents(
 def latents_folder(config: RunConfig) -> Path:
     """Where a run keeps the latents that it encodes for itself."""
     assert config.output is not None
-    return config.output / LATENTS
+    return RunFolder(config.output).latents
 
 
 def _caches(config: RunConfig) -> bool:
@@ -107,7 +106,7 @@ def _statistics(codec: LatentCodec, data: LoadedData, recipe: "DiffusionRecipe")
 def _refuse_another_vae(codec: LatentCodec, recipe: "DiffusionRecipe") -> None:
     """Compare the codec with the one that a resumed run saved beside its weights."""
     run = recipe.config.output
-    if run is None or weights_step(run) is None or (saved := load_saved_codec(run)) is None:
+    if run is None or RunFolder(run).weights_step() is None or (saved := load_saved_codec(run)) is None:
         return
     found, before = codec.fingerprint(), saved.fingerprint()
     if found != before:

@@ -18,8 +18,8 @@ from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.devices import any_kernels, can_fuse_optimizer, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, RunError, is_out_of_memory
-from heterodiff.files import fresh
 from heterodiff.memory import keep_freed_memory
+from heterodiff.run_folder import CHECKPOINTS, RunFolder
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
 from heterodiff.training.ema import EMA
@@ -29,11 +29,8 @@ from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.precision import compute_in, loss_scaler, precision_of
 from heterodiff.training.processes import HostGroup, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
-from heterodiff.training.run_folder import fingerprint, save_pipeline
+from heterodiff.training.run_folder import fingerprint
 from heterodiff.training.state import Part, capture, restore
-
-CHECKPOINTS = "checkpoints"
-SAMPLES = "samples"
 
 GRAD_NORM = "grad_norm"
 NAMED_IMAGES = 8
@@ -319,9 +316,8 @@ class Trainer:
             ) from error
         finally:
             watch.remove()
-        folder = self.folder / SAMPLES
-        folder.mkdir(exist_ok=True)
-        picture.save(fresh(folder / f"step_{self.step:06d}.png"))
+        run = RunFolder(self.folder)
+        run.write_picture(run.samples / f"step_{self.step:06d}.png", picture)
         journal.picture(self.step, picture)
         if measured:
             journal.row(self.step, measured)
@@ -351,7 +347,7 @@ class Trainer:
         """Write the EMA weights, the ones to use, as a pipeline."""
         if self.accelerator.is_main_process:
             with self._ema_weights():
-                save_pipeline(self.folder, self.step, self.recipe.save)
+                RunFolder(self.folder).save_pipeline(self.step, self.recipe.save)
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""

@@ -1,32 +1,15 @@
-"""A run folder: who may write to it, what it was started with, and where to go on."""
+"""Whether a run folder may be started or resumed: configurations compared."""
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-
 from heterodiff.config import RunConfig
-from heterodiff.config_file import dump_config, load_config
 from heterodiff.errors import RunError
-from heterodiff.files import fresh, remove
-from heterodiff.pipelines.run_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
-from heterodiff.training.checkpoint import share_files
-
-LOCK_FILE = ".lock"
-LATENTS = "latents"
-ALIGNMENT = "alignment"
-"""Folders of the latents that a run encodes for itself and of the codec it trains, before it begins itself."""
-
-NEEDED_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json",)}
-"""Files of the parts of a pipeline that are no networks."""
 
 FREE_TO_CHANGE = (
     "output",
@@ -100,55 +83,23 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         existing = existing.parent
     if not os.access(existing, os.W_OK):
         raise RunError(f"{folder}: cannot be written (no permission on {existing}); set output=... elsewhere")
-    if not folder.is_dir() or not [p for p in folder.iterdir() if p.name not in (LOCK_FILE, LATENTS, ALIGNMENT)]:
-        return False  # these alone: stopped before the run began; they are compared with what it needs
-    if not (folder / CONFIG_FILE).is_file():
-        raise RunError(f"{folder}: holds files but no run ({CONFIG_FILE} is missing); set output=... to a new folder")
+    run = RunFolder(folder)
+    if not run.has_begun:
+        return False  # what it may hold is compared with what the run needs
+    if not run.has_config:
+        name = run.config_file.name
+        raise RunError(f"{folder}: holds files but no run ({name} is missing); set output=... to a new folder")
     if resume == "never":
         raise RunError(
             f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
         )
-    reached = (weights_step(folder) or 0) if resume == "auto" else 0
-    if changes := changed_keys(load_config(folder / CONFIG_FILE), config, reached):
+    reached = (run.weights_step() or 0) if resume == "auto" else 0
+    if changes := changed_keys(run.config(), config, reached):
         raise RunError(
             f"{folder}: holds a run with another configuration; set output=... to a new folder, go on with it as it is "
-            f"(heterodiff train {folder / CONFIG_FILE}), or undo:\n  " + "\n  ".join(changes)
+            f"(heterodiff train {run.config_file}), or undo:\n  " + "\n  ".join(changes)
         )
     return True
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
-
-    Raises:
-        RunError: another process is running in it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a file that is there keeps its content
-        file = os.fdopen(os.open(folder / LOCK_FILE, flags, 0o666), "r+")
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise RunError(f"{folder / LOCK_FILE}: a link, expected a file of the run itself; remove it") from None
-        raise RunError(f"{folder}: cannot be written: {error.strerror}; set output=... elsewhere") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another run is training in this folder; wait for it or set output=...") from None
-        yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there completely or not at all."""
-    temporary = fresh(path.with_name(path.name + ".tmp"))
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -163,41 +114,3 @@ def fingerprint(config: RunConfig) -> str:
         if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in FREE_TO_CHANGE)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def weights_step(folder: Path) -> int | None:
-    """The step whose weights the pipeline in ``folder`` holds; None if there is none, or not all of it."""
-    if not (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
-        return None
-    for name, kind in read_json(folder / INDEX_FILE).items():
-        if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
-            continue
-        needed = NEEDED_FILES.get(name, ("config.json", SAFETENSORS_WEIGHTS_NAME))
-        if not all((folder / name / part).is_file() for part in needed):
-            return None
-    return read_json(folder / WEIGHTS_FILE).get("step")
-
-
-def save_config(folder: Path, config: RunConfig) -> None:
-    write_text(folder / CONFIG_FILE, dump_config(config))
-
-
-def save_pipeline(folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a pipeline folder of ``step`` and move its parts into ``folder``, each whole or not at all."""
-    (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    staging = folder / ".pipeline"
-    remove(staging)
-    write(staging)
-    share_files(staging)
-    for part in staging.iterdir():
-        if part.is_dir():
-            old = folder / f".{part.name}.old"
-            remove(old)
-            if (folder / part.name).exists():
-                (folder / part.name).rename(old)
-            part.rename(folder / part.name)
-            remove(old)
-        else:
-            part.replace(folder / part.name)
-    staging.rmdir()
-    write_json(folder / WEIGHTS_FILE, {"step": step})

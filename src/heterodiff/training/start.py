@@ -13,7 +13,6 @@ import torch
 
 import heterodiff
 from heterodiff.config import RunConfig
-from heterodiff.config_file import load_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
 from heterodiff.data.volumes import known_fingerprint
@@ -26,18 +25,18 @@ from heterodiff.errors import (
     compile_error,
     is_out_of_memory,
 )
-from heterodiff.pipelines.load import CONFIG_FILE, DATA_FILE, SPLIT_FILE, check_preprocessing, load_spec, read_json
+from heterodiff.pipelines.load import check_preprocessing
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import loaded, task_of
 from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import stored_latents
-from heterodiff.training.loop import CHECKPOINTS, OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
+from heterodiff.training.loop import OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
 from heterodiff.training.memory_plan import advice, check_fits, training_memory_bytes
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.run_folder import check_run_folder, locked, save_config, weights_step, write_json
+from heterodiff.training.run_folder import check_run_folder
 
-RUN_FILE = "run.json"
 MAX_TEXT_NOTES = 3
 
 
@@ -72,10 +71,10 @@ def train(
         raise RunError(f"--resume {resume}: {folder} holds no run to go on with; set output= to the run's folder")
     if checkpoint is not None:
         notes = [*notes, *_new_length(folder, config, checkpoint.step)]
-    current = checkpoint is not None and weights_step(folder) == checkpoint.step
+    current = checkpoint is not None and RunFolder(folder).weights_step() == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         if is_main_process():
-            save_config(folder, config)  # how the run is used may have changed
+            RunFolder(folder).save_config(config)  # how the run is used may have changed
         return TrainingResult(checkpoint.step, None, 0.0)
     check_training(config)
     if (needed := codec_run(config)) is not None:
@@ -93,7 +92,7 @@ def train(
         recipe = build_recipe(config, data)
         trainer = Trainer(config, recipe, data)
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
-    alone = locked(folder) if trainer.accelerator.is_main_process else nullcontext()
+    alone = RunFolder(folder).locked() if trainer.accelerator.is_main_process else nullcontext()
     with alone, explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
         data, found = recipe.before_training(config, data, trainer.hosts, checkpoint is None, quiet)
         trainer.data, notes = data, [*notes, *found]  # images that were encoded need no memory any more
@@ -165,21 +164,22 @@ def load_run_data(config: RunConfig) -> LoadedData:
     if folder is not None and (latents := stored_latents(config)) is not None:
         captions = image_captions(config.data) if config.codec.kind == "cnn" else None
         return latents if captions is None else with_captions(latents, captions)
-    if folder is not None and (folder / SPLIT_FILE).is_file() and (folder / DATA_FILE).is_file():
-        check_preprocessing(folder, known_fingerprint(config.data))
-        return load_data(config.data, split=read_json(folder / SPLIT_FILE), spec=load_spec(folder))
+    run = None if folder is None else RunFolder(folder)
+    if run is not None and run.split_file.is_file() and run.data_file.is_file():
+        check_preprocessing(run.path, known_fingerprint(config.data))
+        return load_data(config.data, split=run.split(), spec=run.spec())
     return load_data(config.data)
 
 
 def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
     if resume != "auto":
         path = Path(resume)
-        known = list_checkpoints(folder / CHECKPOINTS)
+        known = list_checkpoints(RunFolder(folder).checkpoints)
         if path.resolve() not in [p.resolve() for p in known]:
             names = ", ".join(map(str, known)) or "none"
             raise CheckpointError(f"--resume {path}: not a checkpoint of this run; it has: {names}")
         return read_checkpoint(path), []
-    found = read_newest(folder / CHECKPOINTS)
+    found = read_newest(RunFolder(folder).checkpoints)
     if found is None:
         return None, []
     checkpoint, problems = found
@@ -192,7 +192,7 @@ def _new_length(folder: Path, config: RunConfig, step: int) -> list[str]:
     Raises:
         RunError: it is to be shorter than ``step``.
     """
-    before, now = load_config(folder / CONFIG_FILE).training, config.training
+    before, now = RunFolder(folder).config().training, config.training
     if now.steps < step:
         raise RunError(
             f"{folder}: {step} steps are done, more than training.steps={now.steps}; set it to at least {step}"
@@ -207,12 +207,11 @@ def _new_length(folder: Path, config: RunConfig, step: int) -> list[str]:
 
 
 def _write_facts(folder: Path, config: RunConfig, data: LoadedData, trainer: Trainer) -> None:
-    if not (folder / SPLIT_FILE).is_file():
-        write_json(folder / SPLIT_FILE, data.split_to_dict())
+    run = RunFolder(folder)
     facts = {"spec": data.spec.to_dict(), "train": len(data.train), "val": len(data.val)}
-    write_json(folder / DATA_FILE, facts | {"preprocessing": known_fingerprint(config.data)})
-    write_json(folder / RUN_FILE, _facts(trainer, data))
-    save_config(folder, config)
+    run.save_data(data.split_to_dict(), facts | {"preprocessing": known_fingerprint(config.data)})
+    run.save_machine(_facts(trainer, data))
+    run.save_config(config)
 
 
 def _facts(trainer: Trainer, data: LoadedData) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, reason
+from heterodiff.models.loading import refuse_nonfinite
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder, check_tokenizer
 from heterodiff.text.networks import TOKENIZER_FOLDER, TextNetworks
@@ -149,6 +150,5 @@ def _backbone_weights(path: Path) -> dict[str, Tensor]:
     weights = network.state_dict()
     if missing := sorted(info["missing_keys"]):  # these would be random
         raise CheckpointError(f"alignment.backbone={path}: weights missing ({', '.join(missing[:4])}); copy it again")
-    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(f"alignment.backbone={path}: NaN or infinite weights ({', '.join(bad[:4])})")
+    refuse_nonfinite(weights, f"alignment.backbone={path}", "copy it again")
     return weights
