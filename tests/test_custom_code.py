@@ -65,9 +65,11 @@ def test_code_in_a_folder_is_never_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bring(folder)
-    (tmp_path / "mine.yaml").write_text(dump_config(text_config(tmp_path / "run", recipe="alignment")))
+    section, _, key = setting.partition(".")
+    config = text_config(tmp_path / "run", recipe="alignment", **{f"{section}__{key}": str(folder)})
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
     name, *options = command
-    assert call(name, tmp_path / "mine.yaml", f"{setting}={folder}", *options) == 1
+    assert call(name, tmp_path / "mine.yaml", *options) == 1
     captured = capsys.readouterr()
     (line,) = [line for line in (captured.out + captured.err).splitlines() if str(folder) in line]
     assert "custom code is never run" in line

@@ -777,7 +777,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "candidates without texts": (
         {"recipe": "diffusion", "sampling": {"candidates": 4}},
-        "sampling.candidates are judged by the captioner of recipe text-image; leave it out",
+        "sampling.candidates=4 is read only by recipe text-image, whose captioner judges them",
     ),
     "cnn of classes": ({"recipe": "diffusion", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
     "cnn for a VAE": ({"recipe": "vae", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
