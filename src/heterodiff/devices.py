@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import psutil
@@ -72,7 +73,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type in ("cpu", "mps"):
         return device.type == "cpu"
     supported = getattr(_module(device), "is_bf16_supported", None)
-    return bool(supported(including_emulation=False)) if supported is not None else False
+    return bool(supported(False)) if supported is not None else False  # False: emulation does not count
 
 
 def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
@@ -124,7 +125,17 @@ def can_fuse_optimizer(device: torch.device) -> bool:
 
 def pins_memory(device: torch.device) -> bool:
     """Whether ``device`` has memory of its own, to which copies from pinned host memory run beside other work."""
-    return device.type not in ("cpu", "mps")
+    return device.type not in ("cpu", "mps") and _can_pin()
+
+
+@cache
+def _can_pin() -> bool:
+    """Whether the accelerator brings an allocator of pinned memory, which some that come from outside torch lack."""
+    try:
+        torch.empty(1).pin_memory()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
