@@ -25,17 +25,17 @@ from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.config import SegmentationConfig
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.data.sources import load_test
-from heterodiff.evaluation.run import image_config, run_data
-from heterodiff.evaluation.segmentation import overlap, patient_interval
-from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies, segmentation_summary
+from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies, segmentation_summary
+from heterodiff.evaluation.class_images import image_config, run_data
 from heterodiff.memory import keep_freed_memory
+from heterodiff.metrics.segmentation import overlap, patient_interval
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import load_generation
 from heterodiff.pipelines.segment import Segmenter
 from heterodiff.run_folder import RunFolder
-from heterodiff.training.trial import trial
+from heterodiff.training.preflight.trial import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
 PATIENTS, SHOWN_PATIENT = ("7", "19", "26"), "19"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from benchmarks.measure import MATRIX_GFLOP, interleaved, matrix_product, peak_memory_mb, ratio, write_results
 from benchmarks.networks import CONFIG, NETWORKS, SIZE, build, forward, inputs, train
 from benchmarks.promises import Promise, report
+from heterodiff.models.attention.patterns import Grid, make_pattern
 from heterodiff.models.hybrid import REGIONAL_PATCHES, HybridBlock, MultiScaleTransformer, PatternSpec
 from heterodiff.models.profile import count_flops, count_saved_bytes, profile
-from heterodiff.models.sparse_attention import Grid, make_pattern
 from heterodiff.models.variants import VARIANTS, HybridSpec
 from tests.oracles.naive_backbone import make_naive
 

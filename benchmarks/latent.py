@@ -17,13 +17,13 @@ from diffusers import AutoencoderKL
 
 from benchmarks.measure import interleaved, peak_memory_mb, ratio, write_results
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.codecs.latent import measure
+from heterodiff.codecs.scaling import measure
 from heterodiff.config import RunConfig, VAEConfig
-from heterodiff.config_file import parse_config
-from heterodiff.data.encode import encode_data
+from heterodiff.config.file import parse_config
 from heterodiff.data.sources import load_data
+from heterodiff.latents.encode import encode_data
+from heterodiff.training.preflight.trial import trial
 from heterodiff.training.recipes.vae import build_vae
-from heterodiff.training.trial import trial
 
 BATCH = 32
 ROUNDS = 3

@@ -106,7 +106,7 @@ def count_sampling(run: Path, sampler: str) -> dict[str, float]:
 
 def main() -> int:
     register()
-    from heterodiff.config_file import load_config, parse_config
+    from heterodiff.config.file import load_config, parse_config
     from heterodiff.diffusion import list_samplers
 
     training: dict[str, dict[str, int]] = {}

@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.measure import write_results
 from heterodiff.config import MicrodopplerConfig
-from heterodiff.data.builtin.microdoppler import CLASSES, Facts, axes, random_state, simulate
+from heterodiff.simulators.microdoppler import CLASSES, Facts, axes, random_state, simulate
 
 SHEET = Path(__file__).parents[1] / "docs" / "images" / "microdoppler.png"
 SIZE = 64

@@ -14,11 +14,11 @@ from pathlib import Path
 from benchmarks.measure import write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
-from heterodiff.evaluation.run import evaluate_run, summary_lines
-from heterodiff.evaluation.vae_run import evaluate_vae, vae_summary
+from heterodiff.evaluation.class_images import evaluate_run, summary_lines
+from heterodiff.evaluation.vae import evaluate_vae, vae_summary
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "radar_gestures" / "png"
 SEEDS = range(3)

@@ -22,12 +22,12 @@ from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.cli import shipped_configs
 from heterodiff.codecs.cnn import FEATURE_CHANNELS, ImageCodec
 from heterodiff.config import DiffusionConfig, TextConfig
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.diffusion.schedule import training_scheduler
-from heterodiff.evaluation.text_image_run import evaluate_text_image, text_image_summary
+from heterodiff.evaluation.captions import evaluate_text_image, text_image_summary
 from heterodiff.memory import keep_freed_memory
 from heterodiff.models.variants import create_model
-from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.pipelines.text_to_image import TextImagePipeline
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import tokenizer_fingerprint, train_tokenizer

@@ -18,9 +18,9 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from torch import nn
 
 import heterodiff as hd
+from heterodiff.models.attention.patterns import Grid, make_pattern
 from heterodiff.models.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from heterodiff.models.hybrid import REGIONAL_PATCHES, HybridBlock
-from heterodiff.models.sparse_attention import Grid, make_pattern
 
 IMAGES = Path(__file__).parent / "images"
 INK, MUTED = "#1f2430", "#6b7280"

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.evaluation import page
-from heterodiff.evaluation.report import RunFiles, write_report
-from heterodiff.evaluation.run import Evaluation, Request, images_of, run_data
+from heterodiff.evaluation.class_images import Evaluation, Request, images_of, run_data
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import Placing
+from heterodiff.report import page
+from heterodiff.report.writing import RunFiles, write_report
 from heterodiff.tasks import Task
-from heterodiff.training.memory_costs import Cost, MemoryTerms
+from heterodiff.training.preflight.memory_costs import Cost, MemoryTerms
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses
 

@@ -17,7 +17,7 @@ from benchmarks.gpu import session, ways
 from benchmarks.gpu.goals import promises
 from benchmarks.gpu.session import Bench, DeviceLost, OutOfTime, Results, Row, Unavailable, run_rows
 from benchmarks.gpu.steps import a_step, totals
-from heterodiff.models import attention_ways
+from heterodiff.models.attention import ways as attention_ways
 
 ON_A_CPU = ("float16 needs a GPU", "only CUDA's calls are counted", "CUDA graphs need CUDA")
 """Why rows may be skipped here, beside libraries that are missing."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import heterodiff as hd
-from heterodiff.config_file import dump_config, load_config
+from heterodiff.config.file import dump_config, load_config
 from heterodiff.text.tokenizer import encode_texts
 from heterodiff.training.start import train
 from tests.test_cli import call
@@ -134,7 +134,7 @@ def test_prompts_that_are_no_good_file_names(
         read.extend(texts)
         return encode_texts(tokenizer, texts, max_tokens)
 
-    monkeypatch.setattr("heterodiff.pipelines.text_image.encode_texts", encode)
+    monkeypatch.setattr("heterodiff.pipelines.text_to_image.encode_texts", encode)
     prompt = {
         "words": "a red circle " * 8000,
         "one word": "x" * 100_000,

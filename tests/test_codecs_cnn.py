@@ -129,7 +129,7 @@ def test_an_image_depends_on_no_other_of_its_batch(monkeypatch: pytest.MonkeyPat
     images = pictures(7)
     z = codec.encode(images)
     decoded = codec.decode(z)
-    monkeypatch.setattr("heterodiff.codecs.latent.PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr("heterodiff.codecs.scaling.PIXELS_AT_ONCE", 2 * 16 * 16)
     torch.testing.assert_close(codec.encode(images), z, atol=1e-5, rtol=0)
     torch.testing.assert_close(codec.decode(z), decoded, atol=1e-5, rtol=0)
     torch.testing.assert_close(codec.encode(images[3:4]), z[3:4], atol=1e-5, rtol=0)

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from heterodiff.codecs import latent
+from heterodiff.codecs import scaling as latent
 from heterodiff.codecs.base import PixelCodec
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.codecs.latent import check_scale, measure, scaled_std
 from heterodiff.codecs.make import latent_shape, make_codec
+from heterodiff.codecs.scaling import check_scale, measure, scaled_std
 from heterodiff.config import CodecConfig
 from heterodiff.errors import CheckpointError, ConfigError, DataError
 from tests.vae_runs import plain_vae

@@ -11,13 +11,13 @@ import yaml
 from pydantic import BaseModel
 
 from heterodiff.config import RunConfig
+from heterodiff.config.file import dump_config, load_config, parse_config
 from heterodiff.config.names import SAMPLERS, SOURCES
 from heterodiff.config.readers import READERS, leaves
-from heterodiff.config_file import dump_config, load_config, parse_config
 from heterodiff.data.sources import list_sources
 from heterodiff.diffusion.samplers import list_samplers
 from heterodiff.errors import ConfigError
-from heterodiff.training.run_folder import FREE_TO_CHANGE
+from heterodiff.training.checkpoints.resume import FREE_TO_CHANGE
 
 KEYS_FILE = Path(__file__).parent / "data" / "config_keys.txt"
 TEXTS = {"recipe": "text-image"}
@@ -238,7 +238,7 @@ def test_names_are_those_of_what_they_name() -> None:
 def test_reading_a_configuration_imports_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("{sampling: {sampler: ddim}, model: {variant: hae}, data: {source: digits}}")
     code = (
-        "import sys; from heterodiff.config_file import load_config; load_config(sys.argv[1]); "
+        "import sys; from heterodiff.config.file import load_config; load_config(sys.argv[1]); "
         "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "c.yaml")]

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from heterodiff.cli import main
 from heterodiff.config import RunConfig
+from heterodiff.config.file import parse_config
 from heterodiff.config.reference import TOP, find_keys, list_sections, to_markdown
-from heterodiff.config_file import parse_config
 from heterodiff.errors import ConfigError
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from heterodiff.cli import main
+from heterodiff.config.file import load_config
 from heterodiff.config.starter import BUILT_IN, STARTERS, write_starter
-from heterodiff.config_file import load_config
 from heterodiff.errors import ConfigError
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import ResNetConfig, ResNetModel
 
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from tests.test_cli import call
 from tests.text_runs import text_config
 

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from heterodiff.data.decode import decode_file
+from heterodiff.data.decoding import decode_file
 from heterodiff.data.findings import BadImage
 
 

@@ -7,11 +7,11 @@ import pytest
 from scipy import ndimage
 
 from heterodiff.config import BrainPhantomConfig, DataConfig
-from heterodiff.data.builtin.brain_phantom import CLASSES, INTENSITY, head_of, open_brain_phantom
-from heterodiff.data.builtin.brain_phantom.head import render
 from heterodiff.data.collection import Collection
 from heterodiff.data.sources import load_data, open_part
 from heterodiff.errors import DataError
+from heterodiff.simulators.brain_phantom import CLASSES, INTENSITY, head_of, open_brain_phantom
+from heterodiff.simulators.brain_phantom.head import render
 
 FLAIR, T1, T1CE, T2 = range(4)
 

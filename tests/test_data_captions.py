@@ -14,9 +14,9 @@ from heterodiff.data.assemble import LoadedData, with_captions
 from heterodiff.data.captions import clean_caption, open_captions
 from heterodiff.data.check import check_data
 from heterodiff.data.dataset import ImageSpec, MemoryStore
-from heterodiff.data.latents import LatentDataset
 from heterodiff.data.sources import image_captions, list_sources, load_data
 from heterodiff.errors import DataError
+from heterodiff.latents.reading import LatentDataset
 
 
 def picture(path: Path, value: int = 0) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from heterodiff.config import DataConfig
-from heterodiff.data import survey
+from heterodiff.data import inspection as survey
 from heterodiff.data.check import DataFinding, check_data
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError

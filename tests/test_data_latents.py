@@ -25,11 +25,11 @@ from safetensors.numpy import load_file, save
 from heterodiff.cli import main
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
 from heterodiff.config import DataConfig
-from heterodiff.data.encode import encode_data
-from heterodiff.data.latents import load_latents
-from heterodiff.data.latents_plan import plan_of
 from heterodiff.data.sources import list_sources, load_data, open_source
 from heterodiff.errors import ConfigError, DataError
+from heterodiff.latents.encode import encode_data
+from heterodiff.latents.plan import plan_of
+from heterodiff.latents.reading import load_latents
 
 SIZE = (16, 24)
 FLOAT16 = {"rtol": 2**-11, "atol": 2**-25}  # half a unit in the last place
@@ -526,7 +526,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import psutil
-from heterodiff.data.latents import load_latents
+from heterodiff.latents.reading import load_latents
 load_latents(Path(sys.argv[1]), 0.0).train.batch([0])  # what only the first use takes
 before = psutil.Process().memory_info().rss
 data = load_latents(Path(sys.argv[1]), float(sys.argv[2]))

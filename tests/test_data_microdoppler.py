@@ -9,16 +9,16 @@ from scipy.interpolate import PchipInterpolator
 from sklearn.svm import SVC
 
 from heterodiff.config import DataConfig, MicrodopplerConfig
-from heterodiff.config_file import parse_config
-from heterodiff.data.builtin.microdoppler import CLASSES, axes, open_microdoppler, random_state, simulate
-from heterodiff.data.builtin.microdoppler.gait import Gait, periodic_curve, running_gait, walking_gait
-from heterodiff.data.builtin.microdoppler.human import segments
-from heterodiff.data.builtin.microdoppler.radar import Observation, add_noise, baseband, spectrogram_db
-from heterodiff.data.builtin.microdoppler.recording import TARGETS, highest_doppler, observe
-from heterodiff.data.builtin.microdoppler.rotors import Rotor, helicopter
-from heterodiff.data.builtin.microdoppler.targets import View, swing, wing
+from heterodiff.config.file import parse_config
 from heterodiff.data.sources import list_sources, load_data
 from heterodiff.errors import ConfigError, DataError
+from heterodiff.simulators.microdoppler import CLASSES, axes, open_microdoppler, random_state, simulate
+from heterodiff.simulators.microdoppler.gait import Gait, periodic_curve, running_gait, walking_gait
+from heterodiff.simulators.microdoppler.human import segments
+from heterodiff.simulators.microdoppler.radar import Observation, add_noise, baseband, spectrogram_db
+from heterodiff.simulators.microdoppler.recording import TARGETS, highest_doppler, observe
+from heterodiff.simulators.microdoppler.rotors import Rotor, helicopter
+from heterodiff.simulators.microdoppler.targets import View, swing, wing
 
 DEFAULT = MicrodopplerConfig()
 CLEAR = MicrodopplerConfig(snr_db=(60, 60), elevation_deg=(0, 0), aspect_deg=(0, 0), receding=0)

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from heterodiff.data.nifti import LAYOUTS, Layout, find_patients, read_patient, read_voxels
+from heterodiff.data.decoding.nifti import LAYOUTS, Layout, find_patients, read_patient, read_voxels
 from heterodiff.errors import DataError
 
 SHAPE = (6, 7, 5)

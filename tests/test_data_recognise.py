@@ -10,7 +10,7 @@ from PIL import Image
 from heterodiff.cli import main
 from heterodiff.config import DataConfig
 from heterodiff.data.captions import open_captions
-from heterodiff.data.recognise import source_hint
+from heterodiff.data.sources.recognise import source_hint
 
 COCO = {
     "images": [{"id": 1, "file_name": "0.png"}],

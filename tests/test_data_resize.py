@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heterodiff.data.resize import resize_image
+from heterodiff.data.decoding.resize import resize_image
 
 
 @pytest.mark.parametrize("how", ["crop", "stretch"])

@@ -9,8 +9,10 @@ import pytest
 from scipy import ndimage
 
 from heterodiff.config import DataConfig, ShapesConfig
-from heterodiff.config_file import parse_config
-from heterodiff.data.builtin.shapes import (
+from heterodiff.config.file import parse_config
+from heterodiff.data.sources import image_captions, list_sources, load_data
+from heterodiff.errors import ConfigError, DataError
+from heterodiff.simulators.shapes import (
     ALL_THINGS,
     COLOURS,
     PLACES,
@@ -28,8 +30,6 @@ from heterodiff.data.builtin.shapes import (
     render,
     scene_of,
 )
-from heterodiff.data.sources import image_captions, list_sources, load_data
-from heterodiff.errors import ConfigError, DataError
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 HUES = {"red": 0, "orange": 29, "yellow": 52, "green": 132, "blue": 226, "purple": 281}

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from heterodiff.config import DataConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
+from heterodiff.data.decoding.nifti import Patient
 from heterodiff.data.findings import BadImage
-from heterodiff.data.nifti import Patient
-from heterodiff.data.slices import (
+from heterodiff.data.sources import load_data, load_test
+from heterodiff.data.sources.slices import (
     from_pictures,
     resize_slices,
     restore_slices,
@@ -23,8 +24,7 @@ from heterodiff.data.slices import (
     stretch_slice,
     to_pictures,
 )
-from heterodiff.data.sources import load_data, load_test
-from heterodiff.data.volumes import fingerprint, open_volumes, preprocessing
+from heterodiff.data.sources.volumes import fingerprint, open_volumes, preprocessing
 from heterodiff.errors import ConfigError, DataError
 
 SHAPE = (20, 26, 9)

@@ -5,8 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from heterodiff.errors import DataError
-from heterodiff.evaluation import classifiers
-from heterodiff.evaluation.classifiers import ConvReader, SvmReader
+from heterodiff.metrics import classifiers
+from heterodiff.metrics.classifiers import ConvReader, SvmReader
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from heterodiff.errors import DataError
-from heterodiff.evaluation import classifiers, memorising
-from heterodiff.evaluation.generation import evaluate_generation, nearest_picture
+from heterodiff.metrics import classifiers, memorising
+from heterodiff.metrics.generation import evaluate_generation, nearest_picture
 
 NAMES = [f"digit {index}" for index in range(10)]
 

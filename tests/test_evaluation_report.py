@@ -12,11 +12,11 @@ import torch
 from matplotlib.figure import Figure
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from heterodiff.errors import RunError
-from heterodiff.evaluation.curves import _draw_loss, curves_svg, running_mean, series
-from heterodiff.evaluation.report import write_report
 from heterodiff.pictures import image_grid
+from heterodiff.report.curves import _draw_loss, curves_svg, running_mean, series
+from heterodiff.report.writing import write_report
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "img", "br"}

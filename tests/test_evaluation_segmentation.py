@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from heterodiff.evaluation.segmentation import evaluate_segmentation, overlap, patient_interval, threshold_baseline
+from heterodiff.metrics.segmentation import evaluate_segmentation, overlap, patient_interval, threshold_baseline
 
 SIDE = 12
 

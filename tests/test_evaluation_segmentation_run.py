@@ -11,12 +11,12 @@ from PIL import Image
 
 from heterodiff.cli import main
 from heterodiff.config import RunConfig, SegmentationConfig
-from heterodiff.config_file import load_config, parse_config
+from heterodiff.config.file import load_config, parse_config
 from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
-from heterodiff.evaluation import segmentation_run
-from heterodiff.evaluation.segmentation_run import (
+from heterodiff.evaluation import anomalies as segmentation_run
+from heterodiff.evaluation.anomalies import (
     calibrate_run,
     evaluate_anomalies,
     finds_anomalies,

@@ -14,17 +14,13 @@ from PIL import Image
 
 from heterodiff.cli import main
 from heterodiff.config import ShapesConfig
-from heterodiff.config_file import load_config
-from heterodiff.data.builtin.shapes import ALL_THINGS, PLACES, Scene, Thing, parse_thing, read_caption, scene_of
+from heterodiff.config.file import load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError, DataError
 from heterodiff.evaluation.captioned import CaptionedImages
-from heterodiff.evaluation.curves import curves_svg
-from heterodiff.evaluation.report import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
-from heterodiff.evaluation.retrieval import recall
-from heterodiff.evaluation.run import task_evaluated
-from heterodiff.evaluation.shapes_reader import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
-from heterodiff.evaluation.text_image import (
+from heterodiff.evaluation.captions import READER_FILE, evaluate_text_image, text_image_summary
+from heterodiff.evaluation.class_images import task_evaluated
+from heterodiff.evaluation.prompts import (
     caption_likeness,
     caption_truth,
     draw_asked,
@@ -37,10 +33,14 @@ from heterodiff.evaluation.text_image import (
     unigram_f1,
     ways_of,
 )
-from heterodiff.evaluation.text_image_run import READER_FILE, evaluate_text_image, text_image_summary
-from heterodiff.evaluation.text_image_sections import image_to_text_section, text_cards, text_to_image_section
+from heterodiff.metrics.retrieval import recall
+from heterodiff.metrics.shapes_classifier import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.load import load_text_image
+from heterodiff.report.captions import image_to_text_section, text_cards, text_to_image_section
+from heterodiff.report.curves import curves_svg
+from heterodiff.report.writing import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
+from heterodiff.simulators.shapes import ALL_THINGS, PLACES, Scene, Thing, parse_thing, read_caption, scene_of
 from heterodiff.training.start import train
 from tests.text_runs import text_config
 

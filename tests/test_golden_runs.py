@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import heterodiff as hd
 from heterodiff.cli import main
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.devices import default_device
-from heterodiff.evaluation import classifiers
+from heterodiff.metrics import classifiers
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.training.start import train
 from tests.data.make_runs import GUIDANCE_SCALE, LABELS, PROMPTS, STEPS, STOP, TIMESTEPS, configs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from heterodiff.training.recipes.alignment import AlignmentRecipe
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from heterodiff.models import attention_ways
-from heterodiff.models.attention_ways import DevicePattern, choose_way, sparse_attention, way_rows
+from heterodiff.models.attention import ways as attention_ways
+from heterodiff.models.attention.patterns import DENSE_LIMIT, Grid, KeyPattern, make_pattern
+from heterodiff.models.attention.ways import DevicePattern, choose_way, sparse_attention, way_rows
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
-from heterodiff.models.sparse_attention import DENSE_LIMIT, Grid, KeyPattern, make_pattern
 from heterodiff.models.variants import VARIANTS
 
 pytestmark = [

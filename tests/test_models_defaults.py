@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import heterodiff as hd
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.models.denoiser import Denoiser
-from heterodiff.models.table import model_table
+from heterodiff.models.backbone import Denoiser
+from heterodiff.models.comparison import model_table
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import NETWORKS, VARIANTS, create_model
 from heterodiff.training.recipes.diffusion import model_arguments

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from heterodiff.models.attention.patterns import DENSE_LIMIT, Grid, make_pattern
 from heterodiff.models.hybrid import HybridBlock, PatternSpec
-from heterodiff.models.sparse_attention import DENSE_LIMIT, Grid, make_pattern
 from heterodiff.models.variants import VARIANTS
 from tests.oracles import dense_hybrid
 

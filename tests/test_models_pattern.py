@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from heterodiff.models.sparse_attention import DENSE_LIMIT, MIN_KEYS, Grid, KeyPattern, make_pattern
+from heterodiff.models.attention.patterns import DENSE_LIMIT, MIN_KEYS, Grid, KeyPattern, make_pattern
 
 PATCHES = (4, 8)
 SQUARES = [(n, n) for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 21, 22, 24, 32, 40, 48, 63, 64, 96, 128)]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import heterodiff as hd
 from heterodiff.errors import CheckpointError, ConfigError, RunError
-from heterodiff.pipelines.files import draw_classes, write_images
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.pipelines.image_files import draw_classes, write_images
 from heterodiff.training.start import train
 from tests.training_runs import last_checkpoint, tiny_config
 

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import heterodiff as hd
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, RunError
 from heterodiff.pictures import save_image
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.text_files import read_usable
-from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning, text_notes
-from heterodiff.text.networks import load_networks
+from heterodiff.pipelines.text_to_image import TextImagePipeline, TextWarning, text_notes
+from heterodiff.text.aligned import load_networks
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights

@@ -14,12 +14,12 @@ from PIL import Image
 
 from heterodiff.cli import main
 from heterodiff.config import RunConfig, SegmentationConfig
-from heterodiff.config_file import load_config, parse_config
-from heterodiff.data.nifti import LAYOUTS, find_patients, load_nifti, read_patient
-from heterodiff.data.slices import slice_patient
-from heterodiff.data.volumes import fingerprint
+from heterodiff.config.file import load_config, parse_config
+from heterodiff.data.decoding.nifti import LAYOUTS, find_patients, load_nifti, read_patient
+from heterodiff.data.sources.slices import slice_patient
+from heterodiff.data.sources.volumes import fingerprint
 from heterodiff.errors import DataError, RunError
-from heterodiff.evaluation.segmentation_run import calibrate_run, evaluate_anomalies
+from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies
 from heterodiff.pipelines import segment_files
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.segment import Segmentation, save_calibration
@@ -264,7 +264,7 @@ def test_where_masks_cannot_be_written(run: Path, tmp_path: Path) -> None:
 def test_folders_are_looked_at_before_calibrating(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("heterodiff.evaluation.segmentation_run.calibrate_run", lambda run: pytest.fail("calibrated"))
+    monkeypatch.setattr("heterodiff.evaluation.anomalies.calibrate_run", lambda run: pytest.fail("calibrated"))
     data = write_patient(tmp_path / "data", "a", np.eye(4))
     for folder, out, message in (
         (tmp_path / "nowhere", tmp_path / "out", "no such folder of patients"),

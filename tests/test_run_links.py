@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from tests.test_cli import call
 from tests.training_runs import last_checkpoint, tiny_config
 

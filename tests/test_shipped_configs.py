@@ -12,11 +12,11 @@ from PIL import Image
 import heterodiff as hd
 from heterodiff.cli import shipped_configs
 from heterodiff.config import DataConfig, RunConfig
-from heterodiff.config_file import load_config
-from heterodiff.data.nifti import Layout
-from heterodiff.data.volumes import layout_of
+from heterodiff.config.file import load_config
+from heterodiff.data.decoding.nifti import Layout
+from heterodiff.data.sources.volumes import layout_of
+from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.start import train
-from heterodiff.training.trial import dry_run
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))
 LARGE = {

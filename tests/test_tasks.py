@@ -16,12 +16,13 @@ import heterodiff
 from heterodiff import tasks
 from heterodiff.cli import main
 from heterodiff.config import RunConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
 from heterodiff.data.sources import load_data
 from heterodiff.demo import run_demo
 from heterodiff.errors import RunError
+from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load_generation
-from heterodiff.tasks import TASKS, loaded, task_of, task_of_codec, task_of_pipeline, task_of_recipe
+from heterodiff.tasks import TASKS, task_of, task_of_codec, task_of_pipeline, task_of_recipe
 
 SOURCE = Path(heterodiff.__file__).parent
 NAMES = ("load", "try_out", "build", "memory", "evaluate", "cards", "report", "demo")

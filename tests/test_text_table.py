@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heterodiff.text.table import CaptionTable
+from heterodiff.text.caption_table import CaptionTable
 from heterodiff.text.tokenizer import train_tokenizer
 
 CAPTIONS = (("a red circle",), ("a cross", "one cross"), ("up", "a blue square below it", "a square", "blue"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from heterodiff.config import DataConfig
-from heterodiff.config_file import dump_config, parse_config
+from heterodiff.config.file import dump_config, parse_config
 from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError

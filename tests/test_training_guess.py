@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
-from heterodiff.training.recipes.guess import fit_guess, seen_features
+from heterodiff.training.recipes.prior import fit_guess, seen_features
 
 DIM, SHAPE, GROUPS, EACH = 16, (4, 2, 2), 8, 200
 

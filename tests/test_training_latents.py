@@ -17,17 +17,17 @@ from PIL import Image
 import heterodiff
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
 from heterodiff.config import CodecConfig, DataConfig, RunConfig
-from heterodiff.config_file import dump_config, load_config
+from heterodiff.config.file import dump_config, load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, HeterodiffError, RunError
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.training.codec_stage import codec_run
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.loop import Trainer
+from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
 from heterodiff.training.start import build_recipe, train
-from heterodiff.training.trial import dry_run
 from tests.test_cli import call
 from tests.training_runs import assert_same_run, losses_of
 from tests.vae_runs import latent_config, plain_vae, vae_config
@@ -285,7 +285,7 @@ def test_encoding_that_was_interrupted_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("heterodiff.data.encode._write_index", interrupted)
+        patch.setattr("heterodiff.latents.encode._write_index", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config, quiet=True)
     shard = tmp_path / "run" / "latents" / "shard_00000.safetensors"
@@ -560,7 +560,7 @@ def test_a_run_goes_on_with_its_own_copy_when_its_vae_is_gone(digits_vae: Path, 
 
 
 def test_held_out_images_are_read_as_those_that_were_encoded(digits_vae: Path, tmp_path: Path) -> None:
-    from heterodiff.evaluation.run import held_out_images, run_data
+    from heterodiff.evaluation.class_images import held_out_images, run_data
 
     rng = np.random.default_rng(0)
     for k in range(12):

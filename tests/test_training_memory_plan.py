@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.training.memory_plan import (
+from heterodiff.training.preflight.memory_plan import (
     advice,
     images_at_once,
     largest_batch,
@@ -85,10 +85,10 @@ from pathlib import Path
 def peak():  # of this process; getrusage would count the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.training.start import load_run_data
-from heterodiff.training.trial import dry_run
-from heterodiff.training.memory_plan import training_memory_bytes
+from heterodiff.training.preflight.trial import dry_run
+from heterodiff.training.preflight.memory_plan import training_memory_bytes
 config = load_config(sys.argv[1])
 spec = load_run_data(config).spec
 predicted = training_memory_bytes(config, spec)

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from heterodiff.cli import main
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from heterodiff.errors import CheckpointError, HeterodiffError, RunError
-from heterodiff.training.checkpoint import list_checkpoints
+from heterodiff.training.checkpoints.checkpoint import list_checkpoints
 from heterodiff.training.loop import CHECKPOINTS
 from heterodiff.training.start import train
 from tests.training_runs import assert_same_run, last_checkpoint, losses_of, tiny_config

@@ -26,23 +26,23 @@ from transformers import BertConfig, BertModel
 import heterodiff as hd
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec, load_image_codec
 from heterodiff.config import RunConfig
-from heterodiff.config_file import dump_config, load_config, parse_config
+from heterodiff.config.file import dump_config, load_config, parse_config
 from heterodiff.data.sources import LoadedData, load_data
 from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.errors import CheckpointError, ConfigError, DataError, HeterodiffError, RunError
 from heterodiff.models.blocks import ResBlock
 from heterodiff.models.variants import VARIANTS, create_model, list_models
-from heterodiff.pipelines import text_image as sampling
-from heterodiff.pipelines.text_image import predict
+from heterodiff.pipelines import text_to_image as sampling
+from heterodiff.pipelines.text_to_image import predict
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
-from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
+from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS, Trainer
-from heterodiff.training.memory_plan import advice, training_memory_bytes
+from heterodiff.training.preflight.memory_plan import advice, training_memory_bytes
+from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.recipes import alignment
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.start import _doubts, build_recipe, train
-from heterodiff.training.trial import dry_run
 from tests.test_cli import call
 from tests.text_runs import text_config
 from tests.training_runs import last_checkpoint, losses_of
@@ -589,7 +589,7 @@ def test_a_step_that_is_left_out_leaves_no_trace_in_the_statistics(
 
 TRAIN_ALL = """
 import sys
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.training.start import train
 for name in sys.argv[1:]:
     train(load_config(name), quiet=True)

@@ -20,17 +20,17 @@ from torch.distributions import Normal, kl_divergence
 
 from heterodiff.codecs.discriminator import PatchDiscriminator, adaptive_weight, hinge_losses
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.config_file import dump_config
+from heterodiff.config.file import dump_config
 from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError
-from heterodiff.evaluation.reconstruction import psnr, ssim
+from heterodiff.metrics.reconstruction import psnr, ssim
 from heterodiff.pipelines.load import load
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
-from heterodiff.training.memory_plan import training_memory_bytes
+from heterodiff.training.preflight.memory_plan import training_memory_bytes
+from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.recipes.vae import VAEDraws, VAERecipe, structural_losses
 from heterodiff.training.start import train
-from heterodiff.training.trial import dry_run
 from tests.training_runs import last_checkpoint, losses_of
 from tests.vae_runs import plain_vae, vae_config
 
@@ -354,7 +354,7 @@ def test_parts_of_a_batch_learn_what_the_whole_learns(tmp_path: Path) -> None:
 
 TRAIN_ALL = """
 import sys
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.training.start import train
 for name in sys.argv[1:]:
     train(load_config(name), quiet=True)

@@ -15,7 +15,7 @@ import pytest
 
 import heterodiff
 from heterodiff.config import RunConfig
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}

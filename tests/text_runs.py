@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
 
 SHAPES = {"source": "shapes", "image_size": 16, "shapes": {"images": 80}}
 TRAINING = {"steps": 3, "batch_size": 8, "warmup_steps": 1, "learning_rate": 2e-3, "ema_decay": 0.5, "log_every": 1}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import parse_config
-from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
+from heterodiff.config.file import parse_config
+from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS
 
 

@@ -135,7 +135,7 @@ def report(rows: list[Row], late: list[str], results: Results, tiny: bool) -> in
     rows_known = {name: results.rows[name] for name in known}
     missed = 0 if tiny else print_promises(promises(rows_known))
     if not tiny and (table := attention_table(rows_known)) is not None:
-        print(f"to commit as src/heterodiff/models/attention_ways.json:\n{table}")
+        print(f"to commit as src/heterodiff/models/attention/ways.json:\n{table}")
     if not tiny and (table := measured_file(results.device, rows_known)) is not None:
         print(f"to commit as src/heterodiff/measured.json:\n{table}")
     if late:

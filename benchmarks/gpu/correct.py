@@ -47,7 +47,7 @@ def _segment(config: "RunConfig") -> int:
     Raises:
         Unexpected: values that are not finite.
     """
-    from heterodiff.evaluation.run import run_data
+    from heterodiff.evaluation.class_images import run_data
     from heterodiff.pipelines.anomaly_masks import Calibration
     from heterodiff.pipelines.load import load_generation
     from heterodiff.pipelines.segment import Segmenter
@@ -139,7 +139,7 @@ def leaves_out(bench: Bench, precision: str) -> dict[str, Any]:
     Raises:
         Unexpected: weights changed by that step, or not by the next one.
     """
-    from heterodiff.training.trial import trial
+    from heterodiff.training.preflight.trial import trial
 
     config = config_of(bench, "digits", bench.folder / "not written", 10, precision=precision)
     trainer, recipe = trial(config)

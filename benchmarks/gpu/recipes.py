@@ -55,7 +55,7 @@ def config_of(
     Raises:
         Unavailable: a precision that the device lacks.
     """
-    from heterodiff.config_file import load_config
+    from heterodiff.config.file import load_config
 
     if training.get("precision") == "float16" and bench.device.type == "cpu":
         raise Unavailable("float16 needs a GPU")

@@ -16,7 +16,7 @@ from benchmarks.gpu.session import Bench
 
 def last_tensors(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint."""
-    from heterodiff.training.checkpoint import list_checkpoints, read_checkpoint
+    from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
     from heterodiff.training.loop import CHECKPOINTS
 
     groups = read_checkpoint(list_checkpoints(run / CHECKPOINTS)[-1]).tensors

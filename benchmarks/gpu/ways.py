@@ -112,9 +112,9 @@ def tf32(bench: Bench) -> dict[str, Any]:
 
 def attention_call(bench: Bench, side: int, head_width: int, way: str) -> Callable[[], torch.Tensor]:
     """Sparse attention of maps of ``side`` x ``side``, forward and backward, computed in ``way``; returns answers."""
-    from heterodiff.models.attention_ways import DevicePattern, sparse_attention
+    from heterodiff.models.attention.patterns import Grid, make_pattern
+    from heterodiff.models.attention.ways import DevicePattern, sparse_attention
     from heterodiff.models.hybrid import NUM_HEADS, REGIONAL_PATCHES
-    from heterodiff.models.sparse_attention import Grid, make_pattern
 
     grid = Grid(side, side, REGIONAL_PATCHES)
     placed = DevicePattern.place(make_pattern("multiscale", grid, 0.9, MAX_KEYS, 0), bench.device, way)
@@ -156,8 +156,8 @@ def working_ways(bench: Bench, side: int, head_width: int) -> tuple[dict[str, Ca
 
 def attention(bench: Bench, side: int) -> dict[str, Any]:
     """Milliseconds of each way by the width of a head, and rows for the table that chooses among them."""
+    from heterodiff.models.attention.patterns import Grid
     from heterodiff.models.hybrid import REGIONAL_PATCHES
-    from heterodiff.models.sparse_attention import Grid
 
     torch.compiler.reset()  # compiled for too many shapes, flex would go on uncompiled
     side = bench.size(side, 24)
@@ -176,9 +176,9 @@ def attention(bench: Bench, side: int) -> dict[str, Any]:
 
 
 def attention_table(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The content of ``attention_ways.json`` by what was measured; None where nothing was."""
-    from heterodiff.models.attention_ways import way_rows
-    from heterodiff.models.sparse_attention import DENSE_LIMIT
+    """The content of ``ways.json`` by what was measured; None where nothing was."""
+    from heterodiff.models.attention.patterns import DENSE_LIMIT
+    from heterodiff.models.attention.ways import way_rows
 
     chosen = [choice for row in rows.values() for choice in row.get("found", {}).get("choices", [])]
     if not chosen:

@@ -14,21 +14,21 @@ _HOME = {
     "create_model": "heterodiff.models.variants",
     "list_models": "heterodiff.models.variants",
     "GenerationPipeline": "heterodiff.pipelines.generate",
-    "TextImagePipeline": "heterodiff.pipelines.text_image",
+    "TextImagePipeline": "heterodiff.pipelines.text_to_image",
     "load": "heterodiff.pipelines.load",
-    "load_config": "heterodiff.config_file",
+    "load_config": "heterodiff.config.file",
     "RunConfig": "heterodiff.config",
 }
 
 if TYPE_CHECKING:
     from heterodiff.config import RunConfig
-    from heterodiff.config_file import load_config
+    from heterodiff.config.file import load_config
     from heterodiff.models.film_unet import FiLMUNet
     from heterodiff.models.unet import HAEUNet
     from heterodiff.models.variants import create_model, list_models
     from heterodiff.pipelines.generate import GenerationPipeline
     from heterodiff.pipelines.load import load
-    from heterodiff.pipelines.text_image import TextImagePipeline
+    from heterodiff.pipelines.text_to_image import TextImagePipeline
 
 __all__ = [
     "FiLMUNet",

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.errors import ConfigError
-from heterodiff.tasks import loaded, task_of
+from heterodiff.lazy import loaded
+from heterodiff.tasks import task_of
 from heterodiff.training.start import train
 
 DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small", "brain": "phantom_small"}

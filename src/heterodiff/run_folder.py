@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import dump_config, load_config
+from heterodiff.config.file import dump_config, load_config
 from heterodiff.errors import RunError, reason
 from heterodiff.files import (
     MAX_LIST_BYTES,

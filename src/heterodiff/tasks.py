@@ -1,12 +1,11 @@
 """The tasks: a row for each, with what every other room needs to know about it.
 
-What a row names as ``module:name`` is imported when it is asked for, see :func:`loaded`, so the table itself is light.
+A row names objects as ``module:name``, imported when asked for (:mod:`heterodiff.lazy`), so the table itself is light.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from heterodiff.config import RunConfig
@@ -28,15 +27,15 @@ class Task:
         commands: what the run can be used for, beside ``evaluate``.
         no_classes: what to say where images of classes are asked for in vain, with ``{run}``.
         build: (config, data) -> :class:`heterodiff.training.recipes.base.Recipe`.
-        memory: the :class:`heterodiff.training.memory_costs.MemoryTerms`.
+        memory: the :class:`heterodiff.training.preflight.memory_costs.MemoryTerms`.
         fits: which runs of ``recipe`` the row is for; None for all that no other row is for.
         codec: kind of codec that the run trains for others, see ``codec.kind``.
         contrastive: whether images of a batch are told apart, so that a batch in parts teaches something else.
         doubts: each (config, data) -> notes on settings that work but hardly mean what they say.
-        evaluate: (run folder, :class:`heterodiff.evaluation.run.Request`) -> (evaluation, its main numbers).
+        evaluate: (run folder, :class:`heterodiff.evaluation.class_images.Request`) -> (evaluation, its main numbers).
         next_steps: commands to use a finished run with, with ``{run}``.
         cards: evaluation -> the numbers to read first, each (label, value, note).
-        report: :class:`heterodiff.evaluation.report.RunFiles` -> sections of the report that show the evaluation.
+        report: :class:`heterodiff.report.writing.RunFiles` -> sections of the report that show the evaluation.
         first_stage: the networks that a run of their own trains first, whose curves the report shows too.
         scattered: whether single losses scatter, as noise levels are drawn at random.
         reproduce: commands that use the run again, beside ``train`` and ``evaluate``, with ``{run}``.
@@ -82,23 +81,23 @@ CLASS_IMAGES = Task(
     try_out="heterodiff.pipelines.try_out:generation",
     commands=("sample", "segment"),
     build="heterodiff.training.recipes.diffusion:build",
-    memory="heterodiff.training.memory_costs:DENOISER",
-    evaluate="heterodiff.evaluation.run:evaluate_images",
+    memory="heterodiff.training.preflight.memory_costs:DENOISER",
+    evaluate="heterodiff.evaluation.class_images:evaluate_images",
     doubts=(_DENOISER_DOUBTS,),
     next_steps=("heterodiff sample {run}", "heterodiff evaluate {run}"),
-    cards="heterodiff.evaluation.metric_sections:headline_cards",
-    report="heterodiff.evaluation.metric_sections:sections",
+    cards="heterodiff.report.class_images:headline_cards",
+    report="heterodiff.report.class_images:sections",
     reproduce=("heterodiff sample {run} -n 16 --seed 0 --out samples",),
-    demo="heterodiff.evaluation.run:demo",
+    demo="heterodiff.evaluation.class_images:demo",
 )
 ANOMALIES = replace(
     CLASS_IMAGES,
     fits=lambda config: config.data.source in WITH_MASKS,
     sections=(*CLASS_IMAGES.sections, "segmentation"),
-    evaluate="heterodiff.evaluation.segmentation_run:evaluate",
-    cards="heterodiff.evaluation.segmentation_sections:segmentation_cards",
-    report="heterodiff.evaluation.segmentation_sections:sections",
-    demo="heterodiff.evaluation.segmentation_run:demo",
+    evaluate="heterodiff.evaluation.anomalies:evaluate",
+    cards="heterodiff.report.anomalies:segmentation_cards",
+    report="heterodiff.report.anomalies:sections",
+    demo="heterodiff.evaluation.anomalies:demo",
     next_steps=("heterodiff segment {run} --calibrate", "heterodiff evaluate {run}"),
 )
 VAE = Task(
@@ -110,12 +109,12 @@ VAE = Task(
     commands=("encode",),
     no_classes="a VAE, which reconstructs images but draws none; train a run with codec.kind=kl-vae codec.path={run}",
     build="heterodiff.training.recipes.vae:build",
-    memory="heterodiff.training.memory_costs:VAE",
-    evaluate="heterodiff.evaluation.vae_run:evaluate",
+    memory="heterodiff.training.preflight.memory_costs:VAE",
+    evaluate="heterodiff.evaluation.vae:evaluate",
     codec="kl-vae",
     doubts=("heterodiff.training.recipes.vae:doubts",),
     next_steps=("heterodiff evaluate {run}", "heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"),
-    report="heterodiff.evaluation.metric_sections:vae_sections",
+    report="heterodiff.report.class_images:vae_sections",
     scattered=False,
 )
 ALIGNMENT = Task(
@@ -127,14 +126,14 @@ ALIGNMENT = Task(
     commands=("text2image", "caption"),
     no_classes='draws images of texts, not of classes; use `heterodiff text2image {run} "a prompt"`',
     build="heterodiff.training.recipes.alignment:AlignmentRecipe",
-    memory="heterodiff.training.memory_costs:ALIGNMENT",
-    evaluate="heterodiff.evaluation.text_image_run:evaluate",
+    memory="heterodiff.training.preflight.memory_costs:ALIGNMENT",
+    evaluate="heterodiff.evaluation.captions:evaluate",
     codec="cnn",
     contrastive=True,
     doubts=(_ALIGNMENT_DOUBTS,),
     next_steps=("heterodiff caption {run} PICTURE.png", "heterodiff evaluate {run}"),
-    cards="heterodiff.evaluation.text_image_sections:text_cards",
-    report="heterodiff.evaluation.text_image_sections:sections",
+    cards="heterodiff.report.captions:text_cards",
+    report="heterodiff.report.captions:sections",
     scattered=False,
     reproduce=("heterodiff caption {run} PICTURE.png",),
 )
@@ -143,7 +142,7 @@ TEXT_IMAGE = replace(
     recipe="text-image",
     sections=("codec", "text", "alignment", "model", "diffusion", "sampling"),
     build="heterodiff.training.recipes.text_image:TextImageRecipe",
-    memory="heterodiff.training.memory_costs:DENOISER",
+    memory="heterodiff.training.preflight.memory_costs:DENOISER",
     codec=None,
     contrastive=False,
     doubts=("heterodiff.training.codec_stage:resting_keys", _DENOISER_DOUBTS),
@@ -151,13 +150,13 @@ TEXT_IMAGE = replace(
     first_stage="Image codec, text encoder and captioner",
     scattered=True,
     reproduce=('heterodiff text2image {run} "a prompt" --seed 0', *ALIGNMENT.reproduce),
-    demo="heterodiff.evaluation.text_image_run:demo",
+    demo="heterodiff.evaluation.captions:demo",
 )
 JOINT = replace(
     TEXT_IMAGE,
     fits=lambda config: config.alignment.joint,
     build="heterodiff.training.recipes.text_image:JointRecipe",
-    memory="heterodiff.training.memory_costs:JOINT",
+    memory="heterodiff.training.preflight.memory_costs:JOINT",
     contrastive=True,
     doubts=(_ALIGNMENT_DOUBTS, _DENOISER_DOUBTS),
 )
@@ -198,9 +197,3 @@ def task_of_codec(kind: str) -> Task:
 def task_of_pipeline(name: str) -> Task | None:
     """The row of the folders that hold a pipeline of class ``name``."""
     return next((task for task in TASKS.values() if task.pipeline == name and task.fits is None), None)
-
-
-def loaded(name: str) -> Any:
-    """What a row names as ``module:name``."""
-    module, attribute = name.split(":")
-    return getattr(importlib.import_module(module), attribute)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from heterodiff.config import RunConfig
-from heterodiff.config_file import parse_config
+from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.devices import default_device
 from heterodiff.diffusion.timesteps import LossSecondMomentTimesteps

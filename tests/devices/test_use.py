@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 import heterodiff as hd
 from heterodiff.cli import main
 from heterodiff.diffusion.samplers import list_samplers
-from heterodiff.evaluation import classifiers, shapes_reader, text_image_run
+from heterodiff.evaluation import captions as text_image_run
+from heterodiff.metrics import classifiers
+from heterodiff.metrics import shapes_classifier as shapes_reader
 from tests import test_pipelines_segment_files as volumes
 from tests.devices import NAME, watched
 from tests.devices.conftest import default_is_cpu

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.launches import SHORT, count_sampling, count_training
-from heterodiff.config_file import load_config
+from heterodiff.config.file import load_config
 from heterodiff.diffusion.samplers import list_samplers
 from tests.conftest import ROOT
 from tests.devices.runs import RECIPES

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heterodiff.models.attention.patterns import Grid, make_pattern
 from heterodiff.models.blocks import AttentionBlock, to_map, to_tokens
 from heterodiff.models.hybrid import REGIONAL_PATCHES, SparseSelfAttention
-from heterodiff.models.sparse_attention import Grid, make_pattern
 
 
 def make_naive(model: nn.Module) -> nn.Module:

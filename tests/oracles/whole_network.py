@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heterodiff.models.sparse_attention import Grid, make_pattern
+from heterodiff.models.attention.patterns import Grid, make_pattern
 from tests.oracles.dense_hybrid import PATCHES, below, hybrid_block
 from tests.oracles.outer_product import attention, attention_block, group_norm
 

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from heterodiff.codecs.latent import LatentCodec
+from heterodiff.codecs.scaling import LatentCodec
 from heterodiff.errors import ConfigError
 from heterodiff.models.loading import load_network, read_network_config
 

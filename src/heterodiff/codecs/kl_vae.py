@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from heterodiff.codecs.latent import LatentCodec
+from heterodiff.codecs.scaling import LatentCodec
 from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.models.loading import load_network, read_network_config
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from heterodiff.codecs import cnn, kl_vae
 from heterodiff.codecs.base import Codec, PixelCodec
-from heterodiff.codecs.latent import LatentCodec
+from heterodiff.codecs.scaling import LatentCodec
 from heterodiff.config import CodecConfig
 
 

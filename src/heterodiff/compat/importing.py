@@ -13,7 +13,7 @@ from torch import Tensor
 from heterodiff.compat.folder import check_target, write_folder
 from heterodiff.compat.formats import FORMATS, CheckpointFormat, to_legacy_order
 from heterodiff.compat.names import EARLIER_NAMES, model_arguments, read_arguments
-from heterodiff.compat.settle import IMPORT_ARGUMENTS, scheduler_arguments, settle, short
+from heterodiff.compat.network_config import IMPORT_ARGUMENTS, scheduler_arguments, settle, short
 from heterodiff.compat.weight_files import read_json_metadata, read_weights, some, tidy_tensors
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
 from heterodiff.models.unet import HAEUNet
@@ -57,7 +57,7 @@ def import_checkpoint(
         format: a name of :data:`heterodiff.compat.formats.FORMATS`.
         out: a folder that does not exist yet or is empty.
         overrides: arguments under their earlier or today's names, such as ``{"image_size": 128, "num_heads": 4}``,
-            and those of :data:`heterodiff.compat.settle.IMPORT_ARGUMENTS`.
+            and those of :data:`heterodiff.compat.network_config.IMPORT_ARGUMENTS`.
         variant: default: the one that the weights belong to.
 
     Raises:

@@ -10,8 +10,8 @@ from heterodiff.config.data import (
 )
 from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
 from heterodiff.config.run import RunConfig
+from heterodiff.config.sampling import SamplingConfig, SegmentationConfig
 from heterodiff.config.training import DiffusionConfig, TrainingConfig
-from heterodiff.config.use import SamplingConfig, SegmentationConfig
 
 __all__ = [
     "AlignmentConfig",

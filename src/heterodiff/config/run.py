@@ -9,8 +9,8 @@ from heterodiff.config.base import Section
 from heterodiff.config.data import DataConfig
 from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
 from heterodiff.config.readers import unread_problems
+from heterodiff.config.sampling import SamplingConfig, SegmentationConfig
 from heterodiff.config.training import DiffusionConfig, TrainingConfig
-from heterodiff.config.use import SamplingConfig, SegmentationConfig
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS
 from heterodiff.tasks import recipes
 

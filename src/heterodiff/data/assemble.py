@@ -12,9 +12,9 @@ from heterodiff.config import DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import listing, show
+from heterodiff.data.inspection import Measured, Survey
 from heterodiff.data.labels import index_labels
 from heterodiff.data.split import apply_split, draw_group_split, draw_split
-from heterodiff.data.survey import Measured, Survey
 from heterodiff.errors import DataError
 
 Range = tuple[float, float]

@@ -10,9 +10,9 @@ from heterodiff.data.assemble import assemble
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import DataFinding
+from heterodiff.data.inspection import Measured, Survey, survey_images
 from heterodiff.data.labels import sort_classes
 from heterodiff.data.sources import open_source
-from heterodiff.data.survey import Measured, Survey, survey_images
 from heterodiff.errors import DataError
 
 __all__ = ["DataFinding", "DataSummary", "check_data"]

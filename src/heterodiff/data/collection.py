@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from heterodiff.data.decode import decode_file
+from heterodiff.data.decoding import decode_file
+from heterodiff.data.decoding.layout import plain_numbers
 from heterodiff.data.findings import DataFinding
-from heterodiff.data.layout import plain_numbers
 
 
 @dataclass(frozen=True)

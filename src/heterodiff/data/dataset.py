@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from heterodiff.data.decoding.resize import Size, covering_size, resize_image
 from heterodiff.data.findings import BadImage, show
-from heterodiff.data.resize import Size, covering_size, resize_image
 from heterodiff.errors import DataError
 from heterodiff.image_spec import ImageSpec
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from heterodiff.data.dataset import ImageReader, ImageSpec
-from heterodiff.data.decode import decode_file
+from heterodiff.data.decoding import decode_file
 from heterodiff.data.findings import BadImage, printable
 from heterodiff.errors import DataError
 

@@ -16,10 +16,10 @@ from heterodiff.evaluation.augmentation_sets import (
     training_sets,
 )
 from heterodiff.evaluation.augmentation_summary import summary_of, verdict_of
-from heterodiff.evaluation.bootstrap import crossed_bootstrap, percentile_interval
-from heterodiff.evaluation.classifiers import CONV_BATCH_SIZE, CONV_MAX_SIDE, ConvReader, SvmReader, conv_steps, shrink
-from heterodiff.evaluation.distances import wilson_interval
-from heterodiff.evaluation.generation import Labelled, checked_images, class_name
+from heterodiff.metrics.bootstrap import crossed_bootstrap, percentile_interval
+from heterodiff.metrics.classifiers import CONV_BATCH_SIZE, CONV_MAX_SIDE, ConvReader, SvmReader, conv_steps, shrink
+from heterodiff.metrics.distances import wilson_interval
+from heterodiff.metrics.generation import Labelled, checked_images, class_name
 
 Progress = Callable[[int, int], None]
 
@@ -40,13 +40,13 @@ def augmentation_study(
 ) -> dict[str, Any]:
     """Train a classifier on real, on generated and on both kinds of images; compare how it reads real ones.
 
-    The three conditions share the architecture (:class:`heterodiff.evaluation.classifiers.ConvReader`), the batch
+    The three conditions share the architecture (:class:`heterodiff.metrics.classifiers.ConvReader`), the batch
     size, the number of optimiser steps and the seeds; the training images alone differ. With "generated only" this
     is the classification accuracy score of Ravuri and Vinyals 2019, also called train on synthetic, test on real.
 
     Intervals are at 95 %. The accuracy of a seed has Wilson's. Means over seeds, their ratio and their difference
     have percentiles of a bootstrap over held-out images crossed with seeds, paired between the conditions
-    (:func:`heterodiff.evaluation.bootstrap.crossed_bootstrap`). Where all resamples agree, as when every image is read
+    (:func:`heterodiff.metrics.bootstrap.crossed_bootstrap`). Where all resamples agree, as when every image is read
     right, a mean has Wilson's interval over the images instead, and ratio and difference reach as far to both sides
     as Wilson's for no success among the images. The recall of a class has Wilson's interval over the class's images
     at the mean over seeds. All of them take images for independent: where several come from one recording or
@@ -73,7 +73,7 @@ def augmentation_study(
           per true class and a column per class read.
         - ``ratio``: interval of the accuracy on generated only over that on real only; None if the latter is 0.
         - ``difference``: interval of the accuracy on both minus that on real only.
-        - ``svm``: a second opinion by :class:`heterodiff.evaluation.classifiers.SvmReader` with the first seed:
+        - ``svm``: a second opinion by :class:`heterodiff.metrics.classifiers.SvmReader` with the first seed:
           ``accuracy`` (interval by condition), ``ratio``, ``difference``.
         - ``verdict``: what adding generated images does: "better" or "worse" (the interval of the difference lies
           above or below 0), "not worse" (it holds 0 and ends above -0.05), else "cannot tell", as from fewer than 30
@@ -82,7 +82,7 @@ def augmentation_study(
 
     Raises:
         DataError: shapes or values that cannot be used (see
-            :func:`heterodiff.evaluation.generation.checked_images`), no seeds, or fewer than two classes among the
+            :func:`heterodiff.metrics.generation.checked_images`), no seeds, or fewer than two classes among the
             training, the generated or the held-out images.
     """
     seeds = list(dict.fromkeys(seeds))

@@ -13,14 +13,14 @@ from heterodiff.errors import ConfigError
 from heterodiff.evaluation.augmentation import augmentation_study
 from heterodiff.evaluation.augmentation_picture import augmentation_picture
 from heterodiff.evaluation.augmentation_sets import generated_counts, study_sets
+from heterodiff.evaluation.class_images import held_out_images, images_of, run_data
 from heterodiff.evaluation.progress import pictures_at_once
-from heterodiff.evaluation.report import write_report
-from heterodiff.evaluation.run import held_out_images, images_of, run_data
 from heterodiff.files import write_bytes
-from heterodiff.pipelines.files import draw_classes
 from heterodiff.pipelines.generate import GenerationPipeline
+from heterodiff.pipelines.image_files import draw_classes
 from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import progress_tasks
+from heterodiff.report.writing import write_report
 from heterodiff.run_folder import RunFolder
 
 MAX_PER_CLASS = 500

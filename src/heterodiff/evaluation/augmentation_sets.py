@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heterodiff.errors import DataError
-from heterodiff.evaluation.classifiers import MAX_TRAIN_IMAGES
-from heterodiff.evaluation.generation import Labelled, checked_images, class_name
+from heterodiff.metrics.classifiers import MAX_TRAIN_IMAGES
+from heterodiff.metrics.generation import Labelled, checked_images, class_name
 
 CONDITIONS = {"real": "real only", "generated": "generated only", "both": "real + generated"}
 MAX_STUDY_IMAGES = MAX_TRAIN_IMAGES // 2  # real and as many generated ones: the classifiers then see them all

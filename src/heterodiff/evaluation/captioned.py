@@ -12,7 +12,7 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError
-from heterodiff.evaluation.run import count_seen, image_config
+from heterodiff.evaluation.class_images import count_seen, image_config
 
 PART = 64
 

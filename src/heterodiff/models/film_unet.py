@@ -8,9 +8,9 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffuser
 from torch import nn
 
 from heterodiff.errors import ConfigError
+from heterodiff.models.backbone import Denoiser, check_widths
 from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS, LAYERS_PER_BLOCK, NUM_HEADS
-from heterodiff.models.denoiser import Denoiser, check_widths
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.unet import Stage
 

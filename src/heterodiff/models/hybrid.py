@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterodiff.models.attention_ways import DevicePattern, choose_way, sparse_attention
+from heterodiff.models.attention.patterns import Grid, make_pattern
+from heterodiff.models.attention.ways import DevicePattern, choose_way, sparse_attention
 from heterodiff.models.blocks import Dropout, FusedSequential, conv3x3, embedding_layers, to_map, to_tokens
 from heterodiff.models.normalization import GroupNorm32
-from heterodiff.models.sparse_attention import Grid, make_pattern
 from heterodiff.models.variants import HybridSpec
 
 REGIONAL_PATCHES = (4, 8)
@@ -18,7 +18,7 @@ NUM_HEADS = 8
 
 @dataclass(frozen=True)
 class PatternSpec:
-    """The sparse pattern of a model; see :func:`heterodiff.models.sparse_attention.make_pattern`."""
+    """The sparse pattern of a model; see :func:`heterodiff.models.attention.patterns.make_pattern`."""
 
     kind: str
     sparsity: float

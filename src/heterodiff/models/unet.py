@@ -8,6 +8,8 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffuser
 from torch import Tensor, nn
 
 from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.models.attention.patterns import MIN_KEYS, PATTERNS
+from heterodiff.models.backbone import Denoiser, Recompute, check_widths, embedding_mlp, readable
 from heterodiff.models.blocks import (
     AttentionBlock,
     Downsample,
@@ -21,10 +23,8 @@ from heterodiff.models.blocks import (
 )
 from heterodiff.models.conditioning import zero_rows
 from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY, default_levels
-from heterodiff.models.denoiser import Denoiser, Recompute, check_widths, embedding_mlp, readable
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
-from heterodiff.models.sparse_attention import MIN_KEYS, PATTERNS
 from heterodiff.models.variants import VARIANTS, HybridSpec
 
 

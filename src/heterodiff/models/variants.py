@@ -1,14 +1,14 @@
 """The denoisers by name: a row for each variant of the HAE family and for each other network; imports no torch."""
 
-import importlib
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.lazy import loaded
 
 if TYPE_CHECKING:
-    from heterodiff.models.denoiser import Denoiser
+    from heterodiff.models.backbone import Denoiser
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,14 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A denoiser that is no variant of the HAE family: the module and name of its class, imported when it is built."""
+    """A denoiser that is no variant of the HAE family: ``module:name`` of its class, imported when it is built."""
 
-    module: str
-    name: str
+    network: str
     summary: str = ""
 
 
 NETWORKS: dict[str, Network] = {
-    "film-unet": Network(
-        "heterodiff.models.film_unet", "FiLMUNet", summary="of small latents, steered by a text embedding"
-    ),
+    "film-unet": Network("heterodiff.models.film_unet:FiLMUNet", "of small latents, steered by a text embedding"),
 }
 
 
@@ -84,8 +81,7 @@ def network_class(variant: str) -> Any:
     """
     if variant not in list_models():
         raise ConfigError(unknown_name("model variant", variant, list_models()))
-    row = NETWORKS.get(variant, Network("heterodiff.models.unet", "HAEUNet"))
-    return getattr(importlib.import_module(row.module), row.name)
+    return loaded(NETWORKS[variant].network if variant in NETWORKS else "heterodiff.models.unet:HAEUNet")
 
 
 def create_model(variant: str, **config: Any) -> "Denoiser":

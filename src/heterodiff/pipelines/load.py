@@ -14,15 +14,16 @@ from heterodiff.compiling import Compile, compile_for_drawing
 from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
 from heterodiff.files import read_json
+from heterodiff.lazy import loaded
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
-from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.pipelines.text_to_image import TextImagePipeline
 from heterodiff.run_folder import RunFolder
-from heterodiff.tasks import TASKS, Task, loaded, task_of_pipeline
-from heterodiff.text.networks import load_networks
+from heterodiff.tasks import TASKS, Task, task_of_pipeline
+from heterodiff.text.aligned import load_networks
 
 TRAIN_OR_IMPORT = "train or import it again; earlier checkpoints come in through `heterodiff import`"
 
@@ -226,7 +227,7 @@ def check_preprocessing(run: Path, made: str | None) -> None:
     """Refuse slices of volumes that were made in another way than those the run was trained on.
 
     Args:
-        made: :func:`heterodiff.data.volumes.known_fingerprint` of the slices.
+        made: :func:`heterodiff.data.sources.volumes.known_fingerprint` of the slices.
 
     Raises:
         RunError: they were.

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from heterodiff.config import DataConfig, RunConfig
+from heterodiff.data.decoding.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.findings import printable
-from heterodiff.data.nifti import PatientFiles, find_patients, load_nifti, read_patient
-from heterodiff.data.slices import from_pictures, restore_slices, slice_patient, stretch_slice
-from heterodiff.data.volumes import DEFAULT_SIZE, fingerprint, layout_of
+from heterodiff.data.sources.slices import from_pictures, restore_slices, slice_patient, stretch_slice
+from heterodiff.data.sources.volumes import DEFAULT_SIZE, fingerprint, layout_of
 from heterodiff.devices import Device
 from heterodiff.errors import CheckpointError, DataError, RunError
 from heterodiff.files import fresh, read_json, replacing, write_json, write_text

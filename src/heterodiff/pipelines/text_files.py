@@ -11,8 +11,8 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import DataError, RunError
 from heterodiff.files import write_text
 from heterodiff.pictures import image_grid, save_image
-from heterodiff.pipelines.files import GRID_FILE, MAX_GRID_IMAGES, UNSAFE
-from heterodiff.pipelines.text_image import TextImagePipeline
+from heterodiff.pipelines.image_files import GRID_FILE, MAX_GRID_IMAGES, UNSAFE
+from heterodiff.pipelines.text_to_image import TextImagePipeline
 
 PROMPTS_FILE = "prompts.jsonl"
 MAX_NAME_LENGTH = 60

@@ -9,7 +9,7 @@ from torch import Tensor
 from heterodiff.data.findings import show
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
-from heterodiff.pipelines.text_image import TextImagePipeline, TextWarning
+from heterodiff.pipelines.text_to_image import TextImagePipeline, TextWarning
 
 Add = Callable[[bool, str, str], None]
 """Takes whether it passed, its name, and a line about it."""

@@ -24,7 +24,7 @@ from transformers import (
 from heterodiff.codecs.cnn import Residual, scaled
 from heterodiff.errors import ConfigError
 from heterodiff.models.loading import load_network
-from heterodiff.text.loading import make_config
+from heterodiff.text.pretrained import make_config
 
 EMBEDDING_TOKENS = 8
 """What an embedding becomes; the map's cells are as many tokens as there are cells."""

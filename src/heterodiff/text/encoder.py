@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from heterodiff.errors import CheckpointError, ConfigError, reason
 from heterodiff.files import read_json
 from heterodiff.models.loading import load_network, refuse_nonfinite
-from heterodiff.text.loading import AGAIN, find_pretrained, make_config
+from heterodiff.text.pretrained import AGAIN, find_pretrained, make_config
 from heterodiff.text.tokenizer import tokenizer_fingerprint
 
 _BERT_KEYS = (

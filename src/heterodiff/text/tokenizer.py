@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from heterodiff.errors import CheckpointError, ConfigError, DataError, reason
-from heterodiff.text.loading import AGAIN, find_pretrained
+from heterodiff.text.pretrained import AGAIN, find_pretrained
 
 # Threads of the tokenizers library and forked data loaders do not go together: it would say so at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,12 +11,12 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of_codec
+from heterodiff.training.checkpoints.resume import changed_keys
 from heterodiff.training.loop import check_batch
-from heterodiff.training.memory_plan import check_fits
 from heterodiff.training.precision import precision_of
+from heterodiff.training.preflight.memory_plan import check_fits
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.text_networks import codec_arguments
-from heterodiff.training.run_folder import changed_keys
 
 
 def codec_run(config: RunConfig) -> RunConfig | None:

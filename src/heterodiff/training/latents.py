@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from heterodiff.codecs.latent import LatentCodec, check_scale, measure
 from heterodiff.codecs.make import load_saved_codec
+from heterodiff.codecs.scaling import LatentCodec, check_scale, measure
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import with_captions, without_captions
-from heterodiff.data.encode import encode_data
-from heterodiff.data.latents import INDEX_FILE, load_latents
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import DataError
+from heterodiff.latents.encode import encode_data
+from heterodiff.latents.reading import INDEX_FILE, load_latents
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.processes import HostGroup
 

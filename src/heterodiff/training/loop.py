@@ -21,7 +21,9 @@ from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError, Run
 from heterodiff.memory import keep_freed_memory
 from heterodiff.run_folder import CHECKPOINTS, RunFolder
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
-from heterodiff.training.checkpoint import Checkpoint, write_checkpoint
+from heterodiff.training.checkpoints.checkpoint import Checkpoint, write_checkpoint
+from heterodiff.training.checkpoints.resume import fingerprint
+from heterodiff.training.checkpoints.state import Part, capture, restore
 from heterodiff.training.ema import EMA
 from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
@@ -29,8 +31,6 @@ from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.precision import compute_in, loss_scaler, precision_of
 from heterodiff.training.processes import HostGroup, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
-from heterodiff.training.run_folder import fingerprint
-from heterodiff.training.state import Part, capture, restore
 
 GRAD_NORM = "grad_norm"
 NAMED_IMAGES = 8

@@ -15,7 +15,7 @@ import heterodiff
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
-from heterodiff.data.volumes import known_fingerprint
+from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import deterministic_kernels, device_name
 from heterodiff.errors import (
     CheckpointError,
@@ -25,17 +25,18 @@ from heterodiff.errors import (
     compile_error,
     is_out_of_memory,
 )
+from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.run_folder import RunFolder
-from heterodiff.tasks import loaded, task_of
-from heterodiff.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.tasks import task_of
+from heterodiff.training.checkpoints.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.checkpoints.resume import check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import stored_latents
 from heterodiff.training.loop import OnStep, Trainer, TrainingResult, check_batch, learning_rate_at
-from heterodiff.training.memory_plan import advice, check_fits, training_memory_bytes
 from heterodiff.training.precision import precision_of
+from heterodiff.training.preflight.memory_plan import advice, check_fits, training_memory_bytes
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.run_folder import check_run_folder
 
 MAX_TEXT_NOTES = 3
 

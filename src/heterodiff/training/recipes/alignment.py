@@ -19,15 +19,15 @@ from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.errors import DataError
-from heterodiff.evaluation.reconstruction import psnr
-from heterodiff.evaluation.retrieval import recall
+from heterodiff.metrics.reconstruction import psnr
+from heterodiff.metrics.retrieval import recall
 from heterodiff.pictures import image_grid
-from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings
+from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings
+from heterodiff.text.aligned import TextNetworks
+from heterodiff.text.caption_table import CaptionTable
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.contrastive import LogitScale, contrastive_losses
 from heterodiff.text.encoder import TextEncoder
-from heterodiff.text.networks import TextNetworks
-from heterodiff.text.table import CaptionTable
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses, refuse_without_captions, store_scale
 from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer

@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from heterodiff.codecs.latent import LatentCodec, measure
+from heterodiff.codecs.scaling import LatentCodec, measure
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset

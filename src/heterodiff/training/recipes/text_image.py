@@ -18,15 +18,15 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
-from heterodiff.pipelines.text_image import TextImagePipeline, no_text_warnings, predict
+from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings, predict
 from heterodiff.progress import progress_tasks
-from heterodiff.text.networks import TextNetworks, load_networks
-from heterodiff.text.table import CaptionTable
+from heterodiff.text.aligned import TextNetworks, load_networks
+from heterodiff.text.caption_table import CaptionTable
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
-from heterodiff.training.recipes.guess import STEPS, fit_guess, known_embeddings
+from heterodiff.training.recipes.prior import STEPS, fit_guess, known_embeddings
 
 GUESS = "guess."
 """Prefix of the weights of the guess in a checkpoint."""

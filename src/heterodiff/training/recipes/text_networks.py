@@ -14,9 +14,9 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, reason
 from heterodiff.models.loading import refuse_nonfinite
+from heterodiff.text.aligned import TOKENIZER_FOLDER, TextNetworks
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder, check_tokenizer
-from heterodiff.text.networks import TOKENIZER_FOLDER, TextNetworks
 from heterodiff.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 

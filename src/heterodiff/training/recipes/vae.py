@@ -18,7 +18,7 @@ from heterodiff.config import RunConfig, VAEConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.errors import ConfigError
-from heterodiff.evaluation.reconstruction import psnr, ssim
+from heterodiff.metrics.reconstruction import psnr, ssim
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Losses, store_scale

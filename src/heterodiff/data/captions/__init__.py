@@ -1,0 +1,215 @@
+"""The source ``captions``: a folder of images, and texts that describe them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from heterodiff.config import DataConfig
+from heterodiff.data.captions.files import CaptionFile, CaptionRow, read_caption_file
+from heterodiff.data.collection import Collection, FileReader
+from heterodiff.data.findings import DataFinding, listing, show
+from heterodiff.data.sources.metadata import file_problem, find_metadata, name_problem
+from heterodiff.data.sources.scan import FolderScan, scan_folder
+from heterodiff.errors import DataError
+
+COCO_FOLDER, COCO_PATTERN, _COCO_VALIDATION = "annotations", "captions_*.json", re.compile(r"captions_val.*\.json")
+SINGLE_FILES = ("results.csv", "captions.txt")
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """Captions brought together with the image files they describe; names are relative to the data folder.
+
+    Attributes:
+        captions: of each image; keys of a dictionary, for order without repetition.
+        present: all images in the folder that was looked into.
+    """
+
+    path: Path
+    captions: dict[str, dict[str, None]]
+    problems: list[DataFinding]
+    present: set[str]
+    unreadable: tuple[DataFinding, ...]
+
+
+def open_captions(config: DataConfig) -> Collection:
+    """List the images of ``config.path`` that have captions; nothing is decoded yet.
+
+    The layout is that of ``config.captions_file``, or of the first of these that is there: COCO, Flickr30k,
+    ``captions.txt``, ``metadata.csv`` or ``metadata.jsonl``. COCO's validation images are held out.
+
+    Raises:
+        DataError: no folder, no captions, a file of captions that cannot be read, images that are not where it says.
+            Single rows that cannot be used become problems of the collection.
+    """
+    root = _folder(config)
+    scans: dict[str, FolderScan] = {}
+    matched = [_match(read_caption_file(path, root, config), root, scans) for path in _caption_files(root, config)]
+    captions: dict[str, dict[str, None]] = {}
+    for part in matched:
+        for name, texts in part.captions.items():
+            captions.setdefault(name, {}).update(texts)
+    problems = tuple(item for part in matched for item in part.problems)
+    if not captions:
+        found = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
+        raise DataError(f"{', '.join(str(part.path) for part in matched)}: {found}")
+    names = tuple(sorted(captions))
+    held_out = _held_out(matched)
+    return Collection(
+        where=str(root),
+        names=names,
+        class_of=(None,) * len(names),
+        read=FileReader(root, names, config.channels),
+        unreadable=tuple(dict.fromkeys(item for part in matched for item in part.unreadable)),
+        problems=problems,
+        warnings=_without_captions(set().union(*(part.present for part in matched)) - captions.keys()),
+        captions=tuple(tuple(captions[name]) for name in names),
+        held_out=None if held_out is None else tuple(name in held_out for name in names),
+    )
+
+
+def _folder(config: DataConfig) -> Path:
+    if config.path is None:
+        raise DataError("data.source 'captions' needs data.path: a folder of images and their captions")
+    root = config.path.expanduser()
+    if not root.is_dir():
+        found = "a file" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {found}; expected a folder of images and their captions in data.path")
+    return root
+
+
+def _caption_files(root: Path, config: DataConfig) -> list[Path]:
+    if config.captions_file is not None:
+        path = root / config.captions_file.expanduser()
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; correct data.captions_file, which is relative to data.path")
+        return [path]
+    if coco := sorted(path for path in (root / COCO_FOLDER).glob(COCO_PATTERN) if path.is_file()):
+        return coco
+    for name in SINGLE_FILES:
+        if (root / name).is_file():
+            return [root / name]
+    if metadata := find_metadata(root):
+        return [metadata]
+    looked_for = ", ".join((f"{COCO_FOLDER}/{COCO_PATTERN}", *SINGLE_FILES, "metadata.csv and metadata.jsonl"))
+    raise DataError(
+        f"{root}: no captions here; looked for {looked_for}. Add one of these, or name another file with "
+        "data.captions_file"
+    )
+
+
+def _held_out(matched: list[_Matched]) -> set[str] | None:
+    """The images of COCO's validation files, if there are training files as well."""
+    is_val = [bool(_COCO_VALIDATION.fullmatch(part.path.name)) for part in matched]
+    if len(set(is_val)) < 2:
+        return None
+    train, val = (
+        set().union(*(part.captions for part, found in zip(matched, is_val, strict=True) if found == wanted))
+        for wanted in (False, True)
+    )
+    if both := train & val:
+        raise DataError(
+            f"{', '.join(str(part.path) for part in matched)}: {len(both):,} images are described in the training and "
+            f"in the validation files, for example {show(min(both))}; keep each image in one of them"
+        )
+    return val
+
+
+def _without_captions(names: set[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (f"{len(names):,} images have no caption and were left out, for example {show(min(names))}",)
+
+
+def clean_caption(text: Any) -> str:
+    """Return a caption on one line, with single blanks between its words.
+
+    Raises:
+        ValueError: empty, or not a text.
+    """
+    if text is None:
+        raise ValueError("the caption is empty")
+    if not isinstance(text, str):
+        raise ValueError(f"caption {text!r:.60} is not text")
+    cleaned = " ".join(text.split())
+    if not cleaned:
+        raise ValueError("the caption is empty")
+    try:
+        cleaned.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"caption {cleaned!a:.60} holds half of a surrogate pair, which is no character") from None
+    return cleaned
+
+
+def _match(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> _Matched:
+    """Find the images that ``file`` names.
+
+    Args:
+        scans: of the folders read so far, by name; added to.
+    """
+    folder = _image_folder(file, root, scans)
+    prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
+    present = set(scan.files)
+    resolved: dict[str, tuple[str, str | None]] = {}
+    captions: dict[str, dict[str, None]] = {}
+    problems = []
+    for row in file.rows:
+        if isinstance(row, DataFinding):
+            problems.append(row)
+            continue
+        key = row.file if isinstance(row.file, str) else ""
+        if key not in resolved:
+            resolved[key] = _resolve(root / folder, key, file.file_column, present)
+        name, problem = resolved[key]
+        if problem is not None:
+            problems.append(DataFinding(row.where, problem))
+            continue
+        texts, wrong = _clean(row)
+        problems.extend(wrong)
+        if texts:
+            captions.setdefault(prefix + name, {}).update(texts)
+    unreadable = tuple(DataFinding(prefix + item.name, item.problem) for item in scan.unreadable)
+    return _Matched(file.path, captions, problems, {prefix + name for name in scan.files}, unreadable)
+
+
+def _clean(row: CaptionRow) -> tuple[dict[str, None], list[DataFinding]]:
+    texts: dict[str, None] = {}
+    problems = [] if row.texts else [DataFinding(row.where, "the caption is empty")]
+    for text in row.texts:
+        try:
+            texts[clean_caption(text)] = None
+        except ValueError as error:
+            problems.append(DataFinding(row.where, str(error)))
+    return texts, problems
+
+
+def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[str, str | None]:
+    """Return the name of ``file`` in ``folder``, and what is wrong with it; asks the disk only about unlisted files."""
+    if problem := name_problem(folder, file, column):
+        return file, problem
+    name = PurePosixPath(file).as_posix()
+    return name, None if name in present else file_problem(folder, name, column)
+
+
+def _image_folder(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> str:
+    """The first folder that holds any of the images, relative to ``root``.
+
+    Raises:
+        DataError: none does.
+    """
+    named = dict.fromkeys(row.file for row in file.rows if isinstance(row, CaptionRow) and isinstance(row.file, str))
+    folders = [folder for folder in dict.fromkeys(file.folders) if (root / folder).is_dir()]
+    for folder in folders:
+        if folder not in scans:
+            scans[folder] = scan_folder(root / folder)
+        present = set(scans[folder].files)
+        if any(_resolve(root / folder, name, file.file_column, present)[1] is None for name in named):
+            return folder
+    if all(name_problem(root, name) for name in named):  # the rows are the problem, not the place
+        return folders[-1]
+    looked_in = ", ".join(str(root / folder) for folder in dict.fromkeys(file.folders))
+    raise DataError(
+        f"{file.path}: none of the {len(named):,} images it names was found, for example {show(next(iter(named)))}; "
+        f"looked in {looked_in}. Put them into one of these folders, or correct data.path or data.captions_file"
+    )

@@ -1,0 +1,121 @@
+"""One image file to one array: the only code path for decoding, whatever is kept in memory."""
+
+import math
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from heterodiff.data.decoding.layout import channels_first, check_array_header, plain_numbers
+from heterodiff.data.decoding.pillow import SUFFIX_FORMATS, content_hint, decode_picture
+from heterodiff.data.decoding.tiff import decode_tiff
+from heterodiff.data.findings import BadImage
+
+ARRAY_SUFFIXES = (".npy", ".npz")
+TIFF_SUFFIXES = (".tif", ".tiff")
+SUFFIXES = (*SUFFIX_FORMATS, *TIFF_SUFFIXES, *ARRAY_SUFFIXES)
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and dtype of the npy stream ``file``, which is left behind its header."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADER_READERS:
+        raise BadImage(f"npy format version {version} is not supported; save it with numpy.save")
+    shape, _, dtype = _HEADER_READERS[version](file)
+    return shape, dtype
+
+
+def read_member(archive: zipfile.ZipFile, key: str, max_bytes: int | None) -> np.ndarray:
+    """Return array ``key`` of an npz ``archive``; its header is checked before anything is decompressed.
+
+    Args:
+        max_bytes: refuse larger arrays; ``None``: the limits of a single image.
+
+    Raises:
+        BadImage: too large, or not an array of numbers.
+    """
+    with archive.open(f"{key}.npy") as file:
+        shape, dtype = read_header(file)
+    if max_bytes is None:
+        check_array_header(shape, dtype)
+    elif math.prod(shape) * dtype.itemsize > max_bytes:
+        raise BadImage(f"array '{key}' needs {math.prod(shape) * dtype.itemsize:,} bytes; at most {max_bytes:,}")
+    with archive.open(f"{key}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        file.read(1)  # at the end of the member zipfile compares the checksum
+    return array
+
+
+def _decode_npy(path: Path, channels: int | None) -> np.ndarray:
+    with path.open("rb") as file:
+        head = file.read(8)
+        if not head.startswith(b"\x93NUMPY"):
+            raise BadImage(f"suffix .npy but not an npy file{content_hint(head)}")
+        file.seek(0)
+        shape, dtype = read_header(file)
+        check_array_header(shape, dtype)
+        missing = math.prod(shape) * dtype.itemsize - (os.fstat(file.fileno()).st_size - file.tell())
+        if missing > 0:
+            raise BadImage(f"truncated: {missing:,} bytes are missing for shape {shape} of {dtype}")
+        file.seek(0)
+        return channels_first(np.load(file, allow_pickle=False), channels)
+
+
+def _decode_npz(path: Path, channels: int | None) -> np.ndarray:
+    with path.open("rb") as file:
+        head = file.read(8)
+    if not head.startswith(b"PK"):
+        raise BadImage(f"suffix .npz but not an npz file{content_hint(head)}")
+    with zipfile.ZipFile(path) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        key = "image" if "image" in keys else keys[0] if len(keys) == 1 else None
+        if key is None:
+            raise BadImage(f"arrays {keys[:5]}; expected one array, or one named 'image'")
+        return channels_first(read_member(archive, key, None), channels)
+
+
+def _decode_by_suffix(path: Path, channels: int | None) -> np.ndarray:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIX_FORMATS:
+        return decode_picture(path, channels)
+    if suffix in TIFF_SUFFIXES:
+        return decode_tiff(path, channels)
+    if suffix == ".npy":
+        return _decode_npy(path, channels)
+    if suffix == ".npz":
+        return _decode_npz(path, channels)
+    raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
+
+
+def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
+    """Decode the image file ``path``.
+
+    Args:
+        channels: wanted channels; converts 8-bit pictures (PNG, JPEG, BMP) to 1, 3 or 4 and tells the channel
+            axis of arrays. The result may still have another count: the caller compares.
+
+    Returns:
+        (C, H, W) bool, uint8, uint16 or float32 (all other number types), contiguous and finite.
+
+    Raises:
+        BadImage: with the reason, whatever is wrong with the file.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a regular file")
+        if status.st_size == 0:
+            raise BadImage("empty file (0 bytes)")
+        return plain_numbers(_decode_by_suffix(path, channels))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files; the file is bad all the same
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(f"cannot be decoded: {reason[:200]}") from error

@@ -1,0 +1,271 @@
+"""The source ``volumes``: slices of patients, from NIfTI volumes (made once and kept) or from one npz file."""
+
+import hashlib
+import json
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heterodiff.config import DataConfig, VolumesConfig
+from heterodiff.data.collection import Collection
+from heterodiff.data.decoding import read_member
+from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
+from heterodiff.data.decoding.resize import Size
+from heterodiff.data.findings import BadImage
+from heterodiff.data.sources.slices import PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
+from heterodiff.errors import CheckpointError, DataError
+from heterodiff.files import read_json, replacing, write_text
+
+DEFAULT_SIZE = (128, 128)
+CLASSES = ("healthy", "unhealthy")
+PROGRESS_FROM = 4
+
+
+def layout_of(config: VolumesConfig) -> Layout:
+    """File name patterns: those of the layout, or the user's own."""
+    known = LAYOUTS[config.layout]
+    return Layout(config.modalities or known.modalities, config.mask or known.mask)
+
+
+def preprocessing(config: DataConfig) -> dict[str, Any]:
+    """All that decides what a slice of given volumes looks like, ready for JSON."""
+    return {
+        "version": VERSION,
+        "channels": list(layout_of(config.volumes).modalities),
+        "image_size": list(config.image_size or DEFAULT_SIZE),
+        "percentile": PERCENTILE,
+        "least_brain": config.volumes.least_brain,
+    }
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Sixteen letters that change whenever :func:`preprocessing` does."""
+    return hashlib.sha256(json.dumps(preprocessing(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def known_fingerprint(config: DataConfig) -> str | None:
+    """That of the slices of ``config``; ``None`` of slices that were not made here, such as those in an npz file."""
+    if config.source != "volumes" or config.path is None or config.path.suffix.lower() == ".npz":
+        return None
+    return fingerprint(config)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Slices of one scan of a patient as they are kept."""
+
+    name: str
+    patient: str
+    image: Path
+    mask: Path | None
+    unhealthy: tuple[bool, ...] | None
+    index: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _kept(path: Path, index: int) -> np.ndarray:
+    try:
+        return np.array(_mapped(path)[index])
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise BadImage(f"{path}: kept slices cannot be read ({error}); delete the folder to make them again") from None
+
+
+@dataclass(frozen=True)
+class SliceReader:
+    """Row ``i`` is slice ``rows[i][1]`` of the array in file ``rows[i][0]``."""
+
+    rows: tuple[tuple[Path, int], ...]
+
+    def __call__(self, row: int) -> np.ndarray:
+        path, index = self.rows[row]
+        return stretch_slice(_kept(path, index).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """Mask of row ``i``, where the rows' arrays hold masks."""
+
+    rows: tuple[tuple[Path, int], ...]
+
+    def __call__(self, row: int) -> np.ndarray:
+        path, index = self.rows[row]
+        try:
+            return _kept(path, index).astype(bool)
+        except BadImage as reason:  # no image is bad here, and callers expect none
+            raise DataError(str(reason)) from None
+
+
+def open_volumes(config: DataConfig) -> Collection:
+    """Return the slices: float32 (N, C, H, W), each channel of a slice stretched to [0, 1], with patients and masks.
+
+    Volumes below ``data.path`` are cut into slices once and kept in ``data.volumes.cache``; a start that was
+    interrupted can be repeated. An npz file holds ``image`` (N, C, H, W), ``patient`` (N,) and, to learn from, ``mask``
+    (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
+
+    Raises:
+        DataError: no path, nothing usable there, or a patient's volumes that cannot be used.
+    """
+    if config.path is None:
+        raise DataError(
+            "data.source 'volumes' needs data.path: a folder of patients with NIfTI volumes, or an npz file"
+        )
+    path = config.path.expanduser()
+    if path.suffix.lower() == ".npz":
+        return _open_npz(path, config)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder of patients; correct data.path")
+    layout = layout_of(config.volumes)
+    patients = find_patients(path, layout)
+    with_mask = [patient for patient in patients if patient.mask]
+    if with_mask and len(with_mask) < len(patients):
+        without = next(patient for patient in patients if not patient.mask)
+        raise DataError(
+            f"{path}: {len(with_mask)} of {len(patients)} patients have a mask {layout.mask}.nii[.gz], {without.name} "
+            "has none; add an empty one where nothing is to be found, or move such patients to a folder of their own"
+        )
+    folder = (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
+    stored = [_stored(patient, folder, config, number, len(patients)) for number, patient in enumerate(patients, 1)]
+    rows = [(one, k) for one in stored for k in range(len(one.index))]
+    if not rows:
+        raise DataError(f"{path}: no slice shows enough of the brain; lower data.volumes.least_brain")
+    labelled = config.labels != "none" and bool(with_mask)
+    return Collection(
+        where=str(path),
+        names=tuple(f"{one.name}/{one.index[k]:04d}" for one, k in rows),
+        class_of=tuple(CLASSES[one.unhealthy[k]] if labelled and one.unhealthy else None for one, k in rows),
+        read=SliceReader(tuple((one.image, k) for one, k in rows)),
+        value_range=(0.0, 1.0),
+        groups=tuple(one.patient for one, _ in rows),
+        mask=MaskReader(tuple((one.mask, k) for one, k in rows if one.mask)) if with_mask else None,
+    )
+
+
+def _safe(name: str) -> str:
+    """A file name for a patient; different patients get different ones."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}_{digest}"
+
+
+def _stamp(patient: PatientFiles) -> list[list[Any]]:
+    files = [*patient.volumes, *([patient.mask] if patient.mask else [])]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int, total: int) -> _Stored:
+    """The kept slices of a patient, made anew where its files have changed since."""
+    stem = folder / _safe(patient.name)
+    index_file, image = Path(f"{stem}.json"), Path(f"{stem}.image.npy")
+    mask = Path(f"{stem}.mask.npy") if patient.mask else None
+    stamp = _stamp(patient)
+    try:
+        content = read_json(index_file)
+        fits = content["stamp"] == stamp and image.is_file() and (mask is None or mask.is_file())
+    except (CheckpointError, KeyError):
+        fits = False
+    if not fits:
+        if total >= PROGRESS_FROM:
+            print(f"slicing  patient {number} of {total}: {patient.name}", file=sys.stderr, flush=True)
+        slices = slice_patient(read_patient(patient), config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
+        content = {
+            "stamp": stamp,
+            "index": slices.index.tolist(),
+            "unhealthy": None if slices.unhealthy is None else slices.unhealthy.tolist(),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(image, slices.image.astype(np.float16))
+            if mask is not None:
+                _write(mask, slices.mask)
+            write_text(index_file, json.dumps(content))  # last: with it, the patient is done
+        except OSError as error:
+            raise DataError(
+                f"{folder}: slices cannot be kept here ({error.strerror}); name another folder in data.volumes.cache"
+            ) from None
+    unhealthy = content["unhealthy"]
+    ill = None if unhealthy is None else tuple(unhealthy)
+    return _Stored(patient.name, patient.patient, image, mask, ill, tuple(content["index"]))
+
+
+def _write(path: Path, array: np.ndarray | None) -> None:
+    assert array is not None
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+# --- slices in one npz file ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArraySlices:
+    """Row ``i`` of ``image`` (N, C, H, W), at ``size`` and stretched; ``mask`` likewise."""
+
+    image: np.ndarray
+    mask_array: np.ndarray | None
+    size: Size
+
+    def __call__(self, row: int) -> np.ndarray:
+        picture = self.image[row : row + 1].astype(np.float32)
+        return stretch_slice(resize_slices(picture, self.size, "bilinear")[0])
+
+    def mask(self, row: int) -> np.ndarray:
+        assert self.mask_array is not None
+        mask = self.mask_array[row : row + 1, None].astype(np.float32)
+        return resize_slices(mask, self.size, "nearest-exact")[0, 0] > 0.5
+
+
+def _open_npz(path: Path, config: DataConfig) -> Collection:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of slices; correct data.path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            there = {name.removesuffix(".npy") for name in archive.namelist()}
+            if missing := {"image", "patient"} - there:
+                raise BadImage(f"no array '{min(missing)}'; expected image, patient and mask, found {sorted(there)}")
+            limit = int(config.memory_limit_gb * 1e9)
+            arrays = {
+                key: read_member(archive, key, limit) for key in ("image", "patient", "mask", "z") if key in there
+            }
+    except BadImage as reason:
+        raise DataError(f"{path}: {reason}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
+    image, patient, mask = arrays["image"], arrays["patient"], arrays.get("mask")
+    count = len(image) if image.ndim else 0
+    for name, found, expected in (
+        ("image", image.shape, (count, *image.shape[1:4]) if image.ndim == 4 else "(N, C, H, W)"),
+        ("patient", patient.shape, (count,)),
+        ("mask", None if mask is None else mask.shape, None if mask is None else (count, *image.shape[2:])),
+    ):
+        if found != expected:
+            raise DataError(f"{path}: '{name}' has the shape {found}, expected {expected}")
+    if not np.isfinite(image).all():
+        raise DataError(f"{path}: 'image' holds NaN or infinite values; repair it")
+    if mask is not None and (problem := label_problem(mask)):
+        raise DataError(f"{path}: 'mask': {problem}")
+    groups = tuple(str(value) for value in patient)
+    z = arrays.get("z", np.arange(count))
+    names = tuple(f"{group}/{int(index):04d}" for group, index in zip(groups, z, strict=True))
+    if len(set(names)) < count:
+        raise DataError(f"{path}: slices of a patient share a number in 'z'; leave 'z' out or correct it")
+    reader = ArraySlices(image, mask, config.image_size or DEFAULT_SIZE)
+    labelled = config.labels != "none" and mask is not None
+    unhealthy = [mask is not None and bool(mask[row].any()) for row in range(count)]
+    return Collection(
+        where=str(path),
+        names=names,
+        class_of=tuple(CLASSES[value] if labelled else None for value in unhealthy),
+        read=reader,
+        value_range=(0.0, 1.0),
+        groups=groups,
+        mask=None if mask is None else reader.mask,
+    )

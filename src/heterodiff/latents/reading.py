@@ -1,0 +1,207 @@
+"""Reading a folder of stored latents as a data set; `latents_format` describes the folder, `encode` writes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from heterodiff.config import DataConfig
+from heterodiff.data.assemble import LatentsInfo, LoadedData
+from heterodiff.data.collection import Collection
+from heterodiff.data.dataset import ImageDataset, ImageSpec, ImageStore, MemoryStore
+from heterodiff.data.findings import show
+from heterodiff.errors import DataError
+from heterodiff.latents.format import (
+    AGAIN,
+    INDEX_FILE,
+    PLAN_FILE,
+    Index,
+    Part,
+    read_record,
+    read_shard,
+    sha256_of,
+    shard_name,
+    shard_problem,
+)
+
+__all__ = ["INDEX_FILE", "LatentDataset", "LatentsInfo", "ShardStore", "load_latents", "load_stored"]
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """Latents read through a memory map of their shards at every access, for data sets larger than memory.
+
+    Maps are opened for a batch and closed after it: there may be more shards than a process may have files, and
+    loader workers get no open ones.
+    """
+
+    folder: Path
+    shard_size: int
+    shape: tuple[int, int, int]
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        channels, height, width = self.shape
+        posteriors = np.empty((len(rows), 2 * channels, height, width), np.float16)
+        shards, places = np.divmod(rows, self.shard_size)
+        for number in np.unique(shards):
+            path = self.folder / shard_name(int(number))
+            try:
+                with safe_open(path, "np") as file:
+                    mean, std = file.get_slice("mean"), file.get_slice("std")
+                    for position in np.flatnonzero(shards == number):
+                        row = slice(int(places[position]), int(places[position]) + 1)
+                        posteriors[position, :channels] = mean[row][0]
+                        posteriors[position, channels:] = std[row][0]
+            except (OSError, SafetensorError, ValueError, IndexError) as error:
+                raise DataError(f"{path}: was readable before and is not now: {error}; {AGAIN}") from None
+        return posteriors
+
+
+class LatentDataset(ImageDataset):
+    """Stored posteriors with labels, in place of the images they were encoded from.
+
+    ``spec``, ``names`` and ``labels`` are those of the images; items are float32 (2 c, h, w), mean and std as
+    `KLVAECodec.posterior` gives them to float16 precision, and the class index (-1 = unlabelled).
+    """
+
+    def stored(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return posteriors (B, 2 c, h, w) float16 of ``indices``.
+
+        Raises:
+            IndexError: an index is out of range.
+            DataError: a shard that is read at every access has become unreadable or has changed.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        posteriors = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
+        finite = torch.isfinite(posteriors).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            raise DataError(
+                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {AGAIN}"
+            )
+        return posteriors
+
+    def to_images(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return posteriors as float32."""
+        return stored.float()
+
+
+def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
+    """Open a folder that `heterodiff encode` wrote; training and validation images as they were split then.
+
+    Args:
+        memory_limit_gb: read all shards into memory, and compare their checksums, when they need at most this; else
+            they are read at every access, and sizes and headers are compared.
+
+    Raises:
+        DataError: no such folder, one that is not complete, or a file that is missing, damaged or of another format.
+    """
+    folder = folder.expanduser().absolute()
+    index = read_index(folder)
+    labels = index.labels
+    for images, shard in zip(index.ranges, index.shards, strict=True):
+        path = folder / shard.file
+        if path.is_file() and path.stat().st_size != shard.bytes:
+            raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {AGAIN}")
+        if problem := shard_problem(path, labels[images.start : images.stop], index.shape):
+            raise DataError(f"{path}: {problem}; {AGAIN}")
+    warnings: tuple[str, ...] = ()
+    store: ImageStore
+    if sum(shard.bytes for shard in index.shards) <= memory_limit_gb * 1e9:
+        store = MemoryStore(_read_all(folder, index))
+    else:
+        store = ShardStore(folder, index.shard_size, index.shape)
+        warnings = ("latents are read at every access: they need more memory than data.memory_limit_gb",)
+    spec = ImageSpec.from_dict(index.spec)
+
+    def part(images: Part, start: int) -> LatentDataset:
+        rows = np.arange(start, start + len(images.names))
+        return LatentDataset(spec, store, rows, list(images.names), np.array(images.labels, dtype=np.int64))
+
+    info = LatentsInfo(
+        folder, index.vae_fingerprint, Path(index.vae_path), index.shape, index.data_config, index.mean, index.std
+    )
+    return LoadedData(spec, part(index.train, 0), part(index.val, len(index.train.names)), (), warnings, info)
+
+
+def read_index(folder: Path) -> Index:
+    """What a folder of latents holds.
+
+    Raises:
+        DataError: no such folder, not complete, or an index that is damaged or of another format.
+    """
+    if not folder.is_dir():
+        what = "a file; expected a folder of latents" if folder.exists() else "no such folder of latents"
+        raise DataError(f"{folder}: {what}; correct data.path, or write one with `heterodiff encode`")
+    if not (folder / INDEX_FILE).is_file():
+        if (folder / PLAN_FILE).is_file():
+            raise DataError(f"{folder}: {INDEX_FILE} is missing: the images were not encoded to the end; {AGAIN}")
+        raise DataError(f"{folder}: no latents here ({INDEX_FILE} is missing); write them with `heterodiff encode`")
+    return read_record(folder / INDEX_FILE, Index)
+
+
+def _read_all(folder: Path, index: Index) -> np.ndarray:
+    """Mean and std (N, 2 c, h, w) float16 of all images."""
+    channels, height, width = index.shape
+    posteriors = np.empty((len(index.labels), 2 * channels, height, width), np.float16)
+    for images, shard in zip(index.ranges, index.shards, strict=True):
+        path = folder / shard.file
+        if (found := sha256_of(path)) != shard.sha256:
+            raise DataError(f"{path}: damaged: expected SHA-256 {shard.sha256:.100}, found {found}; {AGAIN}")
+        part = posteriors[images.start : images.stop]
+        part[:] = read_shard(path)
+        if not np.isfinite(part).all():
+            raise DataError(f"{path}: NaN or infinite latents; delete {folder} and encode again")
+    return posteriors
+
+
+def refuse_latents(config: DataConfig) -> Collection:
+    """Refuse stored latents where images are needed.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were encoded "
+        "from are needed: set data.source and data.path to those"
+    )
+
+
+def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
+    """Load the latents at ``config.path``; arguments as `sources.load_data`.
+
+    Raises:
+        DataError: as `load_latents`; or settings, a split or a specification other than those of the stored latents.
+    """
+    if config.path is None:
+        raise DataError("data.source 'latents' needs data.path: a folder written by `heterodiff encode`")
+    data = load_latents(config.path, config.memory_limit_gb)
+    assert data.latents is not None
+    where = data.latents.folder
+    _refuse_other_settings(config, data.latents.data_config, data.spec, where)
+    for what, saved, stored in (("specification", spec, data.spec), ("split", split, data.split_to_dict())):
+        if saved is not None and saved != stored:
+            raise DataError(
+                f"{where}: the run's {what} is not that of these latents: they were encoded from other images, or "
+                "split otherwise; restore the latents the run began with, or start a new run"
+            )
+    return data
+
+
+def _refuse_other_settings(config: DataConfig, stored: dict[str, Any], spec: ImageSpec, where: Path) -> None:
+    """Settings that act on images would have no effect now: say so, unless they are the default or the stored ones."""
+    settings, default = (section.model_dump(mode="json") for section in (config, DataConfig()))
+    facts = {"image_size": [spec.height, spec.width], "channels": spec.channels, "value_range": list(spec.value_range)}
+    for key, value in settings.items():
+        if key in ("source", "path", "memory_limit_gb", "keep_on_device") or value == default[key]:
+            continue
+        if key in ("horizontal_flip", "random_crop"):
+            raise DataError(f"data.{key} does not apply to stored latents ({where}); leave it out")
+        if value not in (stored.get(key), facts.get(key)):
+            raise DataError(
+                f"data.{key}={value}: the latents in {where} were encoded with {stored.get(key)}; leave it out, or "
+                "encode the images again"
+            )

@@ -1,0 +1,187 @@
+"""Does the model repeat its training images? Distances to nearest training images, numbers and picture."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from heterodiff.devices import default_device
+from heterodiff.metrics.distances import wilson_interval
+from heterodiff.pictures import image_grid
+
+CHUNK = 256
+CHUNK_VALUES = 64_000_000  # values of one training chunk: 256 MB in float32
+SUSPICIOUS_PAIRS = 16
+THRESHOLD_QUANTILE = 0.01
+MANY_COPIES = 0.05
+FEW_HELD_OUT = 100
+UNLIKE_DISTANCE = 2.0
+NOISY_RATIO = 1.3  # more varied than real images by this factor: noise, or wrong classes
+
+
+def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each of ``images`` (N, C, H, W) the nearest of ``train`` (M, C, H, W).
+
+    Returns:
+        Root mean square pixel differences (N,) and indices into ``train`` (N,), on the CPU; they are computed on the
+        default device.
+    """
+    device = default_device()
+    queries = images.detach().to(device).float().flatten(1)
+    pixels = queries.shape[1]
+    chunk = max(1, min(4096, CHUNK_VALUES // pixels))
+    best = torch.full((len(queries),), math.inf, device=device)
+    index = torch.zeros(len(queries), dtype=torch.long, device=device)
+    for start in range(0, len(train), chunk):
+        candidates = train[start : start + chunk].detach().to(device).float().flatten(1)
+        for first in range(0, len(queries), CHUNK):
+            rows = slice(first, first + CHUNK)
+            distance, found = torch.cdist(queries[rows], candidates).min(dim=1)
+            nearer = distance < best[rows]
+            best[rows] = torch.where(nearer, distance, best[rows])
+            index[rows] = torch.where(nearer, found + start, index[rows])
+    # cdist goes through a matrix product, which loses digits near zero: exactly where copies are.
+    index = index.cpu()
+    exact = [
+        (queries[first : first + CHUNK] - train[index[first : first + CHUNK]].to(device).float().flatten(1))
+        .square()
+        .mean(dim=1)
+        .sqrt()
+        for first in range(0, len(queries), CHUNK)
+    ]
+    return torch.cat(exact).cpu(), index
+
+
+def _verdict(
+    near: int, count: int, real_near: int, real_count: int, exact: int, duplicates: int, unlike: bool
+) -> tuple[str, str]:
+    """Judge the share of near copies against that of real held-out images, given the chance in both."""
+    share = near / count
+    more_than_chance = wilson_interval(near, count)[0] > wilson_interval(real_near, real_count)[1]
+    text = (
+        f"{100 * share:.1f} % of the generated images lie nearer to a training image than 99 % of real held-out "
+        "images do; about 1 % is chance."
+    )
+    if real_count < FEW_HELD_OUT:
+        text += f" With only {real_count} held-out images this threshold is rough."
+    if exact:
+        text += f" {exact} generated images equal a training image exactly."
+    if more_than_chance and share >= MANY_COPIES:
+        more = "The model repeats training images, or draws simpler images than real ones. Look at the pairs."
+        return "copies", f"{text} {more}"
+    # Where real held-out images repeat training images too, equal images are no sign of memorising.
+    if more_than_chance or (exact and not duplicates):
+        return "some", f"{text} More than chance: look at the pairs."
+    if unlike:
+        return "unlike", f"{text} The images are unlike the data, so this check says nothing yet."
+    return "none", f"{text} No sign of memorising."
+
+
+def _unlike(median: float, real_median: float, variety: float | None) -> bool:
+    """Tell whether images lie so much farther from the training images than real ones that none could be a copy.
+
+    Variety alone does not say so: good images of wrong classes are varied too.
+    """
+    farther = median / real_median if real_median > 0 else 1.0
+    noisy = variety is not None and variety > NOISY_RATIO
+    return farther > (NOISY_RATIO if noisy else UNLIKE_DISTANCE)
+
+
+def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | None = None) -> dict[str, Any]:
+    """Compare distances to the nearest training image: generated against real held-out images.
+
+    A generated image is called a near copy if its distance is at most the 1st percentile of the held-out
+    images' distances. All distances are root mean square pixel differences of values in [0, 1].
+
+    Args:
+        generated: (N, C, H, W).
+        train: (M, C, H, W), not empty.
+        val: (K, C, H, W), may be empty: then there is no threshold and no verdict.
+        variety: how many times more varied than real images the generated ones are, where that is known.
+
+    Returns:
+        ``generated_median``, ``real_median``, ``threshold``, ``exact_copies`` (generated images equal to a
+        training image), ``copies`` (count of near copies, exact ones among them), ``copy_share`` with
+        ``copy_low`` and ``copy_high`` (95 % Wilson), ``real_share`` (the same for held-out images, about
+        0.01), ``verdict`` (none; some: more than chance, or an exact copy; copies: more than chance and at
+        least 5 %; unlike: no copies, but the images are too far from the data for that to mean anything;
+        unknown), ``explanation``, ``held_out_duplicates`` (held-out images that equal a training
+        image) and ``pairs``: the most suspicious ones, nearest first, each with ``generated`` and ``train``
+        index and ``distance``.
+    """
+    distances, neighbours = nearest_neighbours(generated, train)
+    order = distances.argsort(stable=True)[:SUSPICIOUS_PAIRS].tolist()
+    result: dict[str, Any] = {
+        "generated_median": distances.median().item(),
+        "exact_copies": (exact := int((distances == 0).sum())),
+        "pairs": [
+            {"generated": row, "train": int(neighbours[row]), "distance": distances[row].item()} for row in order
+        ],
+    }
+    if len(val) == 0:
+        return result | {
+            "real_median": None,
+            "threshold": None,
+            "verdict": "unknown",
+            "explanation": "No held-out images: there is no distance to compare with. "
+            f"{exact} generated images equal a training image exactly.",
+        }
+    real = nearest_neighbours(val, train)[0]
+    threshold = torch.quantile(real.double(), THRESHOLD_QUANTILE).item()
+    copies = int((distances.double() <= threshold).sum())
+    real_copies = int((real.double() <= threshold).sum())
+    duplicates = int((real == 0).sum())
+    low, high = wilson_interval(copies, len(generated))
+    unlike = _unlike(result["generated_median"], real.median().item(), variety)
+    verdict, explanation = _verdict(copies, len(generated), real_copies, len(real), exact, duplicates, unlike)
+    if duplicates:
+        explanation += f" {duplicates} held-out images equal a training image: the held-out data leak."
+    return result | {
+        "real_median": real.median().item(),
+        "threshold": threshold,
+        "copies": copies,
+        "copy_share": copies / len(generated),
+        "copy_low": low,
+        "copy_high": high,
+        "real_share": real_copies / len(real),
+        "held_out_duplicates": duplicates,
+        "verdict": verdict,
+        "explanation": explanation,
+    }
+
+
+def nearest_picture(
+    generated: Tensor, train_images: Tensor, metrics: Mapping[str, Any], mosaic: bool = False
+) -> Image.Image:
+    """Draw the most suspicious generated images, each above its nearest training image.
+
+    Args:
+        generated: (N, C, H, W) in [0, 1], as given to ``evaluate_generation``.
+        train_images: (M, C, H, W) in [0, 1], likewise.
+        metrics: what ``evaluate_generation`` returned.
+        mosaic: show every channel as a grey tile, see :func:`heterodiff.pictures.to_pil`.
+
+    Raises:
+        ValueError: ``metrics`` hold no pairs.
+    """
+    pairs = metrics.get("nearest", {}).get("pairs", [])
+    if not pairs:
+        raise ValueError("the metrics hold no nearest pairs to draw")
+    columns = min(8, len(pairs))
+    images, captions = [], []
+    for start in range(0, len(pairs), columns):
+        part = pairs[start : start + columns]
+        part = part + [None] * (columns - len(part))
+        for kind, source in (("generated", generated), ("train", train_images)):
+            for pair in part:
+                images.append(torch.ones_like(generated[0]) if pair is None else source[pair[kind]].cpu())
+                captions.append("" if pair is None else _caption(pair, kind))
+    title = "Generated images (above) and their nearest training images (below)"
+    return image_grid(torch.stack(images).float(), captions, columns, min_side=80, title=title, mosaic=mosaic)
+
+
+def _caption(pair: Mapping[str, Any], kind: str) -> str:
+    return f"gen {pair[kind]}" if kind == "generated" else f"d = {pair['distance']:.3f}"

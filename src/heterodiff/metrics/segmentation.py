@@ -1,0 +1,167 @@
+"""How well anomalies were found: overlap with true masks, decisions for images, and a plain threshold beside them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from heterodiff.metrics.bootstrap import percentile_interval
+from heterodiff.pipelines.anomaly_masks import drop_small
+
+SMOOTHING = 1e-6
+RESAMPLES = 2_000
+THRESHOLDS = 50
+MOST_PIXELS = 50_000_000
+SIZES = ("small", "medium", "large")
+
+
+def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice and IoU (N,) of masks (N, H, W) bool, each smoothed by 1e-6, so that two empty masks agree wholly."""
+    both = (found & truth).sum(axis=(1, 2))
+    total = found.sum(axis=(1, 2)) + truth.sum(axis=(1, 2))
+    dice = (2 * both + SMOOTHING) / (total + SMOOTHING)
+    return dice, (both + SMOOTHING) / (total - both + SMOOTHING)
+
+
+def patient_interval(values: np.ndarray, patients: Sequence[str] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of ``values`` (N,) from 2,000 resamples of patients, whose slices are alike."""
+    _, of = np.unique(np.asarray(patients), return_inverse=True)
+    sums, counts = np.bincount(of, values), np.bincount(of)
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), RESAMPLES)
+    return percentile_interval((drawn @ sums) / (drawn @ counts))
+
+
+def _mean(values: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+    if len(values) == 0:
+        return {"n": 0}
+    low, high = patient_interval(values, patients)
+    return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
+def _overlaps(
+    found: np.ndarray, truth: np.ndarray, maps: np.ndarray, foreground: np.ndarray, patients: np.ndarray
+) -> dict[str, Any]:
+    dice, iou = overlap(found, truth)
+    result: dict[str, Any] = {"dice": _mean(dice, patients), "iou": _mean(iou, patients)}
+    if (area := _precision_recall_area(truth, maps, foreground)) is not None:
+        result["auprc"] = area
+    return result
+
+
+def _precision_recall_area(truth: np.ndarray, values: np.ndarray, foreground: np.ndarray) -> float | None:
+    """Of the foreground's pixels; of images evenly spread where all have more than fifty million."""
+    every = truth.size // MOST_PIXELS + 1
+    truth, values = (part[::every][foreground[::every]] for part in (truth, values))
+    return float(average_precision_score(truth, values)) if truth.any() else None
+
+
+def threshold_baseline(
+    images: np.ndarray, truth: np.ndarray, foreground: np.ndarray, smoothing: int = 5, least: int | None = None
+) -> dict[str, Any]:
+    """The best Dice of an intensity threshold, chosen on the truth itself, in its favour.
+
+    What is above or below a limit is marked, of a channel or of their mean, smoothed by a mean or as it is, within
+    the foreground; small components are dropped as of the masks it is compared with.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], all with a lesion.
+        truth, foreground: (N, H, W) bool.
+        smoothing: side in pixels of the square of the mean.
+        least: see :func:`heterodiff.pipelines.anomaly_masks.drop_small`.
+
+    Returns:
+        ``dice``, ``of`` (in words), ``threshold`` in [0, 1], and ``auprc`` of the same values.
+    """
+    from scipy.ndimage import uniform_filter
+
+    channels = {f"channel {channel}": images[:, channel] for channel in range(images.shape[1])}
+    if len(channels) > 1:
+        channels["mean of channels"] = images.mean(axis=1)
+    best: dict[str, Any] = {"dice": 0.0, "of": "", "threshold": 0.0, "auprc": None}
+    for name, plain in channels.items():
+        smooth = uniform_filter(plain, (1, smoothing, smoothing))
+        for of, values in ((name, plain), (f"{name}, smoothed", smooth)):
+            for sign, side in ((1, "above"), (-1, "below")):
+                for threshold in np.linspace(0, 1, THRESHOLDS, endpoint=False):
+                    marked = (sign * values > sign * threshold) & foreground
+                    dice = float(overlap(np.stack([drop_small(one, least) for one in marked]), truth)[0].mean())
+                    if dice > best["dice"]:
+                        area = _precision_recall_area(truth, sign * values, foreground)
+                        best = {"dice": dice, "of": f"{of}, {side}", "threshold": float(threshold), "auprc": area}
+    return best
+
+
+def _by_size(dice: np.ndarray, area: np.ndarray, patients: np.ndarray) -> list[dict[str, Any]]:
+    """Dice of the smallest, middle and largest third of the lesions."""
+    limits = np.quantile(area, [1 / 3, 2 / 3])
+    third = np.searchsorted(limits, area, side="left")
+    return [
+        {
+            "size": name,
+            "pixels": [int(area[third == k].min()), int(area[third == k].max())],
+            "dice": _mean(dice[third == k], patients[third == k]),
+        }
+        for k, name in enumerate(SIZES)
+        if (third == k).any()
+    ]
+
+
+def evaluate_segmentation(
+    masks: np.ndarray,
+    unhealthy: np.ndarray,
+    maps: np.ndarray,
+    score: np.ndarray,
+    truth: np.ndarray,
+    foreground: np.ndarray,
+    patients: Sequence[str],
+    ill: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Compare what was found with true masks.
+
+    Args:
+        masks: (N, H, W) bool, before images judged healthy are emptied.
+        unhealthy: (N,) bool, decision for each image.
+        maps: (N, H, W), smoothed as for masks.
+        score: (N,) the higher, the more anomalous.
+        truth, foreground: (N, H, W) bool; the foreground's pixels count for AUPRC.
+        patients: of each image; intervals resample them.
+        ill: (N,) bool, the label of each image; default: whether its true mask has any pixel.
+
+    Returns:
+        Ready for JSON: ``mixed`` (all images; masks of those judged healthy are empty) and ``unhealthy`` (those with a
+        lesion, masks as they are), each with ``dice``, ``iou``, ``auprc``; ``patients``; ``sizes``; ``image``
+        (``auroc``, ``precision``, ``recall``, ``accuracy``); ``healthy`` (``false_positive_area``).
+    """
+    of = np.asarray(patients)
+    shown = np.asarray(truth.any(axis=(1, 2)))  # a lesion of few pixels may be lost where images are made smaller
+    ill = shown if ill is None else ill
+    mixed = masks & unhealthy[:, None, None]
+    result: dict[str, Any] = {
+        "n": len(truth),
+        "mixed": _overlaps(mixed, truth, maps, foreground, of),
+        "unhealthy": _overlaps(masks[shown], truth[shown], maps[shown], foreground[shown], of[shown]),
+        "healthy": {"false_positive_area": _mean(mixed[~ill].mean(axis=(1, 2)), of[~ill])},
+        "image": _decisions(unhealthy, score, ill),
+    }
+    dice = overlap(masks, truth)[0]
+    if shown.any():
+        result["sizes"] = _by_size(dice[shown], truth[shown].sum(axis=(1, 2)), of[shown])
+    result["patients"] = [
+        {"patient": str(patient), "n": int(chosen.sum()), "dice": float(dice[chosen].mean()) if chosen.any() else None}
+        for patient in np.unique(of)
+        for chosen in [(of == patient) & shown]
+    ]
+    return result
+
+
+def _decisions(unhealthy: np.ndarray, score: np.ndarray, ill: np.ndarray) -> dict[str, Any]:
+    right = int((unhealthy & ill).sum())
+    return {
+        "auroc": float(roc_auc_score(ill, score)) if 0 < ill.sum() < len(ill) else None,
+        "precision": right / int(unhealthy.sum()) if unhealthy.any() else None,
+        "recall": right / int(ill.sum()) if ill.any() else None,
+        "accuracy": float((unhealthy == ill).mean()),
+        "healthy": int((~ill).sum()),
+        "unhealthy": int(ill.sum()),
+    }

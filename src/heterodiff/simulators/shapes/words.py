@@ -1,0 +1,81 @@
+"""Captions of scenes: writing true ones, and reading what a text says."""
+
+import re
+
+import numpy as np
+
+from heterodiff.simulators.shapes.scenes import COLOURS, SHAPES, Scene, Thing
+
+_INVERSE = {"above": "below", "left of": "right of"}
+_STARTS = ("there is ", "the picture shows ")
+
+_THING = rf"(?:(?:an?|the|one) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_PLACE = r"(?:(top|bottom) (left|right)(?: corner)?|(?:centre|center|middle))"
+_START = r"(?:there is |(?:the |a )?picture shows )?"
+_SINGLE = re.compile(rf"{_START}{_THING}(?: (in|at) (?:the )?{_PLACE})?")
+_PAIR = re.compile(rf"{_START}{_THING} (and|above|below|(?:to )?(?:the )?(?:left|right) of) {_THING}")
+
+
+def _named(thing: Thing) -> str:
+    return f"{'an' if thing.colour == 'orange' else 'a'} {thing}"
+
+
+def complete_caption(scene: Scene) -> str:
+    """Everything there is to say about ``scene``: colour, shape and place or relation of each thing."""
+    if len(scene.things) == 1:
+        return f"{_named(scene.things[0])} in the {scene.place}"
+    first, second = map(_named, scene.things)
+    return f"{first} {scene.place} {second}"
+
+
+def _of_one(scene: Scene, rng: np.random.RandomState) -> list[str]:
+    thing = _named(scene.things[0])
+    start = _STARTS[rng.randint(len(_STARTS))]
+    corner = "" if scene.place == "centre" else " corner"
+    return [f"{start}{thing} in the {scene.place}{corner}", thing]
+
+
+def _of_two(scene: Scene, rng: np.random.RandomState) -> list[str]:
+    first, second = map(_named, scene.things)
+    assert scene.place is not None
+    relation, inverse = (
+        f"to the {words}" if words.endswith(" of") and rng.randint(2) else words
+        for words in (scene.place, _INVERSE[scene.place])
+    )
+    start = _STARTS[rng.randint(len(_STARTS))]
+    both = (first, second) if rng.randint(2) else (second, first)
+    return [f"{second} {inverse} {first}", f"{start}{first} {relation} {second}", f"{both[0]} and {both[1]}"]
+
+
+def captions_of(scene: Scene, rng: np.random.RandomState) -> tuple[str, ...]:
+    """True captions of a drawn ``scene`` in different words: of one thing 3, of two 4. The first is the complete one.
+
+    The last leaves out the place or relation.
+    """
+    others = _of_one(scene, rng) if len(scene.things) == 1 else _of_two(scene, rng)
+    return (complete_caption(scene), *others)
+
+
+def read_caption(text: str) -> Scene | None:
+    """Return what a caption says, ``None`` if it is not one of those that `captions_of` writes.
+
+    Case, punctuation and blanks do not count, and articles may be missing.
+    """
+    plain = " ".join(re.sub(r"[.,;:!]", " ", text.lower()).split())
+    if found := _SINGLE.fullmatch(plain):
+        colour, shape, said, vertical, horizontal = found.groups()
+        place = None if said is None else f"{vertical} {horizontal}" if vertical else "centre"
+        return Scene((Thing(colour, shape),), place)
+    if found := _PAIR.fullmatch(plain):
+        colour, shape, relation, other_colour, other_shape = found.groups()
+        things = Thing(colour, shape), Thing(other_colour, other_shape)
+        return None if things[0] == things[1] else _canonical(things, relation.split())
+    return None
+
+
+def _canonical(things: tuple[Thing, Thing], relation: list[str]) -> Scene:
+    if "and" in relation:
+        return Scene(things, None)
+    if "below" in relation or "right" in relation:
+        things = things[1], things[0]
+    return Scene(things, "above" if relation[0] in _INVERSE.keys() | _INVERSE.values() else "left of")
