@@ -219,12 +219,14 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + proj(attention(GN(x))) over all positions and, with ``condition_dim``, the condition tokens.
 
+    The condition is E tokens, columns of c c^T, as in earlier checkpoints, or with ``one_token`` c itself.
+
     Weight rows: ``qkv`` per head [q; k; v], ``encoder_kv`` per head [k; v] (guided-diffusion's legacy order).
     """
 
-    def __init__(self, channels: int, num_heads: int, condition_dim: int | None):
+    def __init__(self, channels: int, num_heads: int, condition_dim: int | None, one_token: bool = False):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.one_token = num_heads, one_token
         self.norm = GroupNorm32(channels)
         self.qkv = Pointwise(channels, 3 * channels)
         self.encoder_kv = None if condition_dim is None else Pointwise(condition_dim, 2 * channels)
@@ -238,6 +240,12 @@ class AttentionBlock(nn.Module):
         q = q.squeeze(3)
         if self.encoder_kv is None:
             k, v = kv.transpose(1, 2).unbind(3)
+            a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+        elif self.one_token:
+            bias = self.encoder_kv.bias.expand(len(x), 1, -1)
+            token = bias if condition is None else self.encoder_kv(condition[:, None])
+            token = token.to(kv.dtype).unflatten(-1, (self.num_heads, 2, -1))
+            k, v = torch.cat([kv, token], dim=1).transpose(1, 2).unbind(3)
             a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
         else:
             weight = self.encoder_kv.weight.squeeze(-1)

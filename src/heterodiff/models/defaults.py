@@ -28,6 +28,7 @@ def default_levels(
     patch_size: int = 1,
     channel_mult: Sequence[int | float] | None = None,
     attention_resolutions: Sequence[int] | None = None,
+    attention_side: int = ATTENTION_SIDE,
 ) -> tuple[tuple[int | float, ...], tuple[int, ...]]:
     """Levels of a network of the HAE family, where they are not given.
 
@@ -38,12 +39,12 @@ def default_levels(
 
     Returns:
         channel_mult by the size, and attention_resolutions: all downsampling factors at which maps are at most
-        16 positions a side.
+        ``attention_side`` positions a side.
     """
     side = (sample_size if isinstance(sample_size, int) else max(sample_size)) / max(1, patch_size)
     if channel_mult is None:
         channel_mult = next((mult for limit, mult in CHANNEL_MULT_BY_SIDE if side <= limit), LARGE_CHANNEL_MULT)
     if attention_resolutions is None:
         factors = (2**level for level in range(len(channel_mult)))
-        attention_resolutions = [factor for factor in factors if side / factor <= ATTENTION_SIDE]
+        attention_resolutions = [factor for factor in factors if side / factor <= attention_side]
     return tuple(channel_mult), tuple(attention_resolutions)

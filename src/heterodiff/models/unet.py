@@ -22,10 +22,30 @@ from heterodiff.models.blocks import (
     zero_,
 )
 from heterodiff.models.conditioning import zero_rows
-from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY, default_levels
+from heterodiff.models.defaults import (
+    ATTENTION_SIDE,
+    LAYERS_PER_BLOCK,
+    MODEL_CHANNELS,
+    NUM_HEADS,
+    SPARSITY,
+    default_levels,
+)
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
+from heterodiff.models.pooled import PooledResBlock
 from heterodiff.models.variants import VARIANTS, HybridSpec
+
+CONDITION_TOKENS = ("full", "one", "none")
+DEFAULTS = {
+    "num_heads": NUM_HEADS,
+    "num_head_channels": None,
+    "use_scale_shift_norm": False,
+    "condition_tokens": "full",
+    "mid_attention": True,
+    "memory_optimization": False,
+    "attention_side": ATTENTION_SIDE,
+}
+"""Arguments where they are None and the variant has no default of its own."""
 
 
 class Stage(nn.ModuleList):
@@ -36,7 +56,12 @@ class Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Tensor | None, recompute: Recompute) -> Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
+            if isinstance(layer, PooledResBlock):
+                if recompute == "all":
+                    x = recomputed(layer, x, embedding, condition)
+                else:
+                    x = layer(x, embedding, condition, recompute=recompute == "cheap")
+            elif isinstance(layer, ResBlock):
                 if recompute == "all":
                     x = recomputed(layer, x, embedding)
                 else:
@@ -78,10 +103,12 @@ class HAEUNet(Denoiser):
             counts as no condition.
         activation: ``identity`` for earlier checkpoints whose norms ignored their activation.
         class_embedding: ``mlp``, or ``direct``: one embedding table of the block embedding's width.
-        condition_tokens: whether attention also sees the condition tokens.
+        condition_tokens: the condition as keys of the attention: ``full`` (True), E tokens; ``one`` token; ``none``
+            (False).
         attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
         condition_dim: width of a condition vector, for example a text embedding, that takes the place of the class;
             None for a network without one.
+        mid_attention: attention between the residual blocks of the coarsest level.
         patch_size: the first level sees patches of so many pixels a side, each as channels of one position, and the
             last gives them back; everything between costs patch_size^2 times less.
 
@@ -104,10 +131,10 @@ class HAEUNet(Denoiser):
         dropout: float = 0.0,
         channel_mult: Sequence[int | float] | None = None,
         num_classes: int | None = None,
-        num_heads: int = NUM_HEADS,
+        num_heads: int | None = None,
         num_head_channels: int | None = None,
         num_heads_upsample: int | None = None,
-        use_scale_shift_norm: bool = False,
+        use_scale_shift_norm: bool | None = None,
         resblock_updown: bool = False,
         conv_resample: bool = True,
         dims: int = 2,
@@ -118,22 +145,23 @@ class HAEUNet(Denoiser):
         zero_threshold: float = 1e-6,
         activation: str = "silu",
         class_embedding: str = "mlp",
-        condition_tokens: bool = True,
+        condition_tokens: str | bool | None = None,
         attention_pattern: str = "multiscale",
         sparsity: float = SPARSITY,
         max_keys: int = 512,
         pattern_seed: int = 0,
         condition_dim: int | None = None,
         patch_size: int = 1,
+        mid_attention: bool | None = None,
     ):
         super().__init__()
-        channel_mult, attention_resolutions = default_levels(
-            sample_size, patch_size, channel_mult, attention_resolutions
-        )
-        self.register_to_config(channel_mult=channel_mult, attention_resolutions=attention_resolutions)
+        if variant not in VARIANTS:
+            raise ConfigError(unknown_name("model variant", variant, VARIANTS))
+        self._settle_defaults(variant)
         self._check_arguments()
         spec = VARIANTS[variant]
-        self.memory_optimization = spec.memory_optimization if memory_optimization is None else memory_optimization
+        channel_mult = self.config.channel_mult
+        self.memory_optimization = self.config.memory_optimization
         self.zero_threshold = zero_threshold
         self.gradient_checkpointing = use_checkpoint
         self.patch_size = patch_size
@@ -144,13 +172,27 @@ class HAEUNet(Denoiser):
             self.label_emb = nn.Embedding(num_classes, embedding_dim if direct else model_channels)
             self.class_emb = None if direct else embedding_mlp(model_channels, embedding_dim)
         pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
-        self._build(embedding_dim, spec.hybrid if use_hae else None, pattern)
+        self._build(embedding_dim, spec.hybrid if use_hae else None, pattern, spec.pooled and use_hae)
         self._finish()
+
+    def _settle_defaults(self, variant: str) -> None:
+        """Put the variant's defaults in the place of arguments that are None."""
+        c = self.config
+        defaults = {**DEFAULTS, **VARIANTS[variant].defaults}
+        if c.num_heads is not None or c.num_head_channels is not None:
+            defaults |= {"num_heads": NUM_HEADS, "num_head_channels": None}
+        side, attention = defaults.pop("attention_side"), defaults.pop("attention_resolutions", None)
+        attention = attention if c.attention_resolutions is None else c.attention_resolutions
+        levels = default_levels(c.sample_size, c.patch_size, c.channel_mult, attention, side)
+        found = {name: value if c[name] is None else c[name] for name, value in defaults.items()}
+        if isinstance(found["condition_tokens"], bool):
+            found["condition_tokens"] = "full" if found["condition_tokens"] else "none"
+        self.register_to_config(**found, **dict(zip(("channel_mult", "attention_resolutions"), levels, strict=True)))
 
     def _check_arguments(self) -> None:
         c = self.config
-        if c.variant not in VARIANTS:
-            raise ConfigError(unknown_name("model variant", c.variant, VARIANTS))
+        if c.condition_tokens not in CONDITION_TOKENS:
+            raise ConfigError(unknown_name("condition_tokens", c.condition_tokens, CONDITION_TOKENS))
         if c.attention_pattern not in PATTERNS:
             raise ConfigError(unknown_name("attention_pattern", c.attention_pattern, PATTERNS))
         if c.activation not in ("silu", "identity"):
@@ -186,10 +228,10 @@ class HAEUNet(Denoiser):
         if odd := [f for f in c.attention_resolutions if f < 1 or f & (f - 1)]:
             raise ConfigError(f"attention_resolutions: downsampling factors are powers of 2, found {odd}")
 
-    def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec) -> None:
+    def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec, pooled: bool) -> None:
         c = self.config
         conditional = c.num_classes is not None or c.condition_dim is not None
-        token_dim = embedding_dim if conditional and c.condition_tokens else None
+        token_dim = embedding_dim if conditional and c.condition_tokens != "none" else None
 
         def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
             return ResBlock(
@@ -205,7 +247,7 @@ class HAEUNet(Denoiser):
         def attention(channels: int, heads: int) -> AttentionBlock:
             if c.num_head_channels is not None:
                 heads = channels // c.num_head_channels
-            return AttentionBlock(channels, heads, token_dim)
+            return AttentionBlock(channels, heads, token_dim, one_token=c.condition_tokens == "one")
 
         widths = [int(c.model_channels * mult) for mult in c.channel_mult]
         channels = widths[0]
@@ -224,11 +266,15 @@ class HAEUNet(Denoiser):
                 down = res(channels, channels, "down") if c.resblock_updown else Downsample(channels, c.conv_resample)
                 self.input_blocks.append(Stage(down))
                 skips.append(channels)
-        self.middle_block = Stage(res(channels, channels), attention(channels, c.num_heads), res(channels, channels))
+        middle = [attention(channels, c.num_heads)] if c.mid_attention else []
+        self.middle_block = Stage(res(channels, channels), *middle, res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.layers_per_block + 1):
-                layers = [res(channels + skips.pop(), width)]
+                if pooled and level and i == c.layers_per_block:
+                    layers = [PooledResBlock(channels + skips.pop(), width, embedding_dim, c.dropout, token_dim)]
+                else:
+                    layers = [res(channels + skips.pop(), width)]
                 channels = width
                 if 2**level in c.attention_resolutions:
                     layers.append(attention(channels, c.num_heads_upsample or c.num_heads))

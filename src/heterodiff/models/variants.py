@@ -1,7 +1,8 @@
 """The denoisers by name: a row for each variant of the HAE family and for each other network; imports no torch."""
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from heterodiff.errors import ConfigError, unknown_name
@@ -29,17 +30,34 @@ class HybridSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named network: its hybrid decoder block (None: a plain U-Net) and its memory default."""
+    """A named network.
 
-    hybrid: HybridSpec | None
-    memory_optimization: bool = False
+    Attributes:
+        hybrid: block added to the decoder before each upsampling; None for none.
+        pooled: whether the last residual block before each upsampling is a
+            :class:`heterodiff.models.pooled.PooledResBlock`.
+        defaults: arguments of :class:`heterodiff.models.unet.HAEUNet` where they are None.
+    """
+
+    hybrid: HybridSpec | None = None
+    pooled: bool = False
     summary: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+_LEAN = {"use_scale_shift_norm": True, "num_head_channels": 32, "condition_tokens": "one", "attention_side": 8}
+_CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}
 _V2 = HybridSpec(linear_patches=False, bottleneck_mlp=True, concat_fusion=False)
 
 VARIANTS: dict[str, Variant] = {
-    "unet": Variant(None, summary="the ADM U-Net with condition tokens"),
+    "unet": Variant(summary="the ADM U-Net with condition tokens"),
+    "unet-lean": Variant(summary="attention on maps of at most 8x8, one condition token, FiLM", defaults=_LEAN),
+    "unet-conv": Variant(summary="convolutions and FiLM alone", defaults=_CONVOLUTIONS | {"mid_attention": False}),
+    "hae-v3": Variant(
+        pooled=True,
+        summary="FiLM; in the decoder attention to pooled maps beside a convolution",
+        defaults=_CONVOLUTIONS,
+    ),
     "hae": Variant(
         HybridSpec(linear_patches=True, bottleneck_mlp=False, concat_fusion=True),
         summary="hybrid decoder, a linear projection a scale",
@@ -50,7 +68,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "hae-v2": Variant(_V2, summary="as lite, with a bottleneck MLP"),
     "hae-v2-conservative": Variant(
-        _V2, memory_optimization=True, summary="hae-v2 with recomputation: same outputs, less memory"
+        _V2, summary="hae-v2 with recomputation: same outputs, less memory", defaults={"memory_optimization": True}
     ),
 }
 
