@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from heterodiff.models.attention.patterns import Grid, make_pattern
 from heterodiff.models.blocks import AttentionBlock, to_map, to_tokens
 from heterodiff.models.hybrid import REGIONAL_PATCHES, SparseSelfAttention
+from heterodiff.models.pooled import PooledAttention
 
 
 def make_naive(model: nn.Module) -> nn.Module:
@@ -20,6 +21,8 @@ def make_naive(model: nn.Module) -> nn.Module:
             module.forward = MethodType(_attention_to_outer_product, module)
         elif isinstance(module, SparseSelfAttention):
             module.forward = MethodType(_dense_masked_attention, module)
+        elif isinstance(module, PooledAttention):
+            module.forward = MethodType(_attention_to_means, module)
     return model
 
 
@@ -30,12 +33,43 @@ def _attention_to_outer_product(self: AttentionBlock, x: Tensor, condition: Tens
     if self.encoder_kv is not None:
         if condition is None:
             condition = x.new_zeros(len(x), self.encoder_kv.in_channels)
-        outer = condition[:, :, None] * condition[:, None, :]
+        outer = condition[:, :, None] if self.one_token else condition[:, :, None] * condition[:, None, :]
         tokens = F.conv1d(outer, self.encoder_kv.weight, self.encoder_kv.bias)
         token_k, token_v = tokens.unflatten(1, (self.num_heads, 2, -1)).permute(2, 0, 1, 4, 3)
         k, v = torch.cat([token_k, k], dim=2), torch.cat([token_v, v], dim=2)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return x + to_map(self.proj_out((weights @ v).transpose(1, 2).flatten(2)), height, width)
+
+
+def _attention_to_means(self: PooledAttention, n: Tensor, condition: Tensor | None) -> Tensor:
+    """Head by head, with keys from means over the cells of grids, which are counted out."""
+    height, width = n.shape[2:]
+    keys = [
+        n[
+            :, :, height * i // side : -(-height * (i + 1) // side), width * j // side : -(-width * (j + 1) // side)
+        ].mean((2, 3))
+        for side in (2, 4, 8)
+        if side < min(height, width)
+        for i in range(side)
+        for j in range(side)
+    ]
+    if height * width <= 64:
+        keys += [n[:, :, i, j] for i in range(height) for j in range(width)]
+    if self.condition_token is not None:
+        if condition is None:
+            condition = n.new_zeros(len(n), self.condition_token.in_features)
+        keys.append(self.condition_token(condition))
+    tokens = torch.stack(keys, dim=1)
+    own = to_tokens(n)
+    k_weight, v_weight = self.key_value.weight.chunk(2)
+    k_bias, v_bias = self.key_value.bias.chunk(2)
+    answers = []
+    for head in range(self.num_heads):
+        rows = slice(32 * head, 32 * head + 32)
+        q = own @ self.query.weight[rows].T + self.query.bias[rows]
+        k, v = tokens @ k_weight[rows].T + k_bias[rows], tokens @ v_weight[rows].T + v_bias[rows]
+        answers.append((q @ k.transpose(1, 2) / 32**0.5).softmax(-1) @ v)
+    return to_map(self.proj_out(torch.cat(answers, dim=-1)), height, width)
 
 
 def _dense_masked_attention(
