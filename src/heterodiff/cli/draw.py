@@ -1,0 +1,152 @@
+"""Commands that draw images with a run: sample, text2image."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heterodiff.cli.options import (
+    MOST_CANDIDATES,
+    MOST_IMAGES,
+    BatchSize,
+    Compile,
+    Device,
+    DType,
+    Graphs,
+    Guidance,
+    ImagesFolder,
+    RunArgument,
+    Sampler,
+    Seed,
+    Steps,
+)
+from heterodiff.errors import ConfigError, compile_error
+
+
+def sample(
+    run: RunArgument,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_IMAGES, help="Images of each class.")] = 8,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    seed: Seed = 0,
+    compile_: Compile = False,
+    graphs: Graphs = False,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    out: ImagesFolder = None,
+) -> None:
+    """Draw images from a trained model: separate files, a labelled grid, and the settings in settings.json."""
+    from heterodiff.pipelines.image_files import all_classes, class_title, draw_classes, write_images
+    from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+
+    pipeline = load_generation(run, device, "graphs" if graphs else compile_, dtype)
+    chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
+    titles = [class_title(pipeline, label) for label in chosen]
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    settings = call_settings("sample", run, pipeline, classes=titles, number=number, **asked)
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    with _drawing(pipeline, len(chosen) * number, out, settings):
+        images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **options)
+    folder = make_output(run, out, settings)
+    _print_files(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
+
+
+def text2image(
+    run: RunArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
+    number: Annotated[int, typer.Option("-n", min=1, max=MOST_IMAGES, help="Images of each prompt.")] = 4,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
+    ] = False,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_CANDIDATES,
+            help="Images drawn for each one kept, the one that the captioner finds truest; default: the run's.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    compile_: Compile = False,
+    graphs: Graphs = False,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    out: ImagesFolder = None,
+) -> None:
+    """Draw images of prompts with a run of recipe text-image."""
+    from heterodiff.pipelines.drawing import explaining_memory
+    from heterodiff.pipelines.load import load_text_image
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+    from heterodiff.pipelines.text_files import write_pictures
+    from heterodiff.pipelines.text_to_image import text_notes
+
+    if direct and (negative, steps, guidance, sampler, candidates) != (None,) * 5:
+        raise ConfigError(
+            "--direct is one pass, without --negative, --steps, --guidance, --sampler and --candidates; leave them out"
+        )
+    pipeline = load_text_image(run, device, "graphs" if graphs else compile_, dtype)
+    each = 1 if direct else number  # decoding directly always gives the same
+    at_once = batch_size or 64
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    own: dict[str, Any] = {
+        "negative": negative,
+        "direct": direct,
+        "candidates": candidates or pipeline.defaults.candidates,
+    }
+    settings = call_settings("text2image", run, pipeline, prompts=prompts, number=each, **own, **asked)
+    notes: list[str] = []
+    with _drawing(pipeline, len(prompts) * each, out, settings):
+        try:
+            with explaining_memory(min(at_once, len(prompts) * each), pipeline.device), text_notes() as notes:
+                images = pipeline.generate_from_text(
+                    prompts,
+                    each,
+                    not direct,
+                    steps,
+                    guidance,
+                    seed,
+                    negative_prompts=negative,
+                    sampler=sampler,
+                    candidates=candidates,
+                    batch_size=at_once,
+                ).images
+        finally:
+            for note in notes:
+                typer.echo(f"note     {note}", err=True)
+    _print_files(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
+
+
+@contextmanager
+def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[None]:
+    """Check that images with ``settings`` may be written to ``out``; then time how ``count`` images are drawn."""
+    from heterodiff.pipelines.output_folder import check_output
+
+    check_output(out, settings)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    start = time.perf_counter()
+    try:
+        yield
+    except RuntimeError as error:
+        raise compile_error(error, "--compile") or error from error
+    seconds = time.perf_counter() - start
+    typer.echo(f"drawn    {count} images in {seconds:.1f} s, {count / seconds:.1f} images/s")
+
+
+def _print_files(files: list[Path]) -> None:
+    *images, grid = files
+    typer.echo(f"images   {len(images)} in {grid.parent}\ngrid     {grid}")
