@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,10 +55,10 @@ def sample(
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     settings = call_settings("sample", run, pipeline, classes=titles, number=number, **asked)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-    with _drawing(pipeline, len(chosen) * number, out, settings):
+    with _drawing(pipeline, len(chosen) * number, out, settings) as report:
         images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **options)
     folder = make_output(run, out, settings)
-    _print_files(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
+    report(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
 
 
 def text2image(
@@ -110,7 +110,7 @@ def text2image(
     }
     settings = call_settings("text2image", run, pipeline, prompts=prompts, number=each, **own, **asked)
     notes: list[str] = []
-    with _drawing(pipeline, len(prompts) * each, out, settings):
+    with _drawing(pipeline, len(prompts) * each, out, settings) as report:
         try:
             with explaining_memory(min(at_once, len(prompts) * each), pipeline.device), text_notes() as notes:
                 images = pipeline.generate_from_text(
@@ -128,25 +128,24 @@ def text2image(
         finally:
             for note in notes:
                 typer.echo(f"note     {note}", err=True)
-    _print_files(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
+    report(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
 
 
 @contextmanager
-def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[None]:
-    """Check that images with ``settings`` may be written to ``out``; then time how ``count`` images are drawn."""
+def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Time how ``count`` images with ``settings`` are drawn for ``out``; yield the function that reports the files."""
     from heterodiff.pipelines.output_folder import check_output
+
+    def report(files: list[Path]) -> None:
+        *images, grid = files
+        typer.echo(f"drawn    {count} images in {seconds:.1f} s, {count / seconds:.1f} images/s")
+        typer.echo(f"images   {len(images)} in {grid.parent}\ngrid     {grid}")
 
     check_output(out, settings)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
     try:
-        yield
+        yield report
     except RuntimeError as error:
         raise compile_error(error, "--compile") or error from error
     seconds = time.perf_counter() - start
-    typer.echo(f"drawn    {count} images in {seconds:.1f} s, {count / seconds:.1f} images/s")
-
-
-def _print_files(files: list[Path]) -> None:
-    *images, grid = files
-    typer.echo(f"images   {len(images)} in {grid.parent}\ngrid     {grid}")
