@@ -8,6 +8,7 @@ from heterodiff.config import RunConfig
 from heterodiff.config.file import load_config
 from heterodiff.errors import ConfigError
 from heterodiff.lazy import loaded
+from heterodiff.progress import duration
 from heterodiff.tasks import task_of
 from heterodiff.training.start import train
 
@@ -36,7 +37,7 @@ def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] =
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
     lines = loaded(demo)(config, out, seed)
-    print(f"time     {time.perf_counter() - start:.0f} s")
+    print(f"time     {duration(time.perf_counter() - start)}")
     for line in lines:
         print(line)
 

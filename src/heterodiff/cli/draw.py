@@ -135,10 +135,11 @@ def text2image(
 def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[Callable[..., None]]:
     """Time how ``count`` images with ``settings`` are drawn for ``out``; yield the function that reports the files."""
     from heterodiff.pipelines.output_folder import check_output
+    from heterodiff.progress import duration
 
     def report(files: list[Path]) -> None:
         *images, grid = files
-        typer.echo(f"drawn    {count} images in {seconds:.1f} s, {count / seconds:.1f} images/s")
+        typer.echo(f"drawn    {count} images in {duration(seconds)}, {count / seconds:.1f} images/s")
         typer.echo(f"images   {len(images)} in {grid.parent}\ngrid     {grid}")
 
     check_output(out, settings)
