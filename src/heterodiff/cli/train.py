@@ -64,7 +64,8 @@ def import_(
     variant: Annotated[str | None, typer.Option(help="Variant, where the weights fit more than one.")] = None,
 ) -> None:
     """Convert an earlier checkpoint to a model folder of this toolkit."""
-    from heterodiff.compat.importing import import_checkpoint, parse_overrides
+    from heterodiff.compat.importing import import_checkpoint
+    from heterodiff.compat.names import parse_overrides
 
     report = import_checkpoint(checkpoint, format_, out, parse_overrides(overrides or []), variant)
     for note in report.notes:

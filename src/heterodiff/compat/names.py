@@ -1,9 +1,10 @@
 """Earlier names of a network's arguments, and reading their values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, get_type_hints
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from heterodiff.errors import ConfigError, unknown_name
@@ -13,7 +14,7 @@ EARLIER_NAMES = {"image_size": "sample_size", "num_res_blocks": "layers_per_bloc
 """Arguments of the earlier networks that are spelt differently now; all others kept their names."""
 
 ABSENT = -1
-"""What earlier head counts say for "not given"."""
+"""Earlier head count for "not given"."""
 
 _HEAD_COUNTS = ("num_head_channels", "num_heads_upsample")
 
@@ -27,6 +28,25 @@ def model_arguments(variant: str = "unet") -> dict[str, Any]:
     """
     network = network_class(variant)
     return {name: hint for name, hint in get_type_hints(network.__init__).items() if name != "return"}
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` items of a command line; values as in YAML, ``8,16`` as a sequence.
+
+    Raises:
+        ConfigError: an item without ``=``, or a key that appears twice.
+    """
+    overrides: dict[str, Any] = {}
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator or not key or key in overrides:
+            problem = "appears twice" if key in overrides else "expected key=value, for example image_size=128"
+            raise ConfigError(f"override '{item}': {problem}")
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            overrides[key] = text
+    return overrides
 
 
 def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
