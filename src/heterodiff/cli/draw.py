@@ -9,40 +9,26 @@ from typing import Annotated, Any
 
 import typer
 
-from heterodiff.cli.options import (
-    MOST_CANDIDATES,
-    MOST_IMAGES,
-    BatchSize,
-    Compile,
-    Device,
-    DType,
-    Graphs,
-    Guidance,
-    ImagesFolder,
-    RunArgument,
-    Sampler,
-    Seed,
-    Steps,
-)
+from heterodiff.cli import options
 from heterodiff.errors import ConfigError, compile_error
 
 
 def sample(
-    run: RunArgument,
+    run: options.RunArgument,
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
     ] = None,
-    number: Annotated[int, typer.Option("-n", min=1, max=MOST_IMAGES, help="Images of each class.")] = 8,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    sampler: Sampler = None,
-    seed: Seed = 0,
-    compile_: Compile = False,
-    graphs: Graphs = False,
-    device: Device = None,
-    dtype: DType = None,
-    batch_size: BatchSize = None,
-    out: ImagesFolder = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Images of each class.")] = 8,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    seed: options.Seed = 0,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    batch_size: options.BatchSize = None,
+    out: options.ImagesFolder = None,
 ) -> None:
     """Draw images from a trained model: separate files, a labelled grid, and the settings in settings.json."""
     from heterodiff.pipelines.image_files import all_classes, class_title, draw_classes, write_images
@@ -54,39 +40,39 @@ def sample(
     titles = [class_title(pipeline, label) for label in chosen]
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     settings = call_settings("sample", run, pipeline, classes=titles, number=number, **asked)
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    drawn: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
     with _drawing(pipeline, len(chosen) * number, out, settings) as report:
-        images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **options)
+        images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **drawn)
     folder = make_output(run, out, settings)
     report(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
 
 
 def text2image(
-    run: RunArgument,
+    run: options.RunArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, max=MOST_IMAGES, help="Images of each prompt.")] = 4,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Images of each prompt.")] = 4,
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
     ] = False,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    sampler: Sampler = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
     candidates: Annotated[
         int | None,
         typer.Option(
             min=1,
-            max=MOST_CANDIDATES,
+            max=options.MOST_CANDIDATES,
             help="Images drawn for each one kept, the one that the captioner finds truest; default: the run's.",
         ),
     ] = None,
-    seed: Seed = 0,
-    compile_: Compile = False,
-    graphs: Graphs = False,
-    device: Device = None,
-    dtype: DType = None,
-    batch_size: BatchSize = None,
-    out: ImagesFolder = None,
+    seed: options.Seed = 0,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    batch_size: options.BatchSize = None,
+    out: options.ImagesFolder = None,
 ) -> None:
     """Draw images of prompts with a run of recipe text-image."""
     from heterodiff.pipelines.drawing import explaining_memory
@@ -101,7 +87,7 @@ def text2image(
         )
     pipeline = load_text_image(run, device, "graphs" if graphs else compile_, dtype)
     each = 1 if direct else number  # decoding directly always gives the same
-    at_once = batch_size or 64
+    count, at_once = len(prompts) * each, batch_size or 64
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     own: dict[str, Any] = {
         "negative": negative,
@@ -110,9 +96,9 @@ def text2image(
     }
     settings = call_settings("text2image", run, pipeline, prompts=prompts, number=each, **own, **asked)
     notes: list[str] = []
-    with _drawing(pipeline, len(prompts) * each, out, settings) as report:
+    with _drawing(pipeline, count, out, settings) as report:
         try:
-            with explaining_memory(min(at_once, len(prompts) * each), pipeline.device), text_notes() as notes:
+            with explaining_memory(min(at_once, count), pipeline.device), text_notes() as notes:
                 images = pipeline.generate_from_text(
                     prompts,
                     each,

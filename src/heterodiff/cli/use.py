@@ -2,30 +2,19 @@
 
 import json
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from heterodiff.cli.options import (
-    MOST_IMAGES,
-    AsJson,
-    BatchSize,
-    Device,
-    Guidance,
-    RunArgument,
-    Sampler,
-    Seed,
-    Steps,
-)
+from heterodiff.cli import options
 from heterodiff.errors import ConfigError
 
 
 def caption(
-    run: RunArgument,
+    run: options.RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
-    number: Annotated[int, typer.Option("-n", min=1, max=MOST_IMAGES, help="Captions of each image.")] = 1,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Captions of each image.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(help="Sampling temperature; 0 takes the likeliest words. Default: 0 for one caption, else 0.9."),
@@ -33,8 +22,8 @@ def caption(
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 for all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this probability in all.")] = 0.9,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid words that occurred.")] = 1.0,
-    seed: Seed = 0,
-    device: Device = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: file_name, text.")] = False,
 ) -> None:
     """Write captions of image files with a run of recipe text-image."""
@@ -43,13 +32,13 @@ def caption(
     from heterodiff.pipelines.text_files import read_usable
 
     pipeline = load_text_image(run, device)
-    options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
+    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
     if temperature is None:
         temperature = 0.0 if number == 1 else 0.9
     problems: list[str] = []
     for usable, read, unusable in read_usable(pipeline, images):
         problems += unusable
-        found = pipeline.generate_text_from_image(read, number, temperature=temperature, **options) if usable else []
+        found = pipeline.generate_text_from_image(read, number, temperature=temperature, **sampling) if usable else []
         for path, texts in zip(usable, found, strict=True):
             for text in texts:
                 name = str(path)
@@ -59,7 +48,7 @@ def caption(
 
 
 def segment(
-    run: RunArgument,
+    run: options.RunArgument,
     data: Annotated[
         Path | None,
         typer.Argument(metavar="DATA", help="Folder of patients with NIfTI volumes.", show_default=False),
@@ -67,7 +56,7 @@ def segment(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First find the thresholds of masks on the run's validation images.")
     ] = False,
-    device: Device = None,
+    device: options.Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -125,13 +114,13 @@ def _fail_for(problems: list[str]) -> None:
 
 
 def evaluate(
-    run: RunArgument,
+    run: options.RunArgument,
     number: Annotated[
         int | None,
         typer.Option(
             "-n",
             min=2,
-            max=MOST_IMAGES,
+            max=options.MOST_IMAGES,
             help="Images of each class to draw; default: 50, or with --augmentation as many as it has training images "
             "(at most 500). For a run on texts, prompts to draw and images to caption; default: 200.",
             show_default=False,
@@ -154,13 +143,13 @@ def evaluate(
         ),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers of each kind that --augmentation trains.")] = 3,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    sampler: Sampler = None,
-    seed: Seed = 0,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    as_json: AsJson = False,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    batch_size: options.BatchSize = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure a trained model against real images; writes its numbers, pictures and report.html into the run."""
     from heterodiff.devices import find_device
@@ -173,19 +162,9 @@ def evaluate(
         from heterodiff.evaluation import augmentation_run, augmentation_summary
 
         study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **request.options())
-        lines = augmentation_summary.summary_lines(study.study)
+        metrics, lines = study.study, augmentation_summary.summary_lines(study.study)
         files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
-        _print_metrics(study.study, lines, files, as_json)
-        return
-    result, lines = evaluate_task(run, request)
-    files = f"picture  {result.picture}\nreport   {result.report}"
-    _print_metrics(result.metrics, lines, files, as_json)
-
-
-def _print_metrics(metrics: dict[str, Any], lines: Iterable[str], files: str, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(metrics, indent=1))
-        return
-    for line in lines:
-        typer.echo(line)
-    typer.echo(files)
+    else:
+        result, lines = evaluate_task(run, request)
+        metrics, files = result.metrics, f"picture  {result.picture}\nreport   {result.report}"
+    typer.echo(json.dumps(metrics, indent=1) if as_json else "\n".join([*lines, files]))
