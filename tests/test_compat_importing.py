@@ -278,7 +278,7 @@ def test_values_that_weights_cannot_tell_or_contradict(overrides, message, tmp_p
         ({"image_size": 16, "num_heads": 3}, "do not split"),
         ({**GIVEN, "use_fp16": True}, "float32"),
         ({**GIVEN, "use_new_attention_order": True}, "always used the legacy order"),
-        ({**GIVEN, "noise_schedule": "sqrt"}, "noise_schedule: expected"),
+        ({**GIVEN, "noise_schedule": "sqrt"}, "noise_schedule: expected linear or cosine, found"),
         ({**GIVEN, "diffusion_steps": 0}, "diffusion_steps"),
         ({**GIVEN, "activation": "relu"}, "activation"),
     ],

@@ -1,4 +1,4 @@
-"""Commands that make a model: train, import."""
+"""Commands that produce a model: train, import."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Commands that put a run to other use: caption, segment, evaluate."""
+"""Commands that use a run: caption, segment, evaluate."""
 
 import json
 import signal

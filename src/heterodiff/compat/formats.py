@@ -8,7 +8,7 @@ from heterodiff.models.variants import VARIANTS
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """What the weights of one family of checkpoints mean beyond their names and shapes.
+    """Meaning of the weights of a family of checkpoints beyond their names and shapes.
 
     Attributes:
         origin: name of the family for messages.

@@ -1,5 +1,6 @@
 """Import of earlier checkpoints: weights of guided-diffusion and AnoFPDM become a folder for ``heterodiff.load``."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 from heterodiff.compat.formats import FORMATS
 from heterodiff.compat.names import EARLIER_NAMES, model_arguments, read_arguments
 from heterodiff.compat.network_config import IMPORT_ARGUMENTS, complete_config, scheduler_arguments, short
-from heterodiff.compat.weight_files import read_json_metadata, read_weights, some, strip_prefix, tidy_tensors
+from heterodiff.compat.weight_files import read_weights, some, strip_prefix, tidy_tensors
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
 from heterodiff.files import write_json
 from heterodiff.models.blocks import AttentionBlock
@@ -27,12 +28,12 @@ from heterodiff.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import wrote.
+    """Result of an import.
 
     Attributes:
         folder: the diffusers folder.
         config: arguments that :func:`heterodiff.create_model` builds the network with, ``variant`` included.
-        notes: a line for each thing that was set and why.
+        notes: a line for each setting and its reason.
     """
 
     folder: Path
@@ -97,7 +98,13 @@ def import_checkpoint(
 
 def _stored_arguments(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Read the arguments under ``config`` in the metadata; also return a note that names those that are ignored."""
-    content = read_json_metadata(path, metadata, "config")
+    try:
+        content = json.loads(metadata.get("config", "{}"))
+    except (json.JSONDecodeError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        found = metadata["config"][:80]
+        raise CheckpointError(f"{path}: metadata 'config': expected a JSON object, found {found!r}")
     known = {*model_arguments(), *IMPORT_ARGUMENTS, *EARLIER_NAMES} - {"variant"}
     try:
         stored = read_arguments({name: content[name] for name in content if name in known}, IMPORT_ARGUMENTS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -64,26 +64,6 @@ def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def read_value(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as the type ``hint``; ``"1,2,4"`` and a single number count as a sequence.
-
-    Raises:
-        ConfigError: the value is of another type.
-    """
-    kinds = str(hint)
-    if isinstance(value, str) and "," in value and ("Sequence" in kinds or "tuple" in kinds):
-        value = [part for part in value.split(",") if part]
-    if isinstance(value, int | float | str) and "Sequence" in kinds:
-        value = [value]
-    if isinstance(value, bool) and "bool" not in kinds:
-        raise ConfigError(f"{name}: expected {_readable(hint)}, found {value!r}")
-    try:
-        read = TypeAdapter(hint).validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"{name}: expected {_readable(hint)}, found {value!r}") from None
-    return tuple(read) if isinstance(read, list) else read
-
-
 def read_arguments(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``arguments`` under today's names with checked types.
 
@@ -101,9 +81,23 @@ def read_arguments(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> di
     for name, value in current_names(arguments).items():
         if name not in hints:
             raise ConfigError(unknown_name("argument", name, [*hints, *EARLIER_NAMES]))
-        read[name] = read_value(name, value, hints[name])
+        read[name] = _read_value(name, value, hints[name])
     return read
 
 
-def _readable(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
+def _read_value(name: str, value: Any, hint: Any) -> Any:
+    """Return ``value`` as the type ``hint``; ``"1,2,4"`` and a single number count as a sequence."""
+    kinds = str(hint)
+    try:
+        if isinstance(value, bool) and "bool" not in kinds:
+            raise TypeError
+        if isinstance(value, str) and "," in value and ("Sequence" in kinds or "tuple" in kinds):
+            value = [part for part in value.split(",") if part]
+        if isinstance(value, int | float | str) and "Sequence" in kinds:
+            value = [value]
+        read = TypeAdapter(hint).validate_python(value)
+    except (TypeError, ValidationError):
+        kind = hint.__name__ if isinstance(hint, type) else kinds.replace("collections.abc.", "")
+        kind = " or ".join(get_args(hint)) if get_origin(hint) is Literal else kind
+        raise ConfigError(f"{name}: expected {kind}, found {value!r}") from None
+    return tuple(read) if isinstance(read, list) else read

@@ -1,6 +1,5 @@
 """Reading weights from untrusted files: never more than tensors, whatever the file holds."""
 
-import json
 import pickle
 import re
 import warnings
@@ -26,12 +25,12 @@ ANCHOR = "time_embed.0.weight"
 """A parameter that every network of the family has; what stands before its name is a prefix."""
 PREFIXES = re.compile(r"((module|_orig_mod|weight|model)\.)*")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TENSORS_ALONE = "where you trust the file, save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
+TENSORS_ALONE = "if you trust the file, save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
 
 
 @dataclass
 class WeightFile:
-    """What a file held: tensors by name, metadata (safetensors only), and notes for the user."""
+    """Contents of a file: tensors by name, metadata (safetensors only), and notes for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -69,7 +68,7 @@ def strip_prefix(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     outside = [name for name in tensors if not name.startswith(prefix)]
     notes = [f"names: prefix '{prefix}' removed"] if prefix else []
     if outside:
-        notes.append(f"names: {len(outside)} tensors outside '{prefix}' left aside: {some(outside)}")
+        notes.append(f"names: {len(outside)} tensors outside '{prefix}' ignored: {some(outside)}")
     return inside, notes
 
 
@@ -95,24 +94,9 @@ def tidy_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     return tidy, [f"weights: converted from {', '.join(sorted(kinds))} to float32"] if kinds else []
 
 
-def some(names: list[str], limit: int = 4) -> str:
+def some(names: list[str], count: int = 4) -> str:
     """Return the first few of ``names`` in one line."""
-    return ", ".join(names[:limit]) + (f", … {len(names) - limit} more" if len(names) > limit else "")
-
-
-def read_json_metadata(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Return the JSON object under ``key`` of safetensors metadata; empty if there is none.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    try:
-        content = json.loads(metadata.get(key, "{}"))
-    except (json.JSONDecodeError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: metadata '{key}': expected a JSON object, found {metadata[key][:80]!r}")
-    return content
+    return ", ".join(names[:count]) + (f", … {len(names) - count} more" if len(names) > count else "")
 
 
 def _read_safetensors(path: Path) -> WeightFile:
@@ -155,7 +139,7 @@ def _read_torch(path: Path) -> WeightFile:
 
 
 def _check_archive(path: Path) -> None:
-    """torch stores tensors uncompressed, so that what is read is no larger than the file."""
+    """Refuse compressed archives, which could unpack to far more than the file; torch stores tensors uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -171,8 +155,7 @@ def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}; {TENSORS_ALONE}")
     notes = []
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if wrapper is not None:
+    if wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
         others = [str(key) for key in content if key != wrapper]
         notes.append(f"weights: taken from '{wrapper}'" + (f", not from: {some(others)}" if others else ""))
         content = content[wrapper]
