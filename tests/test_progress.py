@@ -14,6 +14,8 @@ from heterodiff.progress import duration
         (9.96, "10 s"),
         (59.4, "59 s"),
         (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (854, "14 min"),
         (8111, "2 h 15 min"),
         (3599.6, "1 h 00 min"),
         (86_399, "23 h 59 min"),

@@ -23,6 +23,8 @@ def duration(seconds: float) -> str:
         return f"{days} d {hours} h"
     if hours:
         return f"{hours} h {minutes:02d} min"
+    if minutes >= 10:
+        return f"{minutes} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 

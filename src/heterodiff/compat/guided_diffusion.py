@@ -187,12 +187,3 @@ class HAEUNetModelV2Conservative(EarlierNetwork):
     """``hae-v2-conservative``."""
 
     variant = "hae-v2-conservative"
-
-
-NETWORKS: tuple[type[EarlierNetwork], ...] = (
-    UNetModel,
-    HAEUNetModel,
-    HAEUNetModelLite,
-    HAEUNetModelV2,
-    HAEUNetModelV2Conservative,
-)

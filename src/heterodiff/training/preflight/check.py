@@ -136,7 +136,7 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         encoding = cached and trainer.data.latents is None
         note = "; with its images encoded, which the run does once, before" if encoding else ""
         step, total = duration(result.step_seconds), duration(result.total_seconds)
-        findings.add(True, "time", f"{step} a step, about {total}{note}")
+        findings.add(True, "time", f"{step} a step, about {total} in all{note}")
     except HeterodiffError as error:
         findings.add(False, "set-up", str(error))
 
