@@ -23,9 +23,9 @@ import numpy as np
 
 from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.config import SegmentationConfig
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.sources import load_test
 from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies, segmentation_summary
 from heterodiff.evaluation.class_images import image_config, run_data

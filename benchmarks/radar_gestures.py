@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.measure import write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
 from heterodiff.evaluation.class_images import evaluate_run, summary_lines

@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.measure import MATRIX_GFLOP, interleaved, machine, matrix_product, ratio, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.codecs.cnn import FEATURE_CHANNELS, ImageCodec
 from heterodiff.config import DiffusionConfig, TextConfig
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.diffusion.schedule import training_scheduler
 from heterodiff.evaluation.captions import evaluate_text_image, text_image_summary
 from heterodiff.memory import keep_freed_memory

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import heterodiff as hd
-from heterodiff.cli import shipped_configs
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import ResBlock, timestep_embedding
 from heterodiff.models.film_unet import FiLMUNet

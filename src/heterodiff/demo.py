@@ -1,4 +1,4 @@
-"""The demo: the whole way from images to a report, in minutes on a laptop."""
+"""Demos: from images to a report in minutes on a laptop."""
 
 import time
 from collections.abc import Sequence
@@ -8,17 +8,15 @@ from heterodiff.config import RunConfig
 from heterodiff.config.file import load_config
 from heterodiff.errors import ConfigError
 from heterodiff.lazy import loaded
+from heterodiff.progress import duration
 from heterodiff.tasks import task_of
 from heterodiff.training.start import train
 
-DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small", "brain": "phantom_small"}
-"""Names of the shipped configurations."""
-
 
 def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] = ()) -> None:
-    """Train the run of ``config_file`` in ``out`` (or go on with it), draw from it, evaluate, report.
+    """Train the run of ``config_file`` in ``out`` or resume it, draw samples, evaluate and write the report.
 
-    A run on the latents of a VAE trains that in the folder ``<out>_vae`` first, and evaluates it too.
+    A run on the latents of a VAE first trains the VAE in the folder ``<out>_vae``, and evaluates it too.
 
     Args:
         overrides: ``key.path=value``, as for ``heterodiff train``.
@@ -36,13 +34,13 @@ def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] =
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
     lines = loaded(demo)(config, out, seed)
-    print(f"time     {time.perf_counter() - start:.0f} s")
+    print(f"time     {duration(time.perf_counter() - start)}")
     for line in lines:
         print(line)
 
 
 def _demo_config(config_file: Path, out: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """The run of ``config_file`` in ``out``; what ``overrides`` say comes last."""
+    """Return the configuration of ``config_file`` in ``out``; ``overrides`` come last."""
     own = [f"output={out}", f"training.seed={seed}"]
     config = load_config(config_file, [*own, *overrides])
     if config.codec.training is not None:

@@ -26,10 +26,11 @@ class RunError(HeterodiffError):
     """A run folder that cannot be used as asked."""
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+def nearest_name(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Return `` (did you mean 'x'?)`` for at most ``count`` known names close to ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=count, cutoff=0.5)
+    names = " or ".join(f"'{found}'" for found in close)
+    return f" (did you mean {names}?)" if names else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@
 """
 
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from heterodiff.config import RunConfig
-from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.errors import ConfigError, nearest_name
 
 TOP = "top level"
 """Stands for the name of the section of keys that belong to none."""
@@ -64,7 +65,7 @@ def find_keys(name: str | None) -> list[KeySection]:
     """Return all sections, the section ``name`` with those inside it, or the keys ``name``, with or without section.
 
     Raises:
-        ConfigError: no section or key has that name; the nearest one is named.
+        ConfigError: no section or key has that name; the nearest ones are named.
     """
     sections = list_sections()
     if name is None:
@@ -75,9 +76,12 @@ def find_keys(name: str | None) -> list[KeySection]:
         if keys := tuple(key for key in section.keys if f".{key.name}".endswith(f".{name}")):
             found.append(replace(section, keys=keys))
     if not found:
-        known = [section.name for section in sections[1:]]
-        keys_too = [key.name for section in sections for key in section.keys] if "." in name else []
-        raise ConfigError(unknown_name("section or key", name, known + keys_too))
+        names = [section.name for section in sections[1:]]
+        full = [key.name for section in sections for key in section.keys]
+        known = full if "." in name else [key.rpartition(".")[2] for key in full]
+        near = nearest_name(name, dict.fromkeys([*names, *known]), count=3)
+        listed = textwrap.fill(f"sections: {', '.join(names)}", 100, subsequent_indent="  ")
+        raise ConfigError(f"unknown section or key '{name}'{near}\n{listed}")
     return found
 
 

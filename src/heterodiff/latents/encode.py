@@ -33,7 +33,7 @@ from heterodiff.latents.format import (
     shard_problem,
 )
 from heterodiff.latents.plan import SHARD_SIZE, differences, images_at, plan_of
-from heterodiff.progress import progress_tasks
+from heterodiff.progress import duration, progress_tasks
 
 MAX_FLOAT16 = 65504.0
 LEFTOVER = re.compile(r"(plan\.json|index\.json|shard_\d+\.safetensors)\.[0-9a-f]{8}\.tmp")
@@ -123,9 +123,8 @@ def encode_data(
     if not quiet:
         kept = f"; {len(mine) - len(todo):,} finished shards were there already" if len(todo) < len(mine) else ""
         share = f", by process 0 of {world_size}" if world_size > 1 else ""
-        print(
-            f"encoded  {images:,} images in {seconds:.1f} s, {images / seconds:.1f} images/s{share}{kept}", flush=True
-        )
+        speed = f"{duration(seconds)}, {images / seconds:.1f} images/s"
+        print(f"encoded  {images:,} images in {speed}{share}{kept}", flush=True)
     return out
 
 

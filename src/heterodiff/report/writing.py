@@ -14,6 +14,7 @@ from heterodiff.config.file import read_yaml
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.files import MAX_LIST_BYTES, parse_json, parse_rows, read_bytes
 from heterodiff.lazy import loaded
+from heterodiff.progress import duration
 from heterodiff.report import page
 from heterodiff.report.curves import curves_svg, is_number, series
 from heterodiff.report.formatting import part_of
@@ -110,14 +111,6 @@ def _spread(items: list[Any], count: int) -> list[Any]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _device(files: RunFiles) -> str:
     device = str(files.run.get("device") or platform.machine())
     return re.sub(r"^1 CPU threads$", "1 CPU thread", device)
@@ -139,7 +132,7 @@ def _training_cards(files: RunFiles) -> Iterable[tuple[str, str, str]]:
     seconds = _seconds(files)
     speeds = series(files.metrics, "images_per_second")[1]
     if seconds is not None:
-        yield "Training time", _duration(seconds), f"{median(speeds):,.0f} images/s" if speeds else ""
+        yield "Training time", duration(seconds), f"{median(speeds):,.0f} images/s" if speeds else ""
     parameters = files.run.get("parameters")
     if is_number(parameters):
         value = f"{parameters / 1e6:,.2f} M" if parameters >= 1e5 else f"{parameters:,}"
@@ -177,7 +170,7 @@ def _machine_section(files: RunFiles) -> str:
     seconds = _seconds(files)
     speeds = series(files.metrics, "images_per_second")[1]
     if seconds is not None:
-        rows.append(("Training time", _duration(seconds)))
+        rows.append(("Training time", duration(seconds)))
     if speeds:
         rows.append(("Images per second", f"{median(speeds):,.1f} (median), {max(speeds):,.1f} (best)"))
     if run.get("device"):
