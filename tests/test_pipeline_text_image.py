@@ -25,7 +25,7 @@ from heterodiff.pictures import save_image
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.text_files import read_usable
 from heterodiff.pipelines.text_to_image import TextImagePipeline, TextWarning, text_notes
-from heterodiff.text.aligned import load_networks
+from heterodiff.text.aligned import load_aligned_networks
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights
@@ -543,8 +543,8 @@ def test_folders_that_hold_no_run(tmp_path: Path, shapes_run: Path) -> None:
     with pytest.raises(RunError, match="no such run folder"):
         hd.load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no finished run of recipe alignment"):
-        load_networks(tmp_path)
+        load_aligned_networks(tmp_path)
     (tmp_path / "image_codec").mkdir()
     with pytest.raises(CheckpointError, match="incomplete, text_encoder, tokenizer, captioner missing"):
-        load_networks(tmp_path)
-    assert load_networks(shapes_run).captioner.config.vocabulary_size > 100
+        load_aligned_networks(tmp_path)
+    assert load_aligned_networks(shapes_run).captioner.config.vocabulary_size > 100

@@ -38,12 +38,12 @@ def test_the_guess_is_the_mean_of_what_an_embedding_can_be() -> None:
     network, (embeddings, group, z) = codec(), grouped()
     error = fit_guess(network, embeddings, torch.arange(len(z)), z)
     means = torch.stack([z[group == k].mean(dim=0) for k in range(GROUPS)])
-    guessed = torch.stack([network.guess(embeddings)[group == k].mean(dim=0) for k in range(GROUPS)])
+    guessed = torch.stack([network.prior(embeddings)[group == k].mean(dim=0) for k in range(GROUPS)])
     assert float((guessed - means).abs().max()) < 0.4
     within = float((z - means[group]).square().mean() / (z - z.mean(dim=0)).square().mean())
     assert within < error < 1.5 * within  # at best what is random within a group is left
     scale = 7 * embeddings
-    torch.testing.assert_close(network.guess(scale), network.guess(embeddings), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.prior(scale), network.prior(embeddings), atol=1e-4, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in network.network.parameters())
 
 
@@ -62,7 +62,7 @@ def test_nothing_is_guessed_by_heart() -> None:
         network, embeddings[torch.randperm(len(z), generator=torch.Generator().manual_seed(2))], *_rows(z)
     )
     assert 0.9 < error < 1.2
-    assert float(network.guess(embeddings).std(dim=0).mean()) < 0.6 * float(z.std(dim=0).mean())
+    assert float(network.prior(embeddings).std(dim=0).mean()) < 0.6 * float(z.std(dim=0).mean())
 
 
 def _rows(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def test_no_condition_is_guessed_as_zeros_and_the_same_again_is_the_same() -> No
         network = codec()
         torch.manual_seed(seed)
         fit_guess(network, embeddings, *_rows(z))
-        found.append(network.guess(torch.cat([embeddings[:3], torch.zeros(1, DIM)])))
+        found.append(network.prior(torch.cat([embeddings[:3], torch.zeros(1, DIM)])))
         assert found[-1][3].eq(0).all()
     assert torch.equal(*found)
 
@@ -89,7 +89,7 @@ def test_features_are_guessed_beside_the_map() -> None:
     means = torch.randn(GROUPS, 3, 2, 2, generator=torch.Generator().manual_seed(5))
     features = means[group] + 0.3 * torch.randn(len(z), 3, 2, 2, generator=torch.Generator().manual_seed(6))
     fit_guess(network, embeddings, torch.arange(len(z)), z, features)
-    found = network.guess(torch.cat([embeddings, torch.zeros(1, DIM)]))
+    found = network.prior(torch.cat([embeddings, torch.zeros(1, DIM)]))
     assert found.shape == (len(z) + 1, SHAPE[0] + 3, 2, 2)
     assert not found[-1].any()
     of_groups = torch.stack([found[:-1][group == k].mean(dim=0) for k in range(GROUPS)])
@@ -123,4 +123,4 @@ def test_features_are_the_principal_components_of_what_the_captioner_sees(width:
 def test_a_handful_of_images_will_do(images: int) -> None:
     network, (embeddings, _, z) = codec(), grouped()
     fit_guess(network, embeddings[:images], *_rows(z[:images]))
-    assert bool(torch.isfinite(network.guess(embeddings)).all())
+    assert bool(torch.isfinite(network.prior(embeddings)).all())

@@ -1,6 +1,7 @@
 """The conditional U-Net of the HAE family: ADM encoder and, per variant, a hybrid CNN-Transformer decoder."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.models.attention.patterns import MIN_KEYS, PATTERNS
-from heterodiff.models.backbone import Denoiser, Recompute, check_widths, embedding_mlp, readable
+from heterodiff.models.backbone import Backbone, Recompute
 from heterodiff.models.blocks import (
     AttentionBlock,
     Downsample,
@@ -21,7 +22,6 @@ from heterodiff.models.blocks import (
     recomputed,
     zero_,
 )
-from heterodiff.models.conditioning import zero_rows
 from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY, default_levels
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
@@ -29,7 +29,7 @@ from heterodiff.models.variants import VARIANTS, HybridSpec
 
 
 class Stage(nn.ModuleList):
-    """Layers applied in turn, each given what it needs of the embedding and the condition."""
+    """Layers applied in turn; residual and hybrid blocks get the embedding, attention blocks the condition."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(layers)
@@ -49,14 +49,14 @@ class Stage(nn.ModuleList):
         return x
 
 
-class HAEUNet(Denoiser):
+class HAEUNet(Backbone):
     """U-Net denoiser with a class or vector condition; with a hybrid CNN-Transformer decoder in the HAE variants.
 
     Args:
-        sample_size: height and width (or one number) it is meant for; other sizes divisible by the network's
-            factor patch_size * 2^(levels - 1) run too.
-        in_channels, out_channels: of the images; out_channels is twice in_channels with a learned variance.
-        variant: a name of ``heterodiff.list_models()``.
+        sample_size: intended height and width (or one number); other sizes divisible by the network's factor
+            patch_size * 2^(levels - 1) run too.
+        in_channels, out_channels: channels of the images; out_channels is twice in_channels with a learned variance.
+        variant: one of ``VARIANTS``.
         model_channels: base width mc; level i has mc * channel_mult[i] channels.
         layers_per_block: residual blocks a level (the decoder has one more).
         attention_resolutions: downsampling factors at which attention follows each residual block; default: those
@@ -65,25 +65,26 @@ class HAEUNet(Denoiser):
         channel_mult: width factor of each level; fractions such as 0.5 are allowed; default: by sample_size, see
             :func:`heterodiff.models.defaults.default_levels`.
         num_classes: class labels are 0 .. num_classes - 1, and -1 for none; None for an unconditional network.
-        num_heads, num_head_channels, num_heads_upsample: attention heads; num_head_channels (if given) sets the
-            width of a head instead of their number; num_heads_upsample (if given) holds in the decoder.
+        num_heads, num_heads_upsample: attention heads, and those in the decoder if they differ.
+        num_head_channels: width of a head, in place of their number.
         use_scale_shift_norm: condition residual blocks by scale and shift (FiLM).
-        resblock_updown: resample inside residual blocks; conv_resample: with a convolution.
+        resblock_updown: resample inside residual blocks.
+        conv_resample: resample with a convolution.
         dims: spatial dimensions; only 2.
         use_checkpoint: recompute every block in the backward pass (less memory, more time).
         use_hae: False removes the hybrid blocks (the plain ``unet``).
         bottleneck_ratio: hidden width of the bottleneck MLP, relative.
-        memory_optimization: recompute what costs the most memory; default of ``hae-v2-conservative``.
+        memory_optimization: recompute the activations that take the most memory; default: as the variant.
         zero_threshold: with memory_optimization, an embedding row whose largest absolute value is at most this
             counts as no condition.
         activation: ``identity`` for earlier checkpoints whose norms ignored their activation.
         class_embedding: ``mlp``, or ``direct``: one embedding table of the block embedding's width.
-        condition_tokens: whether attention also sees the condition tokens.
-        attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
-        condition_dim: width of a condition vector, for example a text embedding, that takes the place of the class;
-            None for a network without one.
-        patch_size: the first level sees patches of so many pixels a side, each as channels of one position, and the
-            last gives them back; everything between costs patch_size^2 times less.
+        condition_tokens: let attention also attend to the condition tokens.
+        attention_pattern, sparsity, max_keys, pattern_seed: sparse attention of the hybrid blocks, see
+            :func:`heterodiff.models.attention.patterns.make_pattern`.
+        condition_dim: width of a condition vector, for example a text embedding, in place of the class; None for none.
+        patch_size: patch side in pixels; each patch becomes the channels of one position, so that everything between
+            the first and the last convolution costs patch_size^2 times less.
 
     Raises:
         ConfigError: an argument that no network can be built from.
@@ -139,10 +140,6 @@ class HAEUNet(Denoiser):
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(channel_mult) - 1)
         embedding_dim = self._make_embeddings()
-        if num_classes is not None:
-            direct = class_embedding == "direct"
-            self.label_emb = nn.Embedding(num_classes, embedding_dim if direct else model_channels)
-            self.class_emb = None if direct else embedding_mlp(model_channels, embedding_dim)
         pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
         self._build(embedding_dim, spec.hybrid if use_hae else None, pattern)
         self._finish()
@@ -171,8 +168,8 @@ class HAEUNet(Denoiser):
                 f"num_classes={c.num_classes} and condition_dim={c.condition_dim}: a network takes one kind of "
                 "condition; leave one of them out"
             )
-        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
-        check_widths(widths, c.model_channels)
+        self._check_widths()
+        widths = self._widths()
         attended = {w for level, w in enumerate(widths) if 2**level in c.attention_resolutions} | {widths[-1]}
         for width in sorted(attended):
             for heads in (c.num_heads, c.num_heads_upsample):
@@ -188,59 +185,55 @@ class HAEUNet(Denoiser):
 
     def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec) -> None:
         c = self.config
+        widths = self._widths()
         conditional = c.num_classes is not None or c.condition_dim is not None
         token_dim = embedding_dim if conditional and c.condition_tokens else None
-
-        def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                in_channels,
-                out_channels,
-                embedding_dim,
-                c.dropout,
-                use_scale_shift_norm=c.use_scale_shift_norm,
-                activation=c.activation,
-                resample=resample,
-            )
+        res = partial(
+            ResBlock,
+            embedding_dim=embedding_dim,
+            dropout=c.dropout,
+            use_scale_shift_norm=c.use_scale_shift_norm,
+            activation=c.activation,
+        )
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             if c.num_head_channels is not None:
                 heads = channels // c.num_head_channels
             return AttentionBlock(channels, heads, token_dim)
 
-        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
+        def layers(in_channels: int, level: int, heads: int) -> list[nn.Module]:
+            block = res(in_channels, widths[level])
+            return [block, attention(widths[level], heads)] if 2**level in c.attention_resolutions else [block]
+
+        def resample(channels: int, direction: str) -> nn.Module:
+            if c.resblock_updown:
+                return res(channels, channels, resample=direction)
+            return (Upsample if direction == "up" else Downsample)(channels, c.conv_resample)
+
         channels = widths[0]
         self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels * c.patch_size**2, channels))])
         skips = [channels]
-        last = len(c.channel_mult) - 1
         for level, width in enumerate(widths):
             for _ in range(c.layers_per_block):
-                layers: list[nn.Module] = [res(channels, width)]
+                self.input_blocks.append(Stage(*layers(channels, level, c.num_heads)))
                 channels = width
-                if 2**level in c.attention_resolutions:
-                    layers.append(attention(channels, c.num_heads))
-                self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
-            if level != last:
-                down = res(channels, channels, "down") if c.resblock_updown else Downsample(channels, c.conv_resample)
-                self.input_blocks.append(Stage(down))
+            if level != len(widths) - 1:
+                self.input_blocks.append(Stage(resample(channels, "down")))
                 skips.append(channels)
         self.middle_block = Stage(res(channels, channels), attention(channels, c.num_heads), res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.layers_per_block + 1):
-                layers = [res(channels + skips.pop(), width)]
+                stage = layers(channels + skips.pop(), level, c.num_heads_upsample or c.num_heads)
                 channels = width
-                if 2**level in c.attention_resolutions:
-                    layers.append(attention(channels, c.num_heads_upsample or c.num_heads))
                 if level and i == c.layers_per_block:
                     if hybrid is not None:
-                        layers.append(
+                        stage.append(
                             HybridBlock(channels, embedding_dim, hybrid, c.bottleneck_ratio, c.dropout, pattern)
                         )
-                    layers.append(
-                        res(channels, channels, "up") if c.resblock_updown else Upsample(channels, c.conv_resample)
-                    )
-                self.output_blocks.append(Stage(*layers))
+                    stage.append(resample(channels, "up"))
+                self.output_blocks.append(Stage(*stage))
         self.out = FusedSequential(
             GroupNorm32(channels),
             make_activation(c.activation),
@@ -248,7 +241,7 @@ class HAEUNet(Denoiser):
         )
 
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
-        """The sparse attention of each hybrid block."""
+        """Iterate over the sparse attention of each hybrid block."""
         return (m for m in self.modules() if isinstance(m, SparseSelfAttention))
 
     def set_attention_masks(self, masks: dict[int, Tensor]) -> None:
@@ -270,35 +263,12 @@ class HAEUNet(Denoiser):
         super()._check_sample(sample)
         check_size(sample.shape[2], sample.shape[3], self.factor)
 
-    def class_condition(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
-        """c (B, E) of ``class_labels`` (B,), exactly zero where the label is -1; None if no row has a condition.
-
-        Raises:
-            ConfigError: labels for a network without classes, of a wrong shape, or outside the range.
-        """
-        num_classes = self.config.num_classes
-        if class_labels is None or num_classes is None:
-            return super().class_condition(class_labels, batch)
-        if class_labels.shape != (batch,):
-            raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
-        labelled = class_labels >= 0
-        if readable(class_labels):  # elsewhere an index error is raised
-            found = sorted(set(class_labels.tolist()))
-            if found and not -1 <= found[0] <= found[-1] < num_classes:
-                raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
-        if self._may_leave_out(labelled):
-            return None
-        c = self.label_emb(class_labels.clamp(min=0))
-        if self.class_emb is not None:
-            c = self.class_emb(c)
-        return zero_rows(c, labelled, self._threshold())
-
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Check that a network that halves its maps log2(factor) times can take (height, width).
+    """Check that ``factor`` divides height and width.
 
     Raises:
-        ConfigError: it cannot; the nearest sizes that it can are named.
+        ConfigError: it does not; the message names the nearest sizes.
     """
     if height % factor == 0 and width % factor == 0:
         return

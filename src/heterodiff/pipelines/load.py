@@ -23,7 +23,7 @@ from heterodiff.pipelines.reconstruct import ReconstructionPipeline
 from heterodiff.pipelines.text_to_image import TextImagePipeline
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import TASKS, Task, task_of_pipeline
-from heterodiff.text.aligned import load_networks
+from heterodiff.text.aligned import load_aligned_networks
 
 TRAIN_OR_IMPORT = "train or import it again; earlier checkpoints come in through `heterodiff import`"
 
@@ -172,7 +172,7 @@ def _kept(folder: Path, pipeline: type[Any]) -> dict[str, Any]:
 
 
 def _load_text_image(folder: Path) -> TextImagePipeline:
-    networks = load_networks(folder)
+    networks = load_aligned_networks(folder)
     unet = scheduler = None
     if (folder / "unet").is_dir():
         unet = load_network((FiLMUNet, HAEUNet), folder / "unet")

@@ -23,7 +23,7 @@ from heterodiff.metrics.reconstruction import psnr
 from heterodiff.metrics.retrieval import recall
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings
-from heterodiff.text.aligned import TextNetworks
+from heterodiff.text.aligned import AlignedNetworks
 from heterodiff.text.caption_table import CaptionTable
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.contrastive import LogitScale, contrastive_losses
@@ -43,7 +43,7 @@ SPREAD_BATCH = 64
 class AlignmentModel(nn.Module):
     """All networks but the denoiser, as one call, which distributed training needs."""
 
-    def __init__(self, networks: TextNetworks):
+    def __init__(self, networks: AlignedNetworks):
         super().__init__()
         self.image_codec: ImageCodec = networks.image_codec
         self.text_encoder: TextEncoder = networks.text_encoder

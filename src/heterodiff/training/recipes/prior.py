@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from heterodiff.codecs.cnn import CNNCodec, scaled
 from heterodiff.data.sources import LoadedData
 from heterodiff.models.backbone import whitening
-from heterodiff.text.aligned import TextNetworks
+from heterodiff.text.aligned import AlignedNetworks
 from heterodiff.text.caption_table import CaptionTable
 
 IMAGES, MAX_BYTES = 16_384, 2**28
@@ -115,7 +115,7 @@ def _train(
 
 @torch.no_grad()
 def known_embeddings(
-    networks: TextNetworks, captions: CaptionTable, data: LoadedData, codec: CNNCodec
+    networks: AlignedNetworks, captions: CaptionTable, data: LoadedData, codec: CNNCodec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Embeddings (N, D) of captions and images, the rows (N,) of their images, those z (M, c, h, w) and their features.
 
@@ -142,7 +142,7 @@ def known_embeddings(
 
 
 @torch.no_grad()
-def seen_features(networks: TextNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
+def seen_features(networks: AlignedNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
     """What the captioner makes of the maps z (M, c, h, w): its strongest principal components, (M, f, h, w).
 
     Each has zero mean and unit std over cells; there are the codec's ``feature_channels`` of them.

@@ -20,7 +20,7 @@ from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings, predict
 from heterodiff.progress import progress_tasks
-from heterodiff.text.aligned import TextNetworks, load_networks
+from heterodiff.text.aligned import AlignedNetworks, load_aligned_networks
 from heterodiff.text.caption_table import CaptionTable
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
@@ -54,7 +54,7 @@ class TextImageRecipe(DiffusionRecipe):
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
         assert config.codec.path is not None
-        self.networks = load_networks(config.codec.path)
+        self.networks = load_aligned_networks(config.codec.path)
         encoder = self.networks.text_encoder
         width, wanted = encoder.config.embedding_dim, config.text.embedding_dim
         if width != wanted:
@@ -123,7 +123,7 @@ class TextImageRecipe(DiffusionRecipe):
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
-        expected = self.codec.guess(embeddings)
+        expected = self.codec.prior(embeddings)
         return lambda z, time: predict(network, z, time, embeddings, expected)
 
     def pipeline(self) -> TextImagePipeline:
@@ -148,7 +148,7 @@ class TextImageRecipe(DiffusionRecipe):
         return text_preview(self.pipeline(), self.shown_texts, seed)
 
 
-def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
+def make_pipeline(config: RunConfig, spec: ImageSpec, networks: AlignedNetworks, unet: Any = None) -> TextImagePipeline:
     """A pipeline around ``networks``, ready to use."""
     scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
     pipeline = TextImagePipeline(
@@ -178,7 +178,7 @@ class JointModel(AlignmentModel):
     latents_mean: Tensor
     latents_std: Tensor
 
-    def __init__(self, networks: TextNetworks, unet: Any, objective: DiffusionObjective):
+    def __init__(self, networks: AlignedNetworks, unet: Any, objective: DiffusionObjective):
         super().__init__(networks)
         self.unet = unet
         self.objective = objective
@@ -255,7 +255,9 @@ class JointRecipe(AlignmentRecipe):
             )
         super().__init__(config, data)
         unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
-        networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
+        networks = AlignedNetworks(
+            self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner
+        )
         schedule = NoiseSchedule.from_config(config.diffusion)
         # A sampler that does not work should not be found out at the first preview.
         make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)

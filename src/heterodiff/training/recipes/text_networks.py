@@ -14,13 +14,13 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, reason
 from heterodiff.models.loading import refuse_nonfinite
-from heterodiff.text.aligned import TOKENIZER_FOLDER, TextNetworks
+from heterodiff.text.aligned import TOKENIZER_FOLDER, AlignedNetworks
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder, check_tokenizer
 from heterodiff.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 
-def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNetworks:
+def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> AlignedNetworks:
     """New networks for images as in ``spec`` and texts of ``tokenizer``.
 
     Raises:
@@ -59,7 +59,7 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return TextNetworks(tokenizer, codec, encoder, captioner)
+    return AlignedNetworks(tokenizer, codec, encoder, captioner)
 
 
 def make_tokenizer(config: RunConfig, data: LoadedData) -> Any:
