@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.guidance import Denoise
-from heterodiff.diffusion.prediction import to_x0_eps
 from heterodiff.diffusion.samplers import check_timesteps
 from heterodiff.diffusion.schedule import NoiseSchedule
 
@@ -73,15 +73,13 @@ def invert(
     """
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
     norm = torch.hypot(schedule.alpha, schedule.sigma)
+    denoiser = Denoiser(denoise, schedule, prediction)
 
     def velocity(z: Tensor, t: int) -> Tensor:
         """Return v = alpha eps - sigma x0 at unit-variance z."""
-        time = torch.full((z.shape[0],), schedule.time[t].item())
         z_network = z * norm[t].item()
-        alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
-        output = denoise(z_network, time).float()[:, : z.shape[1]]
-        clean, eps = to_x0_eps(prediction, output, z_network, alpha, sigma)
-        return (alpha * eps - sigma * clean) / norm[t].item()
+        clean, eps = denoiser.x0_eps(denoiser.output(z_network, t), z_network, t)
+        return (schedule.alpha[t].item() * eps - schedule.sigma[t].item() * clean) / norm[t].item()
 
     angles = torch.atan2(schedule.sigma, schedule.alpha)
     z, angle, here = x0.float(), torch.zeros((), dtype=torch.float64), rising[0]

@@ -8,8 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.guidance import Denoise
-from heterodiff.diffusion.prediction import to_x0_eps
 from heterodiff.diffusion.samplers import PreparedSampler, list_samplers, make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.diffusion.thresholding import limit_x0
@@ -105,14 +105,12 @@ def sample(
         noise = z_start.float() / norms[prepared.steps[0][1]].item()
     assert noise is not None
     z = noise.float() * prepared.start_scale
+    denoiser = Denoiser(denoise, schedule, prediction)
     for number, (index, t) in enumerate(prepared.steps, start=1):
         z_network = _unit_z(prepared, z, index) * norms[t].item()
-        time = torch.full((z.shape[0],), schedule.time[t].item())
-        output = denoise(z_network, time).float()
-        mean, channels = output[:, : z.shape[1]], output[:, z.shape[1] :]
-        x0, _ = to_x0_eps(prediction, mean, z_network, schedule.alpha[t].item(), schedule.sigma[t].item())
-        x0 = limit_x0(x0, clip_sample, dynamic_threshold)
-        z = _step(prepared, index, z, x0, channels, generator)
+        output = denoiser.output(z_network, t)
+        x0 = limit_x0(denoiser.x0_eps(output, z_network, t)[0], clip_sample, dynamic_threshold)
+        z = _step(prepared, index, z, x0, output[:, z.shape[1] :], generator)
         if callback is not None:
             callback(number, len(prepared.steps), x0)
         if after_step is not None:

@@ -1,5 +1,6 @@
 """Images through a VAE and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,3 +56,12 @@ def comparison_picture(images: Tensor, reconstructions: Tensor) -> Image:
         difference[:, 3] = 1
     tiles = torch.stack([images, reconstructions, difference], dim=1).flatten(0, 1)
     return image_grid(tiles, ["original", "reconstruction", f"difference x{DIFFERENCE_GAIN}"] * len(images), columns=3)
+
+
+def try_out(pipeline: ReconstructionPipeline, add: Callable[[bool, str, str], None]) -> None:
+    """Reconstruct one picture of noise."""
+    vae = pipeline.vae.config
+    side = 8 * pipeline.codec.factor
+    images = pipeline(torch.rand(1, vae.in_channels, side, side)).images
+    scale = ", ".join(f"{value:.3g}" for value in vae.latents_std or [1 / vae.scaling_factor])
+    add(bool(torch.isfinite(images).all()), "vae", f"reconstructs an image; std of its latents {scale}")

@@ -75,8 +75,8 @@ class Segmenter:
         self.pipeline, self.settings = pipeline, settings
         if pipeline.vae is not None:
             raise ConfigError("segmentation compares pixels; this run denoises latents of a VAE: train one on pixels")
-        self.schedule = pipeline.schedule
-        steps = self.schedule.num_train_timesteps
+        self.denoiser = pipeline.denoiser
+        steps = self.denoiser.schedule.num_train_timesteps
         if settings.depth > steps:
             raise ConfigError(f"segmentation.depth={settings.depth}: the run was trained on {steps} timesteps")
         count = pipeline.unet.config.in_channels
@@ -98,29 +98,26 @@ class Segmenter:
 
     @torch.no_grad()
     def maps(self, images: Tensor, first: int = 0, progress: Progress = lambda step, total: None) -> AnomalyMaps:
-        """Anomaly maps of the channels that count, with the scores that images are judged by, on the CPU.
+        """Return anomaly maps of the channels compared, with the scores that images are judged by, on the CPU.
 
         Args:
             images: (B, C, H, W) in [0, 1].
-            first: number of the first of them among all images, on which its noise depends.
+            first: number of the first of them among all images, which seeds its noise.
         """
-        pipeline, settings = self.pipeline, self.settings
-        x = images.to(pipeline.device, torch.float32) * 2 - 1
-        labels = torch.full((len(x),), self.healthy, device=x.device)
-        none = null_labels(labels)
-        network = (pipeline.predict, self.schedule, pipeline.prediction)
-        guidance, steps = settings.guidance_scale, self.timesteps
-        common: dict[str, Any] = {"channels": self.channels, "progress": progress}
+        settings = self.settings
+        x = images.to(self.pipeline.device, torch.float32) * 2 - 1
+        healthy = torch.full((len(x),), self.healthy, device=x.device)
+        none = null_labels(healthy)
+        options: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
             noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
-            found = partial_noising(*network, x, none, steps, noise=noise, **common)
-        elif settings.method == "ddib":
-            found = ddib(*network, x, labels, none, steps, guidance_scale=guidance, **common)
+            found = partial_noising(*self.denoiser, x, none, self.timesteps, noise=noise, **options)
         else:
-            patience = settings.patience
-            found = forward_process(
-                *network, x, labels, none, steps, guidance_scale=guidance, patience=patience, **common
-            )
+            options["guidance_scale"] = settings.guidance_scale
+            method = ddib
+            if settings.method == "forward-process":
+                method, options["patience"] = forward_process, settings.patience
+            found = method(*self.denoiser, x, healthy, none, self.timesteps, **options)
         maps, divergence, score = found.maps.cpu(), found.divergence.cpu(), found.score.cpu()
         if settings.score == "divergence":
             score = divergence.mean(dim=1)
@@ -129,13 +126,12 @@ class Segmenter:
         return AnomalyMaps(maps, divergence, score, found.calls.cpu())
 
     def smoothed(self, found: AnomalyMaps) -> np.ndarray:
-        """Means of the channels' maps of what :meth:`maps` found, (B, H, W), smoothed as for masks."""
-        return np.stack(
-            [smoothed_map(one, self.settings.threshold, self.settings.smoothing) for one in found.maps.numpy()]
-        )
+        """Return the mean over the channels of anomaly maps, (B, H, W), smoothed as for masks."""
+        settings = self.settings
+        return np.stack([smoothed_map(one, settings.threshold, settings.smoothing) for one in found.maps.numpy()])
 
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
-        """Masks and decisions of what :meth:`maps` found."""
+        """Return masks and decisions of anomaly maps."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
         largest, smoothing = np.array(calibration.largest_divergence), self.settings.smoothing
         if self.settings.threshold == "half-peak":
