@@ -1,6 +1,6 @@
 """Anomaly maps: where an image differs from what a class-conditional model expects of a healthy one.
 
-Three methods, each one function of an image, of a network call and of timesteps:
+Three methods:
 
     forward-process   encode without condition; at each step compare the healthy prediction (AnoFPDM, Che et al. 2025)
     ddib              encode without condition, decode guided to healthy, compare (Su et al. 2023; Sanchez et al. 2022)
@@ -24,10 +24,6 @@ from heterodiff.diffusion.schedule import NoiseSchedule
 Progress = Callable[[int, int], None]
 
 
-def _silent(step: int, total: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class AnomalyMaps:
     """Result of a method for C chosen channels of images (B, *, H, W).
@@ -46,36 +42,6 @@ class AnomalyMaps:
     calls: Tensor
 
 
-@dataclass
-class _Running:
-    """Sums along the steps; their size does not depend on the number of steps."""
-
-    total: Tensor
-    maps: Tensor
-    divergence: Tensor
-    count: int = 0
-
-    @classmethod
-    def like(cls, x: Tensor) -> "_Running":
-        return cls(torch.zeros_like(x), torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf))
-
-    def add(self, rows: Tensor, error: Tensor, divergence: Tensor) -> Tensor:
-        """Add S_t (b, C, H, W) and D_t (b, C) of the images in ``rows``.
-
-        Where D_t is the largest so far, the map becomes the mean of S before t, or S itself at the first step.
-
-        Returns:
-            (b, C) bool, where D_t is the largest so far.
-        """
-        before = self.total[rows] / self.count if self.count else error
-        greater = divergence > self.divergence[rows]
-        self.maps[rows] = torch.where(greater[:, :, None, None], before, self.maps[rows])
-        self.divergence[rows] = torch.where(greater, divergence, self.divergence[rows])
-        self.total[rows] += error
-        self.count += 1
-        return greater
-
-
 @torch.no_grad()
 def forward_process(
     model_call: ModelCall,
@@ -89,13 +55,13 @@ def forward_process(
     guidance_scale: float = 3.0,
     patience: int | None = None,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Compare, on the way from the image to noise, the healthy prediction of the image with the image itself.
 
     Che et al. 2025 (AnoFPDM). At each timestep one batch holds both branches; the unconditional one also gives the
-    next, noisier z (DDIM). A channel's map is the mean squared error of the healthy prediction before the step at
-    which healthy and unconditional predictions differ most.
+    next, noisier z (DDIM). A channel's map is the mean squared error of the healthy prediction before the step (at the
+    first step: at it) where healthy and unconditional predictions differ most.
 
     Args:
         model_call, schedule, prediction: see :class:`heterodiff.diffusion.denoiser.Denoiser`.
@@ -112,22 +78,26 @@ def forward_process(
     """
     denoiser = Denoiser(model_call, schedule, prediction)
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
-    count = len(x)
     z = x = x.float()
     chosen = list(range(x.shape[1]) if channels is None else channels)
     seen = x[:, chosen]
-    running = _Running.like(seen)
-    rows = torch.arange(count, device=x.device)  # images that are not stopped yet
+    total, maps, divergence = torch.zeros_like(seen), torch.zeros_like(seen), seen.new_full(seen.shape[:2], -torch.inf)
+    rows = torch.arange(len(x), device=x.device)  # images that are not stopped yet
     idle = torch.zeros(seen.shape[:2], dtype=torch.long, device=x.device)
-    of_healthy, of_none = x.new_zeros(2, count, len(rising))  # zeros add nothing to a cosine
-    calls = torch.zeros(count, dtype=torch.long, device=x.device)
+    of_healthy, of_none = x.new_zeros(2, len(x), len(rising))  # zeros add nothing to a cosine
+    calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for number, t in enumerate(rising, start=1):
         both = denoiser.guided(join_conditions(none[rows], healthy[rows]))
         free, conditional = both.output(torch.cat([z, z]), t)[:, : x.shape[1]].chunk(2)
         steered = free + guidance_scale * (conditional - free)
         x0_none, x0_healthy = (denoiser.x0_eps(output, z, t)[0].clamp(-1, 1) for output in (free, steered))
         error = (x0_healthy[:, chosen] - seen[rows]).square()
-        greater = running.add(rows, error, (x0_healthy - x0_none)[:, chosen].square().mean(dim=(2, 3)))
+        difference = (x0_healthy - x0_none)[:, chosen].square().mean(dim=(2, 3))
+        greater = difference > divergence[rows]
+        before = total[rows] / (number - 1) if number > 1 else error
+        maps[rows] = torch.where(greater[:, :, None, None], before, maps[rows])
+        divergence[rows] = torch.where(greater, difference, divergence[rows])
+        total[rows] += error
         of_healthy[rows, number - 1] = error.mean(dim=(1, 2, 3))
         of_none[rows, number - 1] = (x0_none[:, chosen] - seen[rows]).square().mean(dim=(1, 2, 3))
         calls[rows] += 2
@@ -144,7 +114,7 @@ def forward_process(
             if not len(rows):
                 break
     cosine = torch.nn.functional.cosine_similarity(of_healthy, of_none, dim=1, eps=1e-12)
-    return AnomalyMaps(running.maps, running.divergence, -cosine, calls)
+    return AnomalyMaps(maps, divergence, -cosine, calls)
 
 
 @torch.no_grad()
@@ -159,7 +129,7 @@ def ddib(
     *,
     guidance_scale: float = 3.0,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Encode ``x`` without condition, decode it guided to healthy, and square the difference.
 
@@ -184,7 +154,7 @@ def partial_noising(
     *,
     noise: Tensor,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Noise ``x`` to the first of ``timesteps``, denoise it without condition, and square the difference.
 
@@ -201,11 +171,7 @@ def partial_noising(
 
 
 def noising_timesteps(depth: int, count: int) -> list[int]:
-    """Return at most ``count`` evenly spaced timesteps below ``depth``, decreasing, 0 included.
-
-    Raises:
-        ValueError: depth or count below 1.
-    """
+    """Return at most ``count`` evenly spaced timesteps below ``depth``, both at least 1, decreasing, 0 included."""
     if depth < 1 or count < 1:
         raise ValueError(f"depth {depth} in {count} steps: expected at least 1 of each")
     stride = -(-depth // count)

@@ -1,4 +1,4 @@
-"""Exact inversion of deterministic sampling: the z from which DDIM draws a given image."""
+"""Inversion of DDIM sampling: the z from which it draws a given image."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,22 +11,16 @@ from heterodiff.diffusion.samplers import check_timesteps
 from heterodiff.diffusion.schedule import NoiseSchedule
 
 
-def _norm(difference: Tensor) -> Tensor:
-    """Root mean square per sample, (B, 1, 1, 1)."""
-    return difference.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-
-
 def _solve(update: Callable[[Tensor], Tensor], z: Tensor, num_iterations: int, tolerance: float) -> Tensor:
     """Solve z = update(z) per sample by damped fixed-point iterations; returns the best z seen.
 
-    The step of a sample is halved when its residual grows: between two modes of the data the network turns so
-    quickly that full steps overshoot.
+    A sample's step is halved when its residual grows: between two modes of the data full steps overshoot.
     """
     damping = torch.ones_like(z[:, :1, :1, :1])
     best, best_change, best_residual = z, torch.zeros_like(z), torch.full_like(damping, torch.inf)
     for _ in range(num_iterations):
         change = update(z) - z
-        residual = _norm(change)
+        residual = change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         # A solved sample stays as it is: the result must not depend on how long its neighbours take.
         better = (residual < best_residual) & (best_residual > tolerance)
         best = torch.where(better, z, best)
@@ -62,7 +56,7 @@ def invert(
         denoise: as in :func:`heterodiff.diffusion.sampling.sample`.
         x0: (B, C, H, W) clean images or latents.
         timesteps: strictly decreasing training timesteps; a start below T - 1 encodes only partly.
-        num_iterations: at most so many per step; 0 is plain DDIM inversion.
+        num_iterations: maximum per step; 0 is plain DDIM inversion.
         tolerance: root mean square of the residual at which a step is solved.
 
     Returns:
@@ -87,8 +81,8 @@ def invert(
         delta = angles[t] - angle
         cos, sin = delta.cos().item(), delta.sin().item()
 
-        def step(guess: Tensor, at: int = t, target: Tensor = z, cos: float = cos, sin: float = sin) -> Tensor:
-            return (target + sin * velocity(guess, at)) / cos
+        def step(estimate: Tensor, at: int = t, target: Tensor = z, cos: float = cos, sin: float = sin) -> Tensor:
+            return (target + sin * velocity(estimate, at)) / cos
 
         start = step(z, at=here)
         z = _solve(step, start, num_iterations, tolerance) if num_iterations else start

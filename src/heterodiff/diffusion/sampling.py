@@ -1,4 +1,4 @@
-"""Drawing images: from noise along a sampler's steps to clean images or latents."""
+"""Sampling: from noise along a sampler's steps to clean images or latents."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,22 +70,20 @@ def sample(
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Draw clean images or latents; any sampler serves any schedule and prediction.
+    """Draw clean images or latents; any sampler works with any schedule and prediction.
 
-    The network's prediction becomes x0 on the path it was trained on; the sampler gets x0 and moves on a path
-    of its own with the same SNR, which differs by a scale of z.
+    The network's prediction becomes x0 on the path it was trained on; the sampler gets x0 and moves on its own path
+    with the same SNR, which differs by a scale of z.
 
     Args:
-        denoise: (z (B, C, H, W), network time (B,) float32) -> (B, C or 2C, H, W) of kind ``prediction``; see
-            :func:`heterodiff.diffusion.guidance.guided_denoiser`. The time lies on the CPU, so that reading it waits
-            for no device. Channels after the first C are variance.
-        schedule: the one that the network was trained with.
+        denoise, schedule, prediction: a :class:`heterodiff.diffusion.denoiser.Denoiser` with a bound condition:
+            ``sample(*denoiser, noise=noise)``.
         noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
         z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.
         sampler: one of :func:`list_samplers`.
         num_inference_steps, timesteps: see :func:`make_sampler`.
         generator: noise of stochastic samplers; one, or a list with one per sample.
-        learned_variance: the network has variance channels that ``ddpm`` shall use.
+        learned_variance: the network has variance channels, for ``ddpm`` to use.
         clip_sample: clip predicted x0 to [-1, 1].
         dynamic_threshold: quantile of Saharia et al. 2022 instead of plain clipping.
         callback: called after each step as (step from 1, number of steps, predicted x0).

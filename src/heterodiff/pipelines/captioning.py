@@ -24,9 +24,7 @@ class CaptioningPipeline(EmbeddingPipeline):
     def read(self, image_paths: str | Path | Sequence[str | Path]) -> Tensor:
         """Read image files as (B, C, H, W) in [0, 1], resized and scaled as the training images were.
 
-        Raises:
-            DataError: a file that is missing or cannot be used.
-            RunError: the run's folder has no ``data.json``.
+        Raises DataError for a file that cannot be used, and RunError if the run's folder has no ``data.json``.
         """
         if self.spec is None:
             raise RunError("the folder has no data.json, which describes how to read images; caption tensors instead")

@@ -101,11 +101,7 @@ class DrawingPipeline(DiffusionPipeline):
         return pipeline
 
     def read_run(self, folder: Path) -> None:
-        """Take the settings of the run in ``folder``: its ``config.yaml`` and ``data.json``, where present.
-
-        Raises:
-            HeterodiffError: a damaged file.
-        """
+        """Take the settings in ``config.yaml`` and ``data.json`` of a run, if present."""
         run = RunFolder(folder)
         if run.has_config:
             self.defaults = run.config().sampling
@@ -127,8 +123,8 @@ class DrawingPipeline(DiffusionPipeline):
         """Name of the sampler, or class of the assigned scheduler, of calls that name no sampler."""
         return type(self.scheduler).__name__ if self._replaced else self.defaults.sampler
 
-    def _chosen(self, **given: Any) -> SamplingConfig:
-        """The sampling settings of a call: those given that are not None, and defaults."""
+    def sampling_settings(self, **given: Any) -> SamplingConfig:
+        """Return the sampling settings of a call: those given that are not None, else the defaults."""
         return self.defaults.model_copy(update={name: value for name, value in given.items() if value is not None})
 
     def draw_latents(
@@ -193,11 +189,7 @@ class DrawingPipeline(DiffusionPipeline):
 
 
 def check_output_type(output_type: str) -> None:
-    """Check the name of a form of images.
-
-    Raises:
-        ConfigError: it is unknown.
-    """
+    """Raise ConfigError if ``output_type`` is unknown."""
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(unknown_name("output_type", output_type, OUTPUT_TYPES))
 
@@ -214,11 +206,7 @@ def to_output(images: Tensor, output_type: str, return_dict: bool) -> Generation
 
 @contextmanager
 def explaining_memory(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Turn the failure to draw ``batch_size`` images at once for want of memory into a message with what helps.
-
-    Raises:
-        RunError: memory ran out.
-    """
+    """Raise a RunError with a way out if memory runs out while ``batch_size`` images are drawn at once."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -62,11 +62,7 @@ class GenerationPipeline(DrawingPipeline):
             self.class_names = self.spec.class_names
 
     def class_index(self, label: int | str) -> int:
-        """Return the index of a class, given as an index (-1: no condition), a name, or an index as text.
-
-        Raises:
-            ConfigError: no such class.
-        """
+        """Return the index of a class from an index (-1: no condition), a name, or text; raises ConfigError if none."""
         count = self.unet.config.num_classes or 0
         text = str(label)
         if isinstance(label, str) and text in self.class_names:
@@ -147,7 +143,7 @@ class GenerationPipeline(DrawingPipeline):
             raise ConfigError(f"{len(generator)} generators for {len(labels)} images: expected one an image")
         if dynamic_threshold is not None:
             self._check_dynamic_threshold(dynamic_threshold, sampler)
-        settings = self._chosen(
+        settings = self.sampling_settings(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,

@@ -40,8 +40,7 @@ class ReconstructionPipeline(DiffusionPipeline):
     def __call__(self, images: Tensor) -> ReconstructionOutput:
         """Encode images (B, C, H, W) in [0, 1] and decode the most likely latents.
 
-        Raises:
-            ConfigError: another number of channels than the VAE's, or sides it cannot take.
+        Raises ConfigError for another number of channels than the VAE's, or sides it cannot take.
         """
         codec = self.codec
         codec.latent_shape(images.shape[1], images.shape[2], images.shape[3])
@@ -50,7 +49,7 @@ class ReconstructionPipeline(DiffusionPipeline):
 
 
 def comparison_picture(images: Tensor, reconstructions: Tensor) -> Image:
-    """Rows of original, reconstruction, and four times their absolute difference; all (B, C, H, W) in [0, 1]."""
+    """Draw rows of original, reconstruction, and four times their absolute difference; all (B, C, H, W) in [0, 1]."""
     difference = (DIFFERENCE_GAIN * (images - reconstructions).abs()).clamp(0, 1)
     if images.shape[1] == 4:  # drawn with transparency: let differences be seen
         difference[:, 3] = 1

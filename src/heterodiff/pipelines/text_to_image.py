@@ -157,7 +157,7 @@ class TextImagePipeline(CaptioningPipeline):
             return self._decode_directly(condition, batch_size)
         null = torch.zeros_like(condition) if negative_embeddings is None else self._embeddings(negative_embeddings)
         generators = seeded_generators(seed, len(condition)) if generators is None else list(generators)
-        settings = self._chosen(
+        settings = self.sampling_settings(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, candidates=candidates
         )
         if settings.candidates < 1:
