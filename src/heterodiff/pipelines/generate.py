@@ -156,8 +156,7 @@ class GenerationPipeline(DrawingPipeline):
                 break
             rows = slice(start, start + batch_size)
             some = labels[rows].to(self.device)
-            # Without any condition both branches are the same.
-            alike = bool((labels[rows] < 0).all()) and settings.guidance_scale >= 0
+            unconditional = bool((labels[rows] < 0).all()) and settings.guidance_scale >= 0
             with self.progress_bar(total=1) as bar:
 
                 def progress(total: int, bar: Any = bar) -> None:
@@ -169,7 +168,8 @@ class GenerationPipeline(DrawingPipeline):
                     null_labels(some),
                     (len(some), self.unet.config.in_channels, *latent_size),
                     generator[rows] if isinstance(generator, list) else generator,
-                    settings.model_copy(update={"guidance_scale": 1.0}) if alike else settings,
+                    # Both branches of guidance would be the same.
+                    settings.model_copy(update={"guidance_scale": 1.0}) if unconditional else settings,
                     sampler=sampler,
                     timesteps=timesteps,
                     callback=callback,

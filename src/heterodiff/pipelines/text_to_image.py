@@ -72,11 +72,8 @@ class TextImagePipeline(CaptioningPipeline):
             num_inference_steps, guidance_scale, sampler, candidates: default to the run's ``sampling`` section.
             negative_prompts: texts to guide away from, instead of from "no condition"; one for all prompts, or one
                 for each.
-            batch_size: number of pictures to draw at once.
-            output_type: ``"pt"`` for a tensor (N, C, H, W) in [0, 1], ``"np"`` for an array (N, H, W, C),
-                ``"pil"`` for pictures.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: see
-                :class:`heterodiff.pipelines.generate.GenerationPipeline`; called for each candidate.
+            batch_size, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: see
+                :class:`heterodiff.pipelines.generate.GenerationPipeline`; the callback is called for each candidate.
 
         Returns:
             :class:`heterodiff.pipelines.drawing.GenerationOutput`, or with ``return_dict=False`` a tuple of its images.
@@ -193,13 +190,8 @@ class TextImagePipeline(CaptioningPipeline):
     def _decode_directly(self, condition: Tensor, batch_size: int) -> Tensor:
         if not bool(condition.any(dim=1).all()):
             raise ConfigError("an empty prompt cannot be decoded directly; give a text, or use the diffusion")
-        codec = self.image_codec
-        return torch.cat(
-            [
-                codec.decode_from_latent(codec.get_latent_from_embedding(part)).cpu()
-                for part in condition.split(batch_size)
-            ]
-        )
+        latents = map(self.image_codec.get_latent_from_embedding, condition.split(batch_size))
+        return torch.cat([self.image_codec.decode_from_latent(part).cpu() for part in latents])
 
     def _likeliest(self, drawn: Iterator[Tensor], texts: Sequence[str], condition: Tensor) -> Tensor:
         """Return, row by row, the candidate image (C, H, W) under which the captioner finds its text likeliest.
