@@ -91,21 +91,17 @@ def calibrate(
         raise DataError(
             "calibration: the model gives scores that are not finite; train it longer or lower the guidance"
         )
-    if count == 0:
-        threshold = float(np.quantile(score, HEALTHY_QUANTILE))
-        largest = tuple(map(float, divergence.max(axis=0)))
-        return Calibration(largest, threshold, len(score), 0, int((score >= threshold).sum()))
-    means = score[unhealthy].mean(), score[~unhealthy].mean()
-    if means[0] < means[1]:
+    if count and (mean := score[unhealthy].mean()) < (healthy_mean := score[~unhealthy].mean()):
         raise DataError(
-            f"calibration: unhealthy validation images score {means[0]:.4g} on average, less than healthy ones with "
-            f"{means[1]:.4g}; either the labels are swapped (0 is healthy), or the model has not learned to tell them "
-            "apart: train it longer"
+            f"calibration: unhealthy validation images score {mean:.4g} on average, less than healthy ones with "
+            f"{healthy_mean:.4g}; either the labels are swapped (0 is healthy), or the model has not learned to tell "
+            "them apart: train it longer"
         )
-    candidates = np.quantile(score[~unhealthy], np.linspace(*QUANTILES, CANDIDATES))
+    quantiles = np.linspace(*QUANTILES, CANDIDATES) if count else [HEALTHY_QUANTILE]
+    candidates = np.quantile(score[~unhealthy], quantiles)
     errors = ((score[None] >= candidates[:, None]) != unhealthy[None]).sum(axis=1)
     best = int(errors.argmin())
-    largest = tuple(map(float, divergence[unhealthy].max(axis=0)))
+    largest = tuple(map(float, divergence[unhealthy if count else ~unhealthy].max(axis=0)))
     return Calibration(largest, float(candidates[best]), len(unhealthy) - count, count, int(errors[best]))
 
 

@@ -102,9 +102,9 @@ def segment_folder(
 
 def prepare_folders(run: Path, data: Path, out: Path) -> tuple[RunConfig, list[PatientFiles]]:
     """Return the run's configuration and the patients below ``data``, and make ``out``; raises HeterodiffError."""
-    config = RunFolder(run).config() if RunFolder(run).has_config else None
-    if config is None:
+    if not RunFolder(run).has_config:
         raise RunError(f"{run}: no config.yaml, which describes how its images were made; train a run here")
+    config = RunFolder(run).config()
     if config.data.source != "volumes":
         raise RunError(
             f"{run}: trained on source '{config.data.source}', not on volumes, so it cannot make slices of "
@@ -158,8 +158,7 @@ def _segment(
     progress: Progress,
 ) -> dict[str, Any]:
     read = read_patient(PatientFiles(patient.name, patient.volumes, None))
-    size = config.image_size or DEFAULT_SIZE
-    slices = slice_patient(read, size, config.volumes.least_brain)
+    slices = slice_patient(read, config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
     if not len(slices.index):
         raise DataError(f"{patient.volumes[0].parent}: no slice shows enough of the brain to be judged")
     images = torch.from_numpy(np.stack([stretch_slice(image) for image in slices.image]))
@@ -178,8 +177,10 @@ def _segment(
         "mask_ml": float(mask.sum() * abs(np.linalg.det(reference.affine[:3, :3])) / 1000),
         "highest_score": float(found.score.max()),
     }
-    columns = slices.index.tolist(), found.score.tolist(), found.unhealthy.tolist()
-    of_slices = [dict(zip(("slice", "score", "unhealthy"), row, strict=True)) for row in zip(*columns, strict=True)]
+    of_slices = [
+        {"slice": int(z), "score": float(score), "unhealthy": bool(unhealthy)}
+        for z, score, unhealthy in zip(slices.index, found.score, found.unhealthy, strict=True)
+    ]
     picture = _overlay(images[:, segmenter.channels[0]], found, slices.index)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
