@@ -134,7 +134,7 @@ def test_prompts_that_are_no_good_file_names(
         read.extend(texts)
         return encode_texts(tokenizer, texts, max_tokens)
 
-    monkeypatch.setattr("heterodiff.pipelines.text_to_image.encode_texts", encode)
+    monkeypatch.setattr("heterodiff.pipelines.embeddings.encode_texts", encode)
     prompt = {
         "words": "a red circle " * 8000,
         "one word": "x" * 100_000,

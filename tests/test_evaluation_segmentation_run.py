@@ -224,7 +224,7 @@ def test_limits_hold_for_the_settings_they_were_learned_with(run: Path) -> None:
     ("key", "value", "message"),
     [
         ("segmentation__depth", 2000, r"segmentation\.depth=2000: the run was trained on 1000 timesteps"),
-        ("segmentation__channels", [0, 4], r"segmentation\.channels: 4 is none of the run's 4 channels, 0\.\.3"),
+        ("segmentation__channels", [0, 4], r"segmentation\.channels: 4 is not one of the run's 4 channels, 0\.\.3"),
         ("segmentation__healthy", "well", r"segmentation\.healthy='well': the run's classes are healthy, unhealthy"),
     ],
 )

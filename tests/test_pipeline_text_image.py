@@ -94,7 +94,7 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
     assert largest(plain.generate_from_text(PROMPTS, **options).images - expected) < 1e-5
     assert (copy.defaults, copy.spec, copy.resize) == (pipe.defaults, pipe.spec, pipe.resize)
     copy.spec = None
-    with pytest.raises(RunError, match=r"no data\.json, which says how to read images"):
+    with pytest.raises(RunError, match=r"no data\.json, which describes how to read images"):
         copy.generate_from_image([tmp_path / "a.png"])
 
 
