@@ -41,6 +41,7 @@ _SOURCES = {
 }
 """Source -> ``module:name`` of ``DataConfig -> Collection``, imported when the source is asked for."""
 
+_WITHOUT_PATH = ("digits", "microdoppler", "shapes", "brain-phantom")
 STORED_LATENTS = "heterodiff.latents.reading:load_stored"
 
 
@@ -58,7 +59,10 @@ def open_source(config: DataConfig) -> Collection:
     if config.source not in _SOURCES:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     collection: Collection = loaded(_SOURCES[config.source])(config)
-    return collection
+    if config.path is None or config.source not in _WITHOUT_PATH:
+        return collection
+    unused = f"data.path is not used by data.source '{config.source}'"
+    return replace(collection, warnings=(unused, *collection.warnings))
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:

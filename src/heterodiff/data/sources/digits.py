@@ -19,5 +19,4 @@ def open_digits(config: DataConfig) -> Collection:
         class_of=tuple(str(label) if labelled else None for label in digits.target),
         read=ArrayReader(images),
         value_range=(0.0, 16.0),
-        warnings=("data.path is not used by data.source 'digits'",) if config.path else (),
     )

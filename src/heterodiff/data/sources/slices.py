@@ -1,4 +1,4 @@
-"""From a patient's volumes to axial slices, and from masks of slices back to a volume."""
+"""Axial slices of a patient's volumes, and a volume from masks of slices."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ from torch.nn import functional
 from heterodiff.data.decoding.nifti import Patient
 from heterodiff.data.decoding.resize import Size
 
+CLASSES = ("healthy", "unhealthy")
 VERSION = 1
-"""Of what is done to a volume; part of the fingerprint of the preprocessing."""
+"""Version of the preprocessing, part of its fingerprint."""
 PERCENTILE = 99.0
 
 

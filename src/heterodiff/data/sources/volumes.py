@@ -18,12 +18,11 @@ from heterodiff.data.decoding import read_member
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
-from heterodiff.data.sources.slices import PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
+from heterodiff.data.sources.slices import CLASSES, PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
 from heterodiff.errors import CheckpointError, DataError
 from heterodiff.files import read_json, replacing, write_text
 
 DEFAULT_SIZE = (128, 128)
-CLASSES = ("healthy", "unhealthy")
 PROGRESS_FROM = 4
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from heterodiff.config import DataConfig, ShapesConfig
 from heterodiff.data.collection import Collection
-from heterodiff.errors import DataError
+from heterodiff.simulators import drawn_size, random_state
 from heterodiff.simulators.shapes.drawing import render
 from heterodiff.simulators.shapes.scenes import (
     ALL_THINGS,
@@ -45,29 +45,24 @@ __all__ = [
     "unseen_things",
 ]
 
-DEFAULT_SIZE = (64, 64)
 MIN_SIDE = 16
 _CONTENT, _DRAWING = range(2)
-
-
-def _random_state(config: ShapesConfig, picture: int, purpose: int) -> np.random.RandomState:
-    """Random numbers for one picture: for its scene and captions or, whatever its size, for its drawing."""
-    return np.random.RandomState([config.seed & 0xFFFFFFFF, config.seed >> 32, picture, purpose])
+"""Last number of a picture's random states: for scene and captions, and for the drawing, whatever its size."""
 
 
 def scene_of(config: ShapesConfig, picture: int) -> Scene:
-    """What picture number ``picture`` shows, whatever its size.
+    """Return the scene that picture number ``picture`` shows, whatever its size.
 
     Raises:
         DataError: ``config.unseen`` cannot be used.
     """
-    return draw_scene(_random_state(config, picture, _CONTENT), config.pairs, unseen_things(config))
+    return draw_scene(random_state(config.seed, picture, _CONTENT), config.pairs, unseen_things(config))
 
 
 def _captions(config: ShapesConfig) -> Iterator[tuple[str, ...]]:
     unseen = unseen_things(config)
     for picture in range(config.images):
-        rng = _random_state(config, picture, _CONTENT)
+        rng = random_state(config.seed, picture, _CONTENT)
         yield captions_of(draw_scene(rng, config.pairs, unseen), rng)
 
 
@@ -80,7 +75,7 @@ class ShapesRenderer:
     width: int
 
     def __call__(self, row: int) -> np.ndarray:
-        rng = _random_state(self.config, row, _DRAWING)
+        rng = random_state(self.config.seed, row, _DRAWING)
         return render(scene_of(self.config, row), rng, self.height, self.width)
 
 
@@ -92,21 +87,12 @@ def open_shapes(config: DataConfig) -> Collection:
     Raises:
         DataError: ``image_size`` below 16, ``channels`` other than 3, or ``shapes.unseen`` that cannot be used.
     """
-    height, width = config.image_size or DEFAULT_SIZE
-    if min(height, width) < MIN_SIDE:
-        raise DataError(
-            f"data.image_size: 'shapes' expects at least {MIN_SIDE}, found [{height}, {width}]; "
-            f"set it to [{max(height, MIN_SIDE)}, {max(width, MIN_SIDE)}] or more"
-        )
-    if config.channels not in (None, 3):
-        raise DataError(f"data.channels: 'shapes' has 3, found {config.channels}; leave it out")
     settings = config.shapes
     return Collection(
         where="shapes",
         names=tuple(f"{picture:07d}" for picture in range(settings.images)),
         class_of=(None,) * settings.images,
-        read=ShapesRenderer(settings, height, width),
+        read=ShapesRenderer(settings, *drawn_size(config, MIN_SIDE, 3)),
         value_range=(0.0, 255.0),
-        warnings=("data.path is not used by data.source 'shapes'",) if config.path else (),
         captions=tuple(_captions(settings)),
     )

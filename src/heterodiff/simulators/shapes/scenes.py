@@ -1,4 +1,4 @@
-"""What a picture of the source ``shapes`` shows: one or two coloured things, and where."""
+"""Scenes of the source ``shapes``: one or two coloured things, and their place or relation."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ def parse_thing(text: str) -> Thing:
 
 
 def unseen_things(config: ShapesConfig) -> frozenset[Thing]:
-    """The things that no picture shows.
+    """Return the things that no picture shows.
 
     Raises:
-        DataError: one that cannot be read, or so many that too few are left to draw.
+        DataError: one that cannot be read, or too few are left to draw.
     """
     unseen = frozenset(parse_thing(text) for text in config.unseen)
     needed, left = (2 if config.pairs > 0 else 1), len(ALL_THINGS) - len(unseen)
@@ -94,7 +94,7 @@ def draw_scene(
 
 
 def matches(asked: Scene, seen: Scene) -> bool:
-    """Whether ``seen`` shows what ``asked`` says: the things and, where it says one, the place or relation."""
+    """Return True if ``seen`` has the things of ``asked`` and, if it names one, the place or relation."""
     if asked.place is not None:
         return asked == seen
     return len(asked.things) == len(seen.things) and set(asked.things) == set(seen.things)

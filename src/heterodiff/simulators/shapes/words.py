@@ -1,4 +1,4 @@
-"""Captions of scenes: writing true ones, and reading what a text says."""
+"""Captions of scenes: writing true ones, and reading texts."""
 
 import re
 
@@ -21,7 +21,7 @@ def _named(thing: Thing) -> str:
 
 
 def complete_caption(scene: Scene) -> str:
-    """Everything there is to say about ``scene``: colour, shape and place or relation of each thing."""
+    """Describe all of ``scene``: colour, shape and place or relation of each thing."""
     if len(scene.things) == 1:
         return f"{_named(scene.things[0])} in the {scene.place}"
     first, second = map(_named, scene.things)
@@ -57,7 +57,7 @@ def captions_of(scene: Scene, rng: np.random.RandomState) -> tuple[str, ...]:
 
 
 def read_caption(text: str) -> Scene | None:
-    """Return what a caption says, ``None`` if it is not one of those that `captions_of` writes.
+    """Return the scene that a caption describes, ``None`` if `captions_of` writes no such caption.
 
     Case, punctuation and blanks do not count, and articles may be missing.
     """
