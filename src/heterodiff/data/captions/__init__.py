@@ -1,7 +1,6 @@
 """The source ``captions``: a folder of images, and texts that describe them."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,22 +16,6 @@ COCO_FOLDER, COCO_PATTERN, _COCO_VALIDATION = "annotations", "captions_*.json", 
 SINGLE_FILES = ("results.csv", "captions.txt")
 
 
-@dataclass(frozen=True)
-class _Matched:
-    """Captions brought together with the image files they describe; names are relative to the data folder.
-
-    Attributes:
-        captions: of each image; keys of a dictionary, for order without repetition.
-        present: all images in the folder that was looked into.
-    """
-
-    path: Path
-    captions: dict[str, dict[str, None]]
-    problems: list[DataFinding]
-    present: set[str]
-    unreadable: tuple[DataFinding, ...]
-
-
 def open_captions(config: DataConfig) -> Collection:
     """List the images of ``config.path`` that have captions; nothing is decoded yet.
 
@@ -44,26 +27,37 @@ def open_captions(config: DataConfig) -> Collection:
             Single rows that cannot be used become problems of the collection.
     """
     root = _folder(config)
+    files = [read_caption_file(path, root, config) for path in _caption_files(root, config)]
+    where = ", ".join(str(file.path) for file in files)
     scans: dict[str, FolderScan] = {}
-    matched = [_match(read_caption_file(path, root, config), root, scans) for path in _caption_files(root, config)]
-    captions: dict[str, dict[str, None]] = {}
-    for part in matched:
-        for name, texts in part.captions.items():
-            captions.setdefault(name, {}).update(texts)
-    problems = tuple(item for part in matched for item in part.problems)
+    captions: dict[str, dict[str, None]] = {}  # keys of a dictionary, for order without repetition
+    problems: list[DataFinding] = []
+    images_of: dict[Path, set[str]] = {}
+    present: set[str] = set()
+    unreadable: dict[DataFinding, None] = {}
+    for file in files:
+        folder = _image_folder(file, root, scans)
+        prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
+        found, wrong = _match(file, root / folder, scan)
+        problems.extend(wrong)
+        for name, texts in found.items():
+            captions.setdefault(prefix + name, {}).update(texts)
+        images_of[file.path] = {prefix + name for name in found}
+        present.update(prefix + name for name in scan.files)
+        unreadable |= {DataFinding(prefix + item.name, item.problem): None for item in scan.unreadable}
     if not captions:
-        found = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
-        raise DataError(f"{', '.join(str(part.path) for part in matched)}: {found}")
+        what = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
+        raise DataError(f"{where}: {what}")
     names = tuple(sorted(captions))
-    held_out = _held_out(matched)
+    held_out = _held_out(images_of, where)
     return Collection(
         where=str(root),
         names=names,
         class_of=(None,) * len(names),
         read=FileReader(root, names, config.channels),
-        unreadable=tuple(dict.fromkeys(item for part in matched for item in part.unreadable)),
-        problems=problems,
-        warnings=_without_captions(set().union(*(part.present for part in matched)) - captions.keys()),
+        unreadable=tuple(unreadable),
+        problems=tuple(problems),
+        warnings=_without_captions(present - captions.keys()),
         captions=tuple(tuple(captions[name]) for name in names),
         held_out=None if held_out is None else tuple(name in held_out for name in names),
     )
@@ -99,19 +93,17 @@ def _caption_files(root: Path, config: DataConfig) -> list[Path]:
     )
 
 
-def _held_out(matched: list[_Matched]) -> set[str] | None:
-    """The images of COCO's validation files, if there are training files as well."""
-    is_val = [bool(_COCO_VALIDATION.fullmatch(part.path.name)) for part in matched]
-    if len(set(is_val)) < 2:
+def _held_out(images_of: dict[Path, set[str]], where: str) -> set[str] | None:
+    """Return the images of COCO's validation files, if there are training files as well."""
+    val_files = {path for path in images_of if _COCO_VALIDATION.fullmatch(path.name)}
+    if not val_files or len(val_files) == len(images_of):
         return None
-    train, val = (
-        set().union(*(part.captions for part, found in zip(matched, is_val, strict=True) if found == wanted))
-        for wanted in (False, True)
-    )
+    val = set().union(*(images_of[path] for path in val_files))
+    train = set().union(*(images_of[path] for path in images_of.keys() - val_files))
     if both := train & val:
         raise DataError(
-            f"{', '.join(str(part.path) for part in matched)}: {len(both):,} images are described in the training and "
-            f"in the validation files, for example {show(min(both))}; keep each image in one of them"
+            f"{where}: {len(both):,} images are described in the training and in the validation files, for example "
+            f"{show(min(both))}; keep each image in one of them"
         )
     return val
 
@@ -142,14 +134,8 @@ def clean_caption(text: Any) -> str:
     return cleaned
 
 
-def _match(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> _Matched:
-    """Find the images that ``file`` names.
-
-    Args:
-        scans: of the folders read so far, by name; added to.
-    """
-    folder = _image_folder(file, root, scans)
-    prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
+def _match(file: CaptionFile, folder: Path, scan: FolderScan) -> tuple[dict[str, dict[str, None]], list[DataFinding]]:
+    """Return the captions of each image in ``folder``, and the rows that cannot be used."""
     present = set(scan.files)
     resolved: dict[str, tuple[str, str | None]] = {}
     captions: dict[str, dict[str, None]] = {}
@@ -160,32 +146,21 @@ def _match(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> _Matc
             continue
         key = row.file if isinstance(row.file, str) else ""
         if key not in resolved:
-            resolved[key] = _resolve(root / folder, key, file.file_column, present)
+            resolved[key] = _resolve(folder, key, file.file_column, present)
         name, problem = resolved[key]
         if problem is not None:
             problems.append(DataFinding(row.where, problem))
             continue
-        texts, wrong = _clean(row)
-        problems.extend(wrong)
-        if texts:
-            captions.setdefault(prefix + name, {}).update(texts)
-    unreadable = tuple(DataFinding(prefix + item.name, item.problem) for item in scan.unreadable)
-    return _Matched(file.path, captions, problems, {prefix + name for name in scan.files}, unreadable)
-
-
-def _clean(row: CaptionRow) -> tuple[dict[str, None], list[DataFinding]]:
-    texts: dict[str, None] = {}
-    problems = [] if row.texts else [DataFinding(row.where, "the caption is empty")]
-    for text in row.texts:
-        try:
-            texts[clean_caption(text)] = None
-        except ValueError as error:
-            problems.append(DataFinding(row.where, str(error)))
-    return texts, problems
+        for text in row.texts or [None]:
+            try:
+                captions.setdefault(name, {})[clean_caption(text)] = None
+            except ValueError as error:
+                problems.append(DataFinding(row.where, str(error)))
+    return {name: texts for name, texts in captions.items() if texts}, problems
 
 
 def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[str, str | None]:
-    """Return the name of ``file`` in ``folder``, and what is wrong with it; asks the disk only about unlisted files."""
+    """Return the name of ``file`` in ``folder``, and why it cannot be used; asks the disk only about unlisted files."""
     if problem := name_problem(folder, file, column):
         return file, problem
     name = PurePosixPath(file).as_posix()
@@ -193,7 +168,7 @@ def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[s
 
 
 def _image_folder(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> str:
-    """The first folder that holds any of the images, relative to ``root``.
+    """Return the first folder that holds any of the images, relative to ``root``.
 
     Raises:
         DataError: none does.

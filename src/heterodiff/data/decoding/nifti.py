@@ -1,4 +1,4 @@
-"""Patients as NIfTI volumes: which files belong to which, and reading them in one orientation."""
+"""Patients as NIfTI volumes: finding the files of each, and reading them in one orientation."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from heterodiff.errors import DataError
+from heterodiff.errors import DataError, reason
 
 SUFFIXES = (".nii", ".nii.gz")
 AFFINE_TOLERANCE = 1e-3
@@ -39,7 +39,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class PatientFiles:
-    """Where the volumes of a patient are, or of one of its scans.
+    """Files of a patient's volumes, or of one of its scans.
 
     Attributes:
         name: of the scan, unique: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
@@ -52,8 +52,12 @@ class PatientFiles:
     mask: Path | None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return self.volumes if self.mask is None else (*self.volumes, self.mask)
+
+    @property
     def patient(self) -> str:
-        """Whose scan it is: ``sub-*`` where its name starts so, else the whole name."""
+        """Name of the patient: ``sub-*`` where that of the scan starts so, else the whole name."""
         return self.name.split("/")[0] if self.name.startswith("sub-") else self.name
 
 
@@ -83,7 +87,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
     """List the scans of patients below ``root``: every folder that holds volumes. Links are followed.
 
     Args:
-        needs_mask: whether a patient without a mask is an error.
+        needs_mask: refuse a patient without a mask.
 
     Raises:
         DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
@@ -168,11 +172,7 @@ def load_nifti(path: Path) -> Any:
     try:
         return nibabel.load(path)
     except Exception as error:  # nibabel raises what its readers raise
-        raise DataError(f"{path}: not a NIfTI file that can be read ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+        raise DataError(f"{path}: not a NIfTI file that can be read ({reason(error)})") from None
 
 
 def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +204,7 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         canonical = nibabel.as_closest_canonical(file)
         voxels = np.asarray(canonical.dataobj, dtype=np.float32)
     except Exception as error:
-        raise DataError(f"{path}: cannot be read to its end ({_reason(error)}); copy it again") from None
+        raise DataError(f"{path}: cannot be read to its end ({reason(error)}); copy it again") from None
     bad = voxels.size - int(np.isfinite(voxels).sum())
     if bad:
         raise DataError(f"{path}: {bad:,} voxels are NaN or infinite; repair the file")
@@ -220,7 +220,7 @@ def read_patient(files: PatientFiles) -> Patient:
     """
     volumes: list[np.ndarray] = []
     first_affine: np.ndarray | None = None
-    for path in (*files.volumes, *([files.mask] if files.mask else [])):
+    for path in files.files:
         voxels, affine = read_voxels(path)
         if first_affine is None:
             first_affine = affine
@@ -262,7 +262,7 @@ def _refuse_negative(path: Path, voxels: np.ndarray) -> None:
 
 
 def label_problem(labels: np.ndarray) -> str | None:
-    """Why ``labels`` are no mask, if they are none."""
+    """Return the reason why ``labels`` are no mask, or ``None``."""
     wrong = labels[~((labels >= 0) & (labels == np.round(labels)))]
     if not wrong.size:
         return None

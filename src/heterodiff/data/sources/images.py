@@ -1,13 +1,12 @@
 """The source ``images``: a folder of image files or one npz file."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from heterodiff.config import DataConfig
 from heterodiff.data.collection import ArrayReader, Collection, FileReader
-from heterodiff.data.decoding import SUFFIXES, read_member
+from heterodiff.data.decoding import SUFFIXES, array_names, opened_npz, read_member
 from heterodiff.data.decoding.layout import channel_axis
 from heterodiff.data.findings import BadImage
 from heterodiff.data.sources.metadata import find_metadata, read_metadata
@@ -68,58 +67,47 @@ def _class_folder_warnings(scan: FolderScan, class_of: tuple[str | None, ...]) -
 
 
 def _open_listed(root: Path, path: Path, config: DataConfig) -> Collection:
-    metadata = read_metadata(path, with_labels=config.labels != "none")
+    label_of, problems = read_metadata(path, with_labels=config.labels != "none")
     scan = scan_folder(root)
-    rows = sorted(metadata.rows)
-    names = tuple(name for name, _ in rows)
-    unlisted = len(set(scan.files) - set(names))
+    names = tuple(sorted(label_of))
     warnings = list(scan.warnings)
-    if unlisted:
+    if unlisted := len(set(scan.files).difference(names)):
         warnings.append(f"{unlisted:,} images are not listed in {path.name} and were left out")
     return Collection(
         where=str(root),
         names=names,
-        class_of=tuple(label for _, label in rows),
+        class_of=tuple(label_of[name] for name in names),
         read=FileReader(root, names, config.channels),
         unreadable=scan.unreadable,
-        problems=metadata.problems,
+        problems=tuple(problems),
         warnings=tuple(warnings),
     )
 
 
 def _open_npz(path: Path, config: DataConfig) -> Collection:
-    try:
-        images, labels = _read_npz(path, config)
-    except BadImage as reason:
-        raise DataError(f"{path}: {reason}") from None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
-    names = tuple(str(index) for index in range(len(images)))
-    class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
-    return Collection(str(path), names, class_of, ArrayReader(images))
-
-
-def _read_npz(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return images (N, C, H, W) and labels (N,) or ``None``."""
-    with zipfile.ZipFile(path) as archive:
-        keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        key = next((key for key in ("image", "images") if key in keys), None)
+    with opened_npz(path) as archive:
+        there = array_names(archive)
+        key = next((key for key in ("image", "images") if key in there), None)
         if key is None:
-            raise BadImage(f"arrays {keys[:10]}; expected one named 'image' or 'images'")
+            raise BadImage(f"arrays {there[:10]}; expected one named 'image' or 'images'")
         try:
             images = read_member(archive, key, int(config.memory_limit_gb * 1e9))
         except BadImage as reason:
             raise BadImage(f"{reason}: raise data.memory_limit_gb or save one npy file per image") from None
-        label_key = next((key for key in ("label", "labels") if key in keys), None)
+        label_key = next((key for key in ("label", "labels") if key in there), None)
         labels = read_member(archive, label_key, MAX_LABELS_BYTES) if label_key else None
-    if images.ndim not in (3, 4) or images.dtype.kind not in "buif" or 0 in images.shape:
-        raise BadImage(
-            f"'{key}' has shape {images.shape} and type {images.dtype}; expected numbers of shape (N, H, W), "
-            "(N, H, W, C) or (N, C, H, W)"
-        )
-    if images.ndim == 3:
-        return images[:, None], labels
-    return np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1), labels
+        if images.ndim not in (3, 4) or images.dtype.kind not in "buif" or 0 in images.shape:
+            raise BadImage(
+                f"'{key}' has shape {images.shape} and type {images.dtype}; expected numbers of shape (N, H, W), "
+                "(N, H, W, C) or (N, C, H, W)"
+            )
+        if images.ndim == 3:
+            images = images[:, None]
+        else:
+            images = np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1)
+    names = tuple(str(index) for index in range(len(images)))
+    class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
+    return Collection(str(path), names, class_of, ArrayReader(images))
 
 
 def _npz_classes(path: Path, labels: np.ndarray | None, count: int) -> tuple[str | None, ...]:
