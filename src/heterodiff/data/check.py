@@ -10,7 +10,7 @@ from heterodiff.data.assemble import assemble
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import DataFinding
-from heterodiff.data.inspection import Measured, Survey, survey_images
+from heterodiff.data.inspection import Inspection, Measured, inspect_images
 from heterodiff.data.labels import sort_classes
 from heterodiff.data.sources import open_source
 from heterodiff.errors import DataError
@@ -48,8 +48,8 @@ class DataSummary:
     captions: int = 0
 
 
-def _class_counts(collection: Collection, survey: Survey) -> dict[str, int]:
-    counts = Counter(collection.class_of[image.row] for image in survey.images)
+def _class_counts(collection: Collection, inspection: Inspection) -> dict[str, int]:
+    counts = Counter(collection.class_of[image.row] for image in inspection.images)
     unlabelled = counts.pop(None, 0)
     names = sort_classes({name for name in counts if name is not None})
     return {name: counts[name] for name in names} | ({"": unlabelled} if unlabelled else {})
@@ -71,15 +71,15 @@ def check_data(config: DataConfig) -> DataSummary:
         DataError: there is nothing to look at: unknown source, missing or empty folder, unreadable metadata file.
     """
     collection = open_source(config)
-    survey = survey_images(collection, config, keep=False, moments=True)
+    inspection = inspect_images(collection, config, keep=False, moments=True)
     spec: ImageSpec | None = None
     problems: tuple[str, ...] = ()
     warnings, captions = collection.warnings, 0
-    if survey.images:
+    if inspection.images:
         lenient = config.model_copy(update={"on_bad": "skip"})
         collection_of_good_rows = replace(collection, problems=())
         try:
-            loaded = assemble(collection_of_good_rows, survey, lenient)
+            loaded = assemble(collection_of_good_rows, inspection, lenient)
             spec, warnings, captions = loaded.spec, loaded.warnings, sum(map(len, loaded.captions))
         except DataError as error:
             problems = (str(error),)
@@ -87,11 +87,11 @@ def check_data(config: DataConfig) -> DataSummary:
         problems = (f"{collection.where}: no usable image",)
     return DataSummary(
         spec,
-        _class_counts(collection, survey),
-        tuple(survey.sizes.most_common(5)),
-        dict(survey.dtypes.most_common()),
-        *_statistics(survey.images),
-        bad=(*survey.bad, *collection.problems),
+        _class_counts(collection, inspection),
+        tuple(inspection.sizes.most_common(5)),
+        dict(inspection.dtypes.most_common()),
+        *_statistics(inspection.images),
+        bad=(*inspection.bad, *collection.problems),
         problems=problems,
         warnings=warnings,
         captions=captions,

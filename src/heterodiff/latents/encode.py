@@ -1,4 +1,4 @@
-"""Writing a folder of stored latents (see `latents_format`): resumable, and alike for any number of processes."""
+"""Writing a folder of stored latents (see `latents.format`): resumable, and alike for any number of processes."""
 
 import json
 import os
@@ -37,12 +37,8 @@ from heterodiff.progress import progress_tasks
 
 MAX_FLOAT16 = 65504.0
 LEFTOVER = re.compile(r"(plan\.json|index\.json|shard_\d+\.safetensors)\.[0-9a-f]{8}\.tmp")
-"""What a call that was killed while it wrote a file leaves behind."""
+"""Unfinished files of a call that was killed."""
 ANOTHER_FOLDER = "choose another folder, or delete this one"
-
-
-def _nothing() -> None:
-    """Wait for nobody."""
 
 
 def check_out(out: Path) -> None:
@@ -74,7 +70,7 @@ def encode_data(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = _nothing,
+    barrier: Callable[[], object] = lambda: None,
     quiet: bool = False,
 ) -> Path:
     """Write the posteriors of all images of ``data`` to the folder ``out``, and return it.
@@ -85,12 +81,10 @@ def encode_data(
     Args:
         data: images; augmentation does not apply.
         data_config: the settings they were loaded with; stored, so that the images can be found again.
-        codec: on the device that is to encode.
+        codec: on the device to encode with.
         vae_path: where its VAE was loaded from; stored.
-        shard_size: images of a file.
-        batch_size: images encoded at once.
+        shard_size, batch_size: images of a file, and images encoded at once.
         barrier: called by every process; returns when all have called it.
-        quiet: print nothing.
 
     Raises:
         ConfigError: images that the VAE cannot take.
@@ -111,7 +105,13 @@ def encode_data(
     _check_room(out, images * plan.image_bytes)
     start = time.perf_counter()
     with progress_tasks(quiet) as task:
-        advance = _adding(task("encoding", images))
+        done, encoded = task("encoding", images), 0
+
+        def advance(count: int) -> None:
+            nonlocal encoded
+            encoded += count
+            done(encoded)
+
         for number in todo:
             tensors = _encode(data, plan, codec, plan.ranges[number], batch_size, advance)
             _write(out / shard_name(number), save(tensors))
@@ -150,7 +150,7 @@ def _claim(out: Path, plan: Plan) -> Index | None:
 
 
 def _is_whole(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
-    """Whether a shard is there and fits the plan; and, once there is an index, its checksum."""
+    """Return True if a shard is there and fits the plan and, once there is an index, its checksum."""
     path, images = out / shard_name(number), plan.ranges[number]
     if shard_problem(path, plan.labels[images.start : images.stop], plan.shape) is not None:
         return False
@@ -160,7 +160,7 @@ def _is_whole(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
 def _encode(
     data: LoadedData, plan: Plan, codec: LatentCodec, images: range, batch_size: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """The tensors of one shard."""
+    """Return the tensors of one shard."""
     channels, height, width = plan.shape
     tensors = {name: np.empty((len(images), channels, height, width), np.float16) for name in ("mean", "std")}
     for start in range(0, len(images), batch_size):
@@ -231,15 +231,3 @@ def _write_index(out: Path, plan: Plan) -> None:
     for path in out.iterdir():
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def _adding(done: Callable[[int], None]) -> Callable[[int], None]:
-    """From a function that is told how many are done in all to one that is told how many more are."""
-    total = 0
-
-    def advance(count: int) -> None:
-        nonlocal total
-        total += count
-        done(total)
-
-    return advance

@@ -1,4 +1,4 @@
-"""What `heterodiff encode` does: load the VAE and the images, and encode them with all processes of the command."""
+"""The command `heterodiff encode`: load the VAE and the images, and encode them with all processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from heterodiff.latents.reading import load_latents
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_run` wrote.
+    """Result of `encode_run`.
 
     Attributes:
         data: the latents.
         std: of the latents after scaling by the VAE's statistics: of each channel, or of all for a VAE with one factor.
-        notes: what the user should know.
+        notes: warnings for the user.
     """
 
     data: LoadedData

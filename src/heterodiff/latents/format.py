@@ -1,6 +1,6 @@
 """The format of a folder of stored latents.
 
-``plan.json`` says what the latents are of and is written first; ``shard_00000.safetensors`` and so on hold tensors
+``plan.json`` describes the latents and is written first; ``shard_00000.safetensors`` and so on hold tensors
 ``mean`` and ``std`` (n, c, h, w) float16 and ``label`` (n,) int64, training images first; ``index.json``, written last,
 repeats the plan and lists the shards with their checksums. Each file appears under its name only when it is complete.
 """
@@ -24,7 +24,7 @@ FORMAT = 1
 PLAN_FILE = "plan.json"
 INDEX_FILE = "index.json"
 AGAIN = (
-    "run the same `heterodiff encode` again, which keeps what is whole and writes the rest anew (or, if a run encoded "
+    "run the same `heterodiff encode` again, which keeps complete shards and writes the others (or, if a run encoded "
     "its images here, delete the folder and start the run again)"
 )
 
@@ -41,7 +41,7 @@ class Part(_Record):
 
 
 class Plan(_Record):
-    """What a folder of latents holds, known before the first image is encoded.
+    """Content of a folder of latents, known before the first image is encoded.
 
     Attributes:
         vae_fingerprint: of the encoder's weights.
@@ -78,7 +78,7 @@ class Plan(_Record):
     @cached_property
     def ranges(self) -> list[range]:
         """The images of each shard."""
-        total = len(self.train.names) + len(self.val.names)
+        total = len(self.names)
         return [range(start, min(start + self.shard_size, total)) for start in range(0, total, self.shard_size)]
 
     @property
@@ -97,11 +97,11 @@ class Shard(_Record):
 
 
 class Index(Plan):
-    """What a complete folder of latents holds.
+    """Content of a complete folder of latents.
 
     Attributes:
         shards: the files, in order.
-        counts: how many images each class has ("unlabelled": those without) in ``train`` and in ``val``.
+        counts: number of images of each class ("unlabelled": without one) in ``train`` and in ``val``.
         mean, std: of each channel of the unscaled training latents.
     """
 
@@ -144,7 +144,7 @@ def read_record(path: Path, kind: type[_PlanOrIndex]) -> _PlanOrIndex:
 
 
 def _contradiction(plan: Plan) -> str | None:
-    """What does not agree in ``plan``, if anything."""
+    """Return the first contradiction in ``plan``, or ``None``."""
     classes = len(ImageSpec.from_dict(plan.spec).class_names)
     for part, images in (("train", plan.train), ("val", plan.val)):
         if len(images.names) != len(images.labels):
@@ -168,7 +168,7 @@ def _contradiction(plan: Plan) -> str | None:
 
 
 def shard_problem(path: Path, labels: np.ndarray, shape: tuple[int, int, int]) -> str | None:
-    """What is wrong with the shard at ``path``, if anything, without reading its latents.
+    """Return the reason why the shard at ``path`` cannot be used, or ``None``, without reading its latents.
 
     Args:
         labels: (n,) of the images it should hold.

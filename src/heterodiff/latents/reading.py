@@ -1,4 +1,4 @@
-"""Reading a folder of stored latents as a data set; `latents_format` describes the folder, `encode` writes it."""
+"""Reading a folder of stored latents as a data set; `latents.format` describes it, `latents.encode` writes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LatentsInfo, LoadedData
-from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec, ImageStore, MemoryStore
 from heterodiff.data.findings import show
 from heterodiff.errors import DataError
@@ -128,7 +127,7 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
 
 
 def read_index(folder: Path) -> Index:
-    """What a folder of latents holds.
+    """Read the index of a folder of latents.
 
     Raises:
         DataError: no such folder, not complete, or an index that is damaged or of another format.
@@ -158,18 +157,6 @@ def _read_all(folder: Path, index: Index) -> np.ndarray:
     return posteriors
 
 
-def refuse_latents(config: DataConfig) -> Collection:
-    """Refuse stored latents where images are needed.
-
-    Raises:
-        DataError: always.
-    """
-    raise DataError(
-        f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were encoded "
-        "from are needed: set data.source and data.path to those"
-    )
-
-
 def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
     """Load the latents at ``config.path``; arguments as `sources.load_data`.
 
@@ -192,7 +179,7 @@ def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: I
 
 
 def _refuse_other_settings(config: DataConfig, stored: dict[str, Any], spec: ImageSpec, where: Path) -> None:
-    """Settings that act on images would have no effect now: say so, unless they are the default or the stored ones."""
+    """Refuse settings that act on images, which have no effect now, unless they are the default or the stored ones."""
     settings, default = (section.model_dump(mode="json") for section in (config, DataConfig()))
     facts = {"image_size": [spec.height, spec.width], "channels": spec.channels, "value_range": list(spec.value_range)}
     for key, value in settings.items():

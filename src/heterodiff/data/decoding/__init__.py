@@ -17,9 +17,6 @@ from heterodiff.data.decoding.tiff import decode_tiff
 from heterodiff.data.findings import BadImage
 from heterodiff.errors import DataError, reason
 
-ARRAY_SUFFIXES = (".npy", ".npz")
-TIFF_SUFFIXES = (".tif", ".tiff")
-SUFFIXES = (*SUFFIX_FORMATS, *TIFF_SUFFIXES, *ARRAY_SUFFIXES)
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -105,17 +102,13 @@ def _decode_npz(path: Path, channels: int | None) -> np.ndarray:
         return channels_first(read_member(archive, key, None), channels)
 
 
-def _decode_by_suffix(path: Path, channels: int | None) -> np.ndarray:
-    suffix = path.suffix.lower()
-    if suffix in SUFFIX_FORMATS:
-        return decode_picture(path, channels)
-    if suffix in TIFF_SUFFIXES:
-        return decode_tiff(path, channels)
-    if suffix == ".npy":
-        return _decode_npy(path, channels)
-    if suffix == ".npz":
-        return _decode_npz(path, channels)
-    raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
+_DECODERS = {
+    **dict.fromkeys(SUFFIX_FORMATS, decode_picture),
+    **dict.fromkeys((".tif", ".tiff"), decode_tiff),
+    ".npy": _decode_npy,
+    ".npz": _decode_npz,
+}
+SUFFIXES = tuple(_DECODERS)
 
 
 def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
@@ -137,7 +130,9 @@ def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
             raise BadImage("not a regular file")
         if status.st_size == 0:
             raise BadImage("empty file (0 bytes)")
-        return plain_numbers(_decode_by_suffix(path, channels))
+        if path.suffix.lower() not in SUFFIXES:
+            raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
+        return plain_numbers(_DECODERS[path.suffix.lower()](path, channels))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files; the file is bad all the same

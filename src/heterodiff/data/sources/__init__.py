@@ -11,7 +11,7 @@ from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
-from heterodiff.data.inspection import Known, survey_images
+from heterodiff.data.inspection import inspect_images
 from heterodiff.data.split import draw_group_split, saved_test, split_names
 from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
@@ -37,12 +37,12 @@ _SOURCES = {
     "microdoppler": "heterodiff.simulators.microdoppler:open_microdoppler",
     "shapes": "heterodiff.simulators.shapes:open_shapes",
     "brain-phantom": "heterodiff.simulators.brain_phantom:open_brain_phantom",
-    "latents": "heterodiff.latents.reading:refuse_latents",
+    "latents": "heterodiff.latents.reading:load_stored",
 }
-"""Source -> ``module:name`` of ``DataConfig -> Collection``, imported when the source is asked for."""
+"""``module:name`` of the function that opens each source, imported when it is asked for: ``DataConfig -> Collection``,
+for latents to `LoadedData`."""
 
 _WITHOUT_PATH = ("digits", "microdoppler", "shapes", "brain-phantom")
-STORED_LATENTS = "heterodiff.latents.reading:load_stored"
 
 
 def list_sources() -> list[str]:
@@ -58,6 +58,11 @@ def open_source(config: DataConfig) -> Collection:
     """
     if config.source not in _SOURCES:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
+    if config.source == "latents":
+        raise DataError(
+            f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were "
+            "encoded from are needed: set data.source and data.path to those"
+        )
     collection: Collection = loaded(_SOURCES[config.source])(config)
     if config.path is None or config.source not in _WITHOUT_PATH:
         return collection
@@ -66,7 +71,7 @@ def open_source(config: DataConfig) -> Collection:
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
-    """Which images (N,) are kept for the last measurement: as saved, by name, or drawn.
+    """Return the mask (N,) of the images kept for testing: as saved, by name, or drawn.
 
     Raises:
         DataError: images saved or patients named for it that are not there.
@@ -88,7 +93,7 @@ def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, An
 
 
 def open_part(config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None) -> Collection:
-    """List the images to train on and to validate with (``train``), or those kept for the last measurement (``test``).
+    """List the images for training and validation (``train``), or those kept for testing (``test``).
 
     Args:
         split: a saved ``LoadedData.split_to_dict()``, whose test images stay those whatever was added since.
@@ -118,7 +123,7 @@ def _part_of(
 
 @dataclass(frozen=True)
 class TestImages:
-    """Images kept for the last measurement.
+    """Images kept for testing.
 
     Attributes:
         images: in the run's size, channels and class order.
@@ -140,7 +145,7 @@ def load_test(
     """Load the images that a run with the data settings ``config`` never read.
 
     Args:
-        part: of the images of ``config``: those kept for the last measurement, or all, where it was trained on others.
+        part: the images of ``config`` that are kept for testing, or all, where the run was trained on others.
         split: of the run, whose test images stay those whatever was added since.
 
     Raises:
@@ -148,7 +153,7 @@ def load_test(
     """
     collection = open_source(config) if part == "all" else open_part(config, "test", split)
     whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
-    images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
+    images = assemble(collection, inspect_images(collection, whole, keep=True), whole, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
     chosen = collection.take([row_of[name] for name in images.names])
     return TestImages(images, chosen.groups or chosen.names, chosen.mask)
@@ -185,11 +190,12 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
     if config.source == "latents":
         if config.train_classes is not None:
             raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
-        stored: LoadedData = loaded(STORED_LATENTS)(config, split, spec)
+        stored: LoadedData = loaded(_SOURCES["latents"])(config, split, spec)
         return stored
     every = open_source(config)
     collection = _part_of(every, config, "train", split)
-    known = None if split is None or spec is None else Known(split_names(split), spec)
-    data = assemble(collection, survey_images(collection, config, keep=True, known=known), config, split, spec)
+    trusted = split_names(split) if split is not None and spec is not None else frozenset()
+    inspection = inspect_images(collection, config, keep=True, trusted=trusted, spec=spec)
+    data = assemble(collection, inspection, config, split, spec)
     used = set(collection.names)
     return replace(data, for_test=tuple(name for name in every.names if name not in used))
