@@ -12,7 +12,9 @@ from heterodiff.config import DataConfig, ShapesConfig
 from heterodiff.config.file import parse_config
 from heterodiff.data.sources import image_captions, list_sources, load_data
 from heterodiff.errors import ConfigError, DataError
-from heterodiff.simulators.shapes import (
+from heterodiff.simulators.shapes import open_shapes, scene_of
+from heterodiff.simulators.shapes.drawing import render
+from heterodiff.simulators.shapes.scenes import (
     ALL_THINGS,
     COLOURS,
     PLACES,
@@ -20,16 +22,11 @@ from heterodiff.simulators.shapes import (
     SHAPES,
     Scene,
     Thing,
-    captions_of,
-    complete_caption,
     draw_scene,
     matches,
-    open_shapes,
     parse_thing,
-    read_caption,
-    render,
-    scene_of,
 )
+from heterodiff.simulators.shapes.words import captions_of, complete_caption, read_caption
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 HUES = {"red": 0, "orange": 29, "yellow": 52, "green": 132, "blue": 226, "purple": 281}

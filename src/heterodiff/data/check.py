@@ -20,7 +20,7 @@ __all__ = ["DataFinding", "DataSummary", "check_data"]
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `check_data` found.
+    """Result of `check_data`.
 
     Attributes:
         spec: as training would use it; ``None`` while ``problems`` prevent training.
@@ -30,8 +30,8 @@ class DataSummary:
         minimum, maximum, mean, std: of the stored values, every image weighted alike; NaN without images.
         bad: every image, folder and metadata row that cannot be used.
         problems: errors beyond single images that training would stop with.
-        warnings: what training would warn of.
-        captions: of all usable images.
+        warnings: those that training would give.
+        captions: number of captions of all usable images.
     """
 
     spec: ImageSpec | None

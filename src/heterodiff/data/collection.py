@@ -1,4 +1,4 @@
-"""What a source yields: names, class names and a way to read each image."""
+"""Collections, which sources yield: names, class names and a way to read each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,9 +58,9 @@ class Collection:
         unreadable: folders that could not be listed; handled like bad images.
         problems: wrong metadata rows; an error, except with captions and ``data.on_bad=skip``.
         captions: texts that describe each image, at least one each; ``None`` where the source has none.
-        groups: what must not be parted by a split, such as the patient, of each image; ``None``: each on its own.
-        mask: row -> (H, W) bool, what is to be found in the image; ``None`` where the source has none.
-        held_out: which images the source itself keeps for validation; ``None`` where it does not say.
+        groups: group of each image, such as its patient, that no split may part; ``None``: each image on its own.
+        mask: row -> (H, W) bool, true where there is something to be found; ``None`` where the source has none.
+        held_out: True for images that the source itself keeps for validation; ``None`` if it has no such split.
     """
 
     where: str
@@ -77,7 +77,7 @@ class Collection:
     held_out: tuple[bool, ...] | None = None
 
     def take(self, rows: Sequence[int]) -> "Collection":
-        """Only the images ``rows``, in that order."""
+        """Return the images ``rows`` alone, in that order."""
         rows = tuple(rows)
 
         def of(values: tuple[Any, ...] | None) -> Any:

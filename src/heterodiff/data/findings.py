@@ -1,4 +1,4 @@
-"""What is wrong with one image or row, and how names are printed in messages."""
+"""Problems of single images and rows, and names as they are printed in messages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

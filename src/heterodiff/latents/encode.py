@@ -102,7 +102,8 @@ def encode_data(
             print(f"latents  complete already: {len(plan.names):,} images in {out}, checksums are right")
         return out
     images = sum(len(plan.ranges[number]) for number in todo)
-    _check_room(out, images * plan.image_bytes)
+    if (free := shutil.disk_usage(out).free) < (needed := images * plan.image_bytes):
+        raise DataError(f"{out}: {needed:,} bytes are needed for the latents, {free:,} are free; make room")
     start = time.perf_counter()
     with progress_tasks(quiet) as task:
         done, encoded = task("encoding", images), 0
@@ -186,11 +187,6 @@ def _refuse_unusable(posterior: torch.Tensor, names: tuple[str, ...]) -> None:
                 f"the encoder gives {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
                 "with a lower training.learning_rate"
             )
-
-
-def _check_room(out: Path, needed: int) -> None:
-    if (free := shutil.disk_usage(out).free) < needed:
-        raise DataError(f"{out}: {needed:,} bytes are needed for the latents, {free:,} are free; make room")
 
 
 def _write(path: Path, content: bytes) -> None:

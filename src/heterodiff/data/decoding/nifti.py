@@ -97,7 +97,8 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
         if is_nifti(path) and not path.name.startswith("."):
             folders.setdefault(path.parent, []).append(path)
     if not folders:
-        raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {_wanted(layout)}")
+        wanted = ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
+        raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {wanted}")
     patients = [_patient_of(root, folder, files, layout, needs_mask) for folder, files in folders.items()]
     seen: dict[str, str] = {}
     for patient in patients:
@@ -131,10 +132,6 @@ def _scan_name(root: Path, folder: Path) -> str:
     if first is None:
         return "/".join(parts) or root.name
     return "/".join(part for part in parts[first:] if part != "anat")
-
-
-def _wanted(layout: Layout) -> str:
-    return ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
 
 
 def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, needs_mask: bool) -> PatientFiles:
@@ -251,10 +248,10 @@ def read_patient(files: PatientFiles) -> Patient:
 
 
 def _refuse_negative(path: Path, voxels: np.ndarray) -> None:
-    """Foreground is what is above 0: of a z-scored volume, half of the tissue would be lost without a word."""
+    """Foreground is above 0: half of the tissue of a z-scored volume would be lost silently."""
     below = voxels < 0
     share = -voxels[below].sum(dtype=np.float64) / np.abs(voxels).sum(dtype=np.float64)
-    if share > MOST_NEGATIVE and not below.all():  # where all are, no slice shows any brain, which is said later
+    if share > MOST_NEGATIVE and not below.all():  # where all are, no slice shows any brain, which is reported later
         raise DataError(
             f"{path}: {below.mean():.0%} of its voxels are below 0, as after z-scoring, and would count as background; "
             "expected background at 0 and tissue above it; use the volumes from before z-scoring"

@@ -23,8 +23,8 @@ __all__ = [
     "list_sources",
     "load_data",
     "load_test",
-    "open_part",
     "open_source",
+    "part_of",
     "with_captions",
 ]
 
@@ -71,11 +71,7 @@ def open_source(config: DataConfig) -> Collection:
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
-    """Return the mask (N,) of the images kept for testing: as saved, by name, or drawn.
-
-    Raises:
-        DataError: images saved or patients named for it that are not there.
-    """
+    """Return the mask (N,) of the images kept for testing: as saved, by name, or drawn."""
     if split is not None:
         saved = saved_test(collection.names, split, collection.where, collection.groups)
         if saved is not None:
@@ -92,21 +88,17 @@ def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, An
     return draw_group_split([f"test {group}" for group in groups], config.test_fraction, config.split_seed)
 
 
-def open_part(config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None) -> Collection:
-    """List the images for training and validation (``train``), or those kept for testing (``test``).
+def part_of(
+    collection: Collection, config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None
+) -> Collection:
+    """Return the images for training and validation (``train``), or those kept for testing (``test``).
 
     Args:
         split: a saved ``LoadedData.split_to_dict()``, whose test images stay those whatever was added since.
 
     Raises:
-        DataError: as `open_source`; no images for testing, or not all that were saved as such.
+        DataError: no images for testing, or not all that were saved as such.
     """
-    return _part_of(open_source(config), config, part, split)
-
-
-def _part_of(
-    collection: Collection, config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None
-) -> Collection:
     if config.test_fraction == 0 and not config.test_patients:
         if part == "test":
             raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
@@ -151,7 +143,9 @@ def load_test(
     Raises:
         DataError: none are kept, or they cannot be used.
     """
-    collection = open_source(config) if part == "all" else open_part(config, "test", split)
+    collection = open_source(config)
+    if part == "test":
+        collection = part_of(collection, config, part, split)
     whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
     images = assemble(collection, inspect_images(collection, whole, keep=True), whole, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
@@ -193,7 +187,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
         stored: LoadedData = loaded(_SOURCES["latents"])(config, split, spec)
         return stored
     every = open_source(config)
-    collection = _part_of(every, config, "train", split)
+    collection = part_of(every, config, "train", split)
     trusted = split_names(split) if split is not None and spec is not None else frozenset()
     inspection = inspect_images(collection, config, keep=True, trusted=trusted, spec=spec)
     data = assemble(collection, inspection, config, split, spec)

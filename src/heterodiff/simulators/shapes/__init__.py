@@ -9,41 +9,8 @@ from heterodiff.config import DataConfig, ShapesConfig
 from heterodiff.data.collection import Collection
 from heterodiff.simulators import drawn_size, random_state
 from heterodiff.simulators.shapes.drawing import render
-from heterodiff.simulators.shapes.scenes import (
-    ALL_THINGS,
-    COLOURS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    draw_scene,
-    matches,
-    parse_thing,
-    unseen_things,
-)
-from heterodiff.simulators.shapes.words import captions_of, complete_caption, read_caption
-
-__all__ = [
-    "ALL_THINGS",
-    "COLOURS",
-    "PLACES",
-    "RELATIONS",
-    "SHAPES",
-    "Scene",
-    "ShapesRenderer",
-    "Thing",
-    "captions_of",
-    "complete_caption",
-    "draw_scene",
-    "matches",
-    "open_shapes",
-    "parse_thing",
-    "read_caption",
-    "render",
-    "scene_of",
-    "unseen_things",
-]
+from heterodiff.simulators.shapes.scenes import Scene, draw_scene, unseen_things
+from heterodiff.simulators.shapes.words import captions_of
 
 MIN_SIDE = 16
 _CONTENT, _DRAWING = range(2)
