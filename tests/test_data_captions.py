@@ -14,7 +14,7 @@ from heterodiff.data.assemble import LoadedData, with_captions
 from heterodiff.data.captions import clean_caption, open_captions
 from heterodiff.data.check import check_data
 from heterodiff.data.dataset import ImageSpec, MemoryStore
-from heterodiff.data.sources import image_captions, list_sources, load_data
+from heterodiff.data.sources import image_captions, list_sources, load_data, open_source
 from heterodiff.errors import DataError
 from heterodiff.latents.reading import LatentDataset
 
@@ -215,7 +215,7 @@ def test_very_long_captions_stay_whole(tmp_path, kind):
 
 def test_nothing_to_open(tmp_path):
     with pytest.raises(DataError, match=r"'captions' needs data.path"):
-        open_captions(DataConfig(source="captions"))
+        open_source(DataConfig(source="captions"))
     with pytest.raises(DataError, match="absent: no such folder; expected a folder of images and their captions"):
         open_captions(settings(tmp_path / "absent"))
     picture(tmp_path / "a.png")

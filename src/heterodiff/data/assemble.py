@@ -11,7 +11,7 @@ import numpy as np
 from heterodiff.config import DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
-from heterodiff.data.findings import listing, show
+from heterodiff.data.findings import DataFinding, listing, show
 from heterodiff.data.inspection import Inspection, Measured
 from heterodiff.data.labels import index_labels
 from heterodiff.data.split import apply_split, draw_group_split, draw_split
@@ -58,7 +58,7 @@ class LoadedData:
     spec: ImageSpec
     train: ImageDataset
     val: ImageDataset
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[DataFinding, ...]
     warnings: tuple[str, ...]
     latents: LatentsInfo | None = None
     captions: tuple[tuple[str, ...], ...] = ()
@@ -274,7 +274,7 @@ def assemble(
         chosen = np.flatnonzero(mask)
         return ImageDataset(spec, inspection.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
 
-    skipped = tuple((item.name, item.problem) for item in (*inspection.bad, *collection.problems))
+    skipped = (*inspection.bad, *collection.problems)
     left_out = tuple(names[i] for i in np.flatnonzero(~held_out & ~learned))
     data = LoadedData(spec, part(learned), part(held_out), skipped, tuple(warnings), left_out=left_out)
     if collection.captions is None:

@@ -163,8 +163,7 @@ def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: I
     Raises:
         DataError: as `load_latents`; or settings, a split or a specification other than those of the stored latents.
     """
-    if config.path is None:
-        raise DataError("data.source 'latents' needs data.path: a folder written by `heterodiff encode`")
+    assert config.path is not None
     data = load_latents(config.path, config.memory_limit_gb)
     assert data.latents is not None
     where = data.latents.folder

@@ -23,10 +23,14 @@ def open_captions(config: DataConfig) -> Collection:
     ``captions.txt``, ``metadata.csv`` or ``metadata.jsonl``. COCO's validation images are held out.
 
     Raises:
-        DataError: no folder, no captions, a file of captions that cannot be read, images that are not where it says.
+        DataError: no folder, no captions, a file of captions that cannot be read, or images that are not found.
             Single rows that cannot be used become problems of the collection.
     """
-    root = _folder(config)
+    assert config.path is not None
+    root = config.path.expanduser()
+    if not root.is_dir():
+        found = "a file" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {found}; expected a folder of images and their captions in data.path")
     files = [read_caption_file(path, root, config) for path in _caption_files(root, config)]
     where = ", ".join(str(file.path) for file in files)
     scans: dict[str, FolderScan] = {}
@@ -38,16 +42,19 @@ def open_captions(config: DataConfig) -> Collection:
     for file in files:
         folder = _image_folder(file, root, scans)
         prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
-        found, wrong = _match(file, root / folder, scan)
+        described, wrong = _match(file, root / folder, scan)
         problems.extend(wrong)
-        for name, texts in found.items():
+        for name, texts in described.items():
             captions.setdefault(prefix + name, {}).update(texts)
-        images_of[file.path] = {prefix + name for name in found}
+        images_of[file.path] = {prefix + name for name in described}
         present.update(prefix + name for name in scan.files)
         unreadable |= {DataFinding(prefix + item.name, item.problem): None for item in scan.unreadable}
     if not captions:
         what = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
         raise DataError(f"{where}: {what}")
+    warnings = []
+    if bare := present - captions.keys():
+        warnings.append(f"{len(bare):,} images have no caption and were left out, for example {show(min(bare))}")
     names = tuple(sorted(captions))
     held_out = _held_out(images_of, where)
     return Collection(
@@ -57,20 +64,10 @@ def open_captions(config: DataConfig) -> Collection:
         read=FileReader(root, names, config.channels),
         unreadable=tuple(unreadable),
         problems=tuple(problems),
-        warnings=_without_captions(present - captions.keys()),
+        warnings=tuple(warnings),
         captions=tuple(tuple(captions[name]) for name in names),
         held_out=None if held_out is None else tuple(name in held_out for name in names),
     )
-
-
-def _folder(config: DataConfig) -> Path:
-    if config.path is None:
-        raise DataError("data.source 'captions' needs data.path: a folder of images and their captions")
-    root = config.path.expanduser()
-    if not root.is_dir():
-        found = "a file" if root.exists() else "no such folder"
-        raise DataError(f"{root}: {found}; expected a folder of images and their captions in data.path")
-    return root
 
 
 def _caption_files(root: Path, config: DataConfig) -> list[Path]:
@@ -106,12 +103,6 @@ def _held_out(images_of: dict[Path, set[str]], where: str) -> set[str] | None:
             f"{show(min(both))}; keep each image in one of them"
         )
     return val
-
-
-def _without_captions(names: set[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    return (f"{len(names):,} images have no caption and were left out, for example {show(min(names))}",)
 
 
 def clean_caption(text: Any) -> str:

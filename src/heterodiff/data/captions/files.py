@@ -73,12 +73,10 @@ def read_caption_file(path: Path, root: Path, config: DataConfig) -> CaptionFile
 
 def _table(path: Path, text: str, file_column: str, text_column: str) -> Rows:
     hint = "; or name the column with data.file_column or data.text_column"
-    for found in table_rows(path, text, [file_column, text_column], hint, longest_field=max(len(text), 1)):
-        if isinstance(found, DataFinding):
-            yield found
-            continue
-        where, row = found
-        if None in row:
+    for where, row in table_rows(path, text, [file_column, text_column], hint, longest_field=max(len(text), 1)):
+        if isinstance(row, str):
+            yield DataFinding(where, row)
+        elif None in row:
             yield DataFinding(
                 where, f"{len(row[None])} fields more than the header has; put texts with commas in double quotes"
             )

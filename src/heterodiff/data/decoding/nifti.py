@@ -1,6 +1,7 @@
 """Patients as NIfTI volumes: finding the files of each, and reading them in one orientation."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -78,19 +79,11 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _stem(path: Path) -> str:
-    name = path.name
-    return name[:-7] if name.lower().endswith(".nii.gz") else name[:-4]
-
-
-def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[PatientFiles]:
+def find_patients(root: Path, layout: Layout) -> list[PatientFiles]:
     """List the scans of patients below ``root``: every folder that holds volumes. Links are followed.
 
-    Args:
-        needs_mask: refuse a patient without a mask.
-
     Raises:
-        DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
+        DataError: no volumes, a modality missing or there twice, two masks, or two patients of one name.
     """
     folders: dict[Path, list[Path]] = {}
     for path in sorted(files_below(root)):
@@ -99,7 +92,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
     if not folders:
         wanted = ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
         raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {wanted}")
-    patients = [_patient_of(root, folder, files, layout, needs_mask) for folder, files in folders.items()]
+    patients = [_patient_of(root, folder, files, layout) for folder, files in folders.items()]
     seen: dict[str, str] = {}
     for patient in patients:
         short = patient.name if patient.name.startswith("sub-") else Path(patient.name).name
@@ -134,9 +127,10 @@ def _scan_name(root: Path, folder: Path) -> str:
     return "/".join(part for part in parts[first:] if part != "anat")
 
 
-def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, needs_mask: bool) -> PatientFiles:
+def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout) -> PatientFiles:
     def matching(pattern: str) -> list[Path]:
-        return [path for path in files if fnmatch(_stem(path).casefold(), pattern.casefold())]
+        stems = [(path, re.sub(r"\.nii(\.gz)?$", "", path.name.casefold())) for path in files]
+        return [path for path, stem in stems if fnmatch(stem, pattern.casefold())]
 
     volumes = []
     for name, pattern in layout.modalities.items():
@@ -150,8 +144,8 @@ def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, nee
             )
         volumes.append(found[0])
     masks = matching(layout.mask)
-    if len(masks) > 1 or (needs_mask and not masks):
-        there = ", ".join(path.name for path in masks) or "none"
+    if len(masks) > 1:
+        there = ", ".join(path.name for path in masks)
         raise DataError(f"{folder}: expected one mask {layout.mask}.nii[.gz], found {there}; see data.volumes.mask")
     return PatientFiles(_scan_name(root, folder), tuple(volumes), masks[0] if masks else None)
 

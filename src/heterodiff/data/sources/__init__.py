@@ -30,24 +30,35 @@ __all__ = [
 
 
 _SOURCES = {
-    "images": "heterodiff.data.sources.images:open_images",
-    "captions": "heterodiff.data.captions:open_captions",
-    "volumes": "heterodiff.data.sources.volumes:open_volumes",
-    "digits": "heterodiff.data.sources.digits:open_digits",
-    "microdoppler": "heterodiff.simulators.microdoppler:open_microdoppler",
-    "shapes": "heterodiff.simulators.shapes:open_shapes",
-    "brain-phantom": "heterodiff.simulators.brain_phantom:open_brain_phantom",
-    "latents": "heterodiff.latents.reading:load_stored",
+    "images": ("heterodiff.data.sources.images:open_images", "a folder of images or an .npz file"),
+    "captions": ("heterodiff.data.captions:open_captions", "a folder of images and their captions"),
+    "volumes": (
+        "heterodiff.data.sources.volumes:open_volumes",
+        "a folder of patients with NIfTI volumes, or an npz file",
+    ),
+    "digits": ("heterodiff.data.sources.digits:open_digits", None),
+    "microdoppler": ("heterodiff.simulators.microdoppler:open_microdoppler", None),
+    "shapes": ("heterodiff.simulators.shapes:open_shapes", None),
+    "brain-phantom": ("heterodiff.simulators.brain_phantom:open_brain_phantom", None),
+    "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
 }
-"""``module:name`` of the function that opens each source, imported when it is asked for: ``DataConfig -> Collection``,
-for latents to `LoadedData`."""
-
-_WITHOUT_PATH = ("digits", "microdoppler", "shapes", "brain-phantom")
+"""``module:name`` of the function that opens each source, imported when it is asked for, and what it needs in
+``data.path``: ``DataConfig -> Collection``, for latents to `LoadedData`."""
 
 
 def list_sources() -> list[str]:
     """Return the names that ``data.source`` accepts."""
     return list(_SOURCES)
+
+
+def _open(config: DataConfig, *more: Any) -> Any:
+    """Call the function that opens the source with ``config`` and ``more``."""
+    if config.source not in _SOURCES:
+        raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
+    function, needed = _SOURCES[config.source]
+    if needed and config.path is None:
+        raise DataError(f"data.source '{config.source}' needs data.path: {needed}")
+    return loaded(function)(config, *more)
 
 
 def open_source(config: DataConfig) -> Collection:
@@ -56,15 +67,13 @@ def open_source(config: DataConfig) -> Collection:
     Raises:
         DataError: unknown source, latents, or nothing usable at ``config.path``.
     """
-    if config.source not in _SOURCES:
-        raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     if config.source == "latents":
         raise DataError(
             f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were "
             "encoded from are needed: set data.source and data.path to those"
         )
-    collection: Collection = loaded(_SOURCES[config.source])(config)
-    if config.path is None or config.source not in _WITHOUT_PATH:
+    collection: Collection = _open(config)
+    if config.path is None or _SOURCES[config.source][1]:
         return collection
     unused = f"data.path is not used by data.source '{config.source}'"
     return replace(collection, warnings=(unused, *collection.warnings))
@@ -184,7 +193,7 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
     if config.source == "latents":
         if config.train_classes is not None:
             raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
-        stored: LoadedData = loaded(_SOURCES["latents"])(config, split, spec)
+        stored: LoadedData = _open(config, split, spec)
         return stored
     every = open_source(config)
     collection = part_of(every, config, "train", split)

@@ -20,10 +20,9 @@ def open_images(config: DataConfig) -> Collection:
     """List the images of ``config.path`` and their labels; nothing is decoded yet (except an npz file).
 
     Raises:
-        DataError: no path, nothing there, nothing in it, or an unusable metadata or npz file.
+        DataError: nothing there, nothing in it, or an unusable metadata or npz file.
     """
-    if config.path is None:
-        raise DataError("data.source 'images' needs data.path: a folder of images or an .npz file")
+    assert config.path is not None
     path = config.path.expanduser()
     if path.is_file() and path.suffix.lower() == ".npz":
         return _open_npz(path, config)

@@ -44,8 +44,8 @@ def read_text(path: Path) -> str:
 
 def table_rows(
     path: Path, text: str, columns: list[str], hint: str, longest_field: int = LONGEST_FIELD
-) -> Iterator[tuple[str, Any] | DataFinding]:
-    """Yield the place and the fields by name of each row of a table, or a finding for a row without the columns.
+) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """Yield the place of each row of a table, and its fields by name or the reason why it cannot be used.
 
     Args:
         path: named in messages; a table that does not end in ``.jsonl`` is CSV.
@@ -61,10 +61,10 @@ def table_rows(
     for number, row in _json_lines(path, text) if is_json else _csv_rows(path, text, columns, hint, longest_field):
         where = f"{path.name} line {number}"
         if not isinstance(row, dict):
-            yield DataFinding(where, f"expected an object with {' and '.join(columns)}, found {row!r:.60}")
+            yield where, f"expected an object with {' and '.join(columns)}, found {row!r:.60}"
         elif missing := [column for column in columns if column not in row]:
             found = ", ".join(show(name) for name in list(row)[:10]) or "nothing"
-            yield DataFinding(where, f"no {' and no '.join(missing)}; found {found}{hint}")
+            yield where, f"no {' and no '.join(missing)}; found {found}{hint}"
         else:
             yield where, row
 
@@ -141,11 +141,10 @@ def read_metadata(path: Path, with_labels: bool) -> tuple[dict[str, str | None],
         columns, hint = ["file_name", "label"], "; data.labels=none needs no column label"
     labels: dict[str, str | None] = {}
     problems: list[DataFinding] = []
-    for found in table_rows(path, read_text(path), columns, hint):
-        if isinstance(found, DataFinding):
-            problems.append(found)
+    for where, row in table_rows(path, read_text(path), columns, hint):
+        if isinstance(row, str):
+            problems.append(DataFinding(where, row))
             continue
-        where, row = found
         problem = file_problem(path.parent, row["file_name"])
         try:
             label = _label(row["label"]) if with_labels else None

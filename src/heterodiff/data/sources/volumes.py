@@ -92,12 +92,9 @@ def open_volumes(config: DataConfig) -> Collection:
     (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
 
     Raises:
-        DataError: no path, nothing usable there, or a patient's volumes that cannot be used.
+        DataError: nothing usable there, or a patient's volumes that cannot be used.
     """
-    if config.path is None:
-        raise DataError(
-            "data.source 'volumes' needs data.path: a folder of patients with NIfTI volumes, or an npz file"
-        )
+    assert config.path is not None
     path = config.path.expanduser()
     if path.suffix.lower() == ".npz":
         return _open_npz(path, config)
