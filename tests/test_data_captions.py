@@ -342,7 +342,7 @@ def test_wrong_lines_of_tables(tmp_path, name, content, message):
         ([{"id": 2}], [], r"images\[1\]: expected an object with id and file_name"),
         ([{"id": [2], "file_name": "b.png"}], [], r"images\[1\]: expected an object with id"),
         ([7], [], r"images\[1\]: expected an object with id and file_name, found 7"),
-        ([{"id": 1, "file_name": "b.png"}], [], r"images\[1\]: id 1 is that of another image, too"),
+        ([{"id": 1, "file_name": "b.png"}], [], r"images\[1\]: id 1 is also that of another image"),
         ([], [{"image_id": 9, "caption": "x"}], r"annotations\[1\]: image_id 9 is not among the images"),
         ([], [{"image_id": {}, "caption": "x"}], r"annotations\[1\]: image_id {} is not among"),
         ([], [{"image_id": 1, "bbox": []}], r"annotations\[1\]: expected an object with image_id and caption"),

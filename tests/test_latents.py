@@ -231,7 +231,7 @@ def test_a_complete_folder_is_left_alone(folder, codec, vae_path, capsys):
     before = times(folder)
     encode(config, codec, vae_path, folder, quiet=False)
     assert times(folder) == before
-    assert "complete already: 13 images" in capsys.readouterr().out
+    assert "already complete: 13 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["bit", "missing", "truncated", "index missing"])
@@ -321,7 +321,7 @@ def test_latents_of_something_else_are_refused(tmp_path, vae_path, change, messa
         own.vae.encoder.conv_in.bias.data += 1
     else:
         change(tmp_path / "images")
-    with pytest.raises(DataError, match=f"holds latents of something else {message}; choose another folder, or delete"):
+    with pytest.raises(DataError, match=f"holds other latents {message}; choose another folder, or delete"):
         encode(config, own, vae_path, out, **arguments)
     assert contents(out) == before
 

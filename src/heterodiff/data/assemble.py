@@ -167,7 +167,7 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
     low, high = _extent(train)
     if low == high:
         raise DataError(
-            f"{collection.where}: all training images hold the single value {low:g}, there is nothing to learn; "
+            f"{collection.where}: all training images hold the single value {low:g}, so there is nothing to learn; "
             "check how they were saved"
         )
     chosen = config.value_range or collection.value_range or _FULL_RANGE.get(dtype, (low, high))

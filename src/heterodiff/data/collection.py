@@ -79,17 +79,8 @@ class Collection:
     def take(self, rows: Sequence[int]) -> "Collection":
         """Return the images ``rows`` alone, in that order."""
         rows = tuple(rows)
-
-        def of(values: tuple[Any, ...] | None) -> Any:
-            return values if values is None else tuple(values[row] for row in rows)
-
-        return replace(
-            self,
-            names=of(self.names),
-            class_of=of(self.class_of),
-            read=RowReader(self.read, rows),
-            mask=self.mask and RowReader(self.mask, rows),
-            captions=of(self.captions),
-            groups=of(self.groups),
-            held_out=of(self.held_out),
-        )
+        facts: dict[str, Any] = {}
+        for key in ("names", "class_of", "captions", "groups", "held_out"):
+            values = getattr(self, key)
+            facts[key] = None if values is None else tuple(values[row] for row in rows)
+        return replace(self, read=RowReader(self.read, rows), mask=self.mask and RowReader(self.mask, rows), **facts)

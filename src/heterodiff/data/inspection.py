@@ -78,7 +78,7 @@ class _Inspector:
             self.trusted, self.spec, self.first = names, spec, (self.collection.names[0], dtype, shape)
 
     def _refuse_unlike_first(self, image: np.ndarray) -> None:
-        channels, source = self.config.channels, "data.channels says"
+        channels, source = self.config.channels, "data.channels is"
         if channels is None and self.first is not None:
             channels, source = self.first[2][0], f"the first image ({self.first[0]}) has"
         if channels is not None and image.shape[0] != channels:

@@ -88,7 +88,7 @@ def encode_data(
 
     Raises:
         ConfigError: images that the VAE cannot take.
-        DataError: a folder that holds latents of something else or other files, or cannot be written; too little room
+        DataError: a folder that holds other latents or other files, or cannot be written; too little room
             on the disk; NaN, infinite, or too large latents. No unfinished file is left under its name.
     """
     quiet = quiet or rank > 0
@@ -96,10 +96,10 @@ def encode_data(
     plan = plan_of(data, data_config, codec, vae_path, shard_size)
     index = _claim(out, plan)
     mine = list(range(rank, len(plan.ranges), world_size))
-    todo = [number for number in mine if not _is_whole(out, plan, number, index)]
+    todo = [number for number in mine if not _is_complete(out, plan, number, index)]
     if index is not None and world_size == 1 and not todo:
         if not quiet:
-            print(f"latents  complete already: {len(plan.names):,} images in {out}, checksums are right")
+            print(f"latents  already complete: {len(plan.names):,} images in {out}, checksums match")
         return out
     images = sum(len(plan.ranges[number]) for number in todo)
     if (free := shutil.disk_usage(out).free) < (needed := images * plan.image_bytes):
@@ -137,25 +137,24 @@ def _claim(out: Path, plan: Plan) -> Index | None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{out}: cannot be made: {error.strerror}; choose another folder (--out)") from None
+            raise DataError(f"{out}: cannot be created: {error.strerror}; choose another folder (--out)") from None
         _write(path, json.dumps(plan.model_dump(mode="python")).encode())
         return None
     if different := differences(read_record(path, Plan), plan):
-        raise DataError(f"{out}: holds latents of something else ({'; '.join(different)}); {ANOTHER_FOLDER}")
+        raise DataError(f"{out}: holds other latents ({'; '.join(different)}); {ANOTHER_FOLDER}")
     if not (out / INDEX_FILE).is_file():
         return None
     index = read_record(out / INDEX_FILE, Index)
     if differences(index, plan):
-        raise DataError(f"{out}: {INDEX_FILE} and {PLAN_FILE} are not of the same latents; {ANOTHER_FOLDER}")
+        raise DataError(f"{out}: {INDEX_FILE} and {PLAN_FILE} do not belong to the same latents; {ANOTHER_FOLDER}")
     return index
 
 
-def _is_whole(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
+def _is_complete(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
     """Return True if a shard is there and fits the plan and, once there is an index, its checksum."""
-    path, images = out / shard_name(number), plan.ranges[number]
-    if shard_problem(path, plan.labels[images.start : images.stop], plan.shape) is not None:
+    if shard_problem(out, plan, number) is not None:
         return False
-    return index is None or sha256_of(path) == index.shards[number].sha256
+    return index is None or sha256_of(out / shard_name(number)) == index.shards[number].sha256
 
 
 def _encode(
@@ -184,7 +183,7 @@ def _refuse_unusable(posterior: torch.Tensor, names: tuple[str, ...]) -> None:
         if bad:
             more = f" and {len(bad) - 3} more of its batch" if len(bad) > 3 else ""
             raise DataError(
-                f"the encoder gives {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
+                f"the encoder returns {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
                 "with a lower training.learning_rate"
             )
 
@@ -207,7 +206,7 @@ def _write_index(out: Path, plan: Plan) -> None:
     shards = []
     for number, images in enumerate(plan.ranges):
         path = out / shard_name(number)
-        if problem := shard_problem(path, plan.labels[images.start : images.stop], plan.shape):
+        if problem := shard_problem(out, plan, number):
             raise DataError(f"{path}: {problem}; {AGAIN}")
         posteriors = read_shard(path)
         if not np.isfinite(posteriors).all():

@@ -167,16 +167,13 @@ def _contradiction(plan: Plan) -> str | None:
     return None
 
 
-def shard_problem(path: Path, labels: np.ndarray, shape: tuple[int, int, int]) -> str | None:
-    """Return the reason why the shard at ``path`` cannot be used, or ``None``, without reading its latents.
-
-    Args:
-        labels: (n,) of the images it should hold.
-        shape: (c, h, w) of a latent.
-    """
+def shard_problem(folder: Path, plan: Plan, number: int) -> str | None:
+    """Return the reason why shard ``number`` in ``folder`` cannot be used, or ``None``, without reading its latents."""
+    path, images = folder / shard_name(number), plan.ranges[number]
+    labels = plan.labels[images.start : images.stop]
     if path.is_symlink() or not path.is_file():
         return "expected a file, found a link or folder" if path.is_symlink() or path.exists() else "missing"
-    latents = ("F16", [len(labels), *shape])
+    latents = ("F16", [len(labels), *plan.shape])
     expected = {"label": ("I64", [len(labels)]), "mean": latents, "std": latents}
     try:
         with safe_open(path, "np") as file:  # refuses headers that are too long or do not describe the file

@@ -19,7 +19,6 @@ from heterodiff.latents.format import (
     INDEX_FILE,
     PLAN_FILE,
     Index,
-    Part,
     read_record,
     read_shard,
     sha256_of,
@@ -56,7 +55,7 @@ class ShardStore:
                         posteriors[position, :channels] = mean[row][0]
                         posteriors[position, channels:] = std[row][0]
             except (OSError, SafetensorError, ValueError, IndexError) as error:
-                raise DataError(f"{path}: was readable before and is not now: {error}; {AGAIN}") from None
+                raise DataError(f"{path}: was readable before and no longer is: {error}; {AGAIN}") from None
         return posteriors
 
 
@@ -100,12 +99,11 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
     """
     folder = folder.expanduser().absolute()
     index = read_index(folder)
-    labels = index.labels
-    for images, shard in zip(index.ranges, index.shards, strict=True):
+    for number, shard in enumerate(index.shards):
         path = folder / shard.file
         if path.is_file() and path.stat().st_size != shard.bytes:
             raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {AGAIN}")
-        if problem := shard_problem(path, labels[images.start : images.stop], index.shape):
+        if problem := shard_problem(folder, index, number):
             raise DataError(f"{path}: {problem}; {AGAIN}")
     warnings: tuple[str, ...] = ()
     store: ImageStore
@@ -115,15 +113,15 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
         store = ShardStore(folder, index.shard_size, index.shape)
         warnings = ("latents are read at every access: they need more memory than data.memory_limit_gb",)
     spec = ImageSpec.from_dict(index.spec)
-
-    def part(images: Part, start: int) -> LatentDataset:
-        rows = np.arange(start, start + len(images.names))
-        return LatentDataset(spec, store, rows, list(images.names), np.array(images.labels, dtype=np.int64))
-
+    rows, count = np.arange(len(index.names)), len(index.train.names)
+    train, val = (
+        LatentDataset(spec, store, chosen, list(part.names), np.array(part.labels, dtype=np.int64))
+        for part, chosen in ((index.train, rows[:count]), (index.val, rows[count:]))
+    )
     info = LatentsInfo(
         folder, index.vae_fingerprint, Path(index.vae_path), index.shape, index.data_config, index.mean, index.std
     )
-    return LoadedData(spec, part(index.train, 0), part(index.val, len(index.train.names)), (), warnings, info)
+    return LoadedData(spec, train, val, (), warnings, info)
 
 
 def read_index(folder: Path) -> Index:

@@ -111,11 +111,9 @@ def clean_caption(text: Any) -> str:
     Raises:
         ValueError: empty, or not a text.
     """
-    if text is None:
-        raise ValueError("the caption is empty")
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise ValueError(f"caption {text!r:.60} is not text")
-    cleaned = " ".join(text.split())
+    cleaned = " ".join((text or "").split())
     if not cleaned:
         raise ValueError("the caption is empty")
     try:
@@ -144,10 +142,11 @@ def _match(file: CaptionFile, folder: Path, scan: FolderScan) -> tuple[dict[str,
             continue
         for text in row.texts or [None]:
             try:
-                captions.setdefault(name, {})[clean_caption(text)] = None
+                cleaned = clean_caption(text)
+                captions.setdefault(name, {})[cleaned] = None
             except ValueError as error:
                 problems.append(DataFinding(row.where, str(error)))
-    return {name: texts for name, texts in captions.items() if texts}, problems
+    return captions, problems
 
 
 def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[str, str | None]:
@@ -159,11 +158,7 @@ def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[s
 
 
 def _image_folder(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> str:
-    """Return the first folder that holds any of the images, relative to ``root``.
-
-    Raises:
-        DataError: none does.
-    """
+    """Return the first folder that holds any of the images, relative to ``root``; `DataError` if none does."""
     named = dict.fromkeys(row.file for row in file.rows if isinstance(row, CaptionRow) and isinstance(row.file, str))
     folders = [folder for folder in dict.fromkeys(file.folders) if (root / folder).is_dir()]
     for folder in folders:

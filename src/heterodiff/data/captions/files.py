@@ -118,7 +118,7 @@ def _coco(path: Path, text: str) -> Rows:
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or "file_name" not in image:
             yield DataFinding(where, f"expected an object with id and file_name, found {image!r:.60}")
         elif files.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            yield DataFinding(where, f"id {image['id']!r:.60} is that of another image, too")
+            yield DataFinding(where, f"id {image['id']!r:.60} is also that of another image")
     for position, row in enumerate(content["annotations"]):
         where = f"{path.name} annotations[{position}]"
         if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:

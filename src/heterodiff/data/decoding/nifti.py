@@ -91,7 +91,7 @@ def find_patients(root: Path, layout: Layout) -> list[PatientFiles]:
             folders.setdefault(path.parent, []).append(path)
     if not folders:
         wanted = ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
-        raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {wanted}")
+        raise DataError(f"{root}: no .nii or .nii.gz files; expected one folder per patient with {wanted}")
     patients = [_patient_of(root, folder, files, layout) for folder, files in folders.items()]
     seen: dict[str, str] = {}
     for patient in patients:

@@ -30,57 +30,46 @@ def open_images(config: DataConfig) -> Collection:
         raise DataError(f"{path}: no such folder; correct data.path")
     if not path.is_dir():
         raise DataError(f"{path}: a file; expected a folder of images or an .npz file in data.path")
-    metadata = find_metadata(path)
-    return _open_listed(path, metadata, config) if metadata else _open_folder(path, config)
+    return _open_folder(path, config)
 
 
 def _open_folder(root: Path, config: DataConfig) -> Collection:
+    labelled = config.labels != "none"
+    metadata = find_metadata(root)
+    class_of: dict[str, str | None]
+    class_of, problems = read_metadata(metadata, labelled) if metadata else ({}, [])
     scan = scan_folder(root)
-    if not scan.files and not scan.unreadable:
+    warnings = list(scan.warnings)
+    if metadata:
+        if unlisted := len(set(scan.files) - class_of.keys()):
+            warnings.append(f"{unlisted:,} images are not listed in {metadata.name} and were left out")
+    elif not scan.files and not scan.unreadable:
         hint = f"; {scan.warnings[0]}" if scan.warnings else ""
         raise DataError(f"{root}: no images found; expected files of type {', '.join(SUFFIXES)}{hint}")
-    class_of: tuple[str | None, ...] = tuple(
-        name.split("/")[0] if "/" in name and config.labels != "none" else None for name in scan.files
-    )
-    return Collection(
-        where=str(root),
-        names=scan.files,
-        class_of=class_of,
-        read=FileReader(root, scan.files, config.channels),
-        unreadable=scan.unreadable,
-        warnings=(*scan.warnings, *_class_folder_warnings(scan, class_of)),
-    )
-
-
-def _class_folder_warnings(scan: FolderScan, class_of: tuple[str | None, ...]) -> list[str]:
-    if not any(class_of):
-        return []
-    warnings = []
-    empty = [folder for folder in scan.first_level if folder not in class_of]
-    if empty:
-        warnings.append(f"subfolders without images are no classes: {', '.join(empty[:10])}")
-    loose = class_of.count(None)
-    if loose:
-        warnings.append(f"{loose:,} images lie beside the class subfolders; they are used without a label")
-    return warnings
-
-
-def _open_listed(root: Path, path: Path, config: DataConfig) -> Collection:
-    label_of, problems = read_metadata(path, with_labels=config.labels != "none")
-    scan = scan_folder(root)
-    names = tuple(sorted(label_of))
-    warnings = list(scan.warnings)
-    if unlisted := len(set(scan.files).difference(names)):
-        warnings.append(f"{unlisted:,} images are not listed in {path.name} and were left out")
+    else:
+        class_of = {name: name.split("/")[0] if "/" in name and labelled else None for name in scan.files}
+        warnings += _class_folder_warnings(scan, list(class_of.values()))
+    names = tuple(sorted(class_of))
     return Collection(
         where=str(root),
         names=names,
-        class_of=tuple(label_of[name] for name in names),
+        class_of=tuple(class_of[name] for name in names),
         read=FileReader(root, names, config.channels),
         unreadable=scan.unreadable,
         problems=tuple(problems),
         warnings=tuple(warnings),
     )
+
+
+def _class_folder_warnings(scan: FolderScan, class_of: list[str | None]) -> list[str]:
+    if not any(class_of):
+        return []
+    warnings = []
+    if empty := [folder for folder in scan.first_level if folder not in class_of]:
+        warnings.append(f"subfolders without images are not classes: {', '.join(empty[:10])}")
+    if loose := class_of.count(None):
+        warnings.append(f"{loose:,} images lie beside the class subfolders; they are used without a label")
+    return warnings
 
 
 def _open_npz(path: Path, config: DataConfig) -> Collection:
@@ -110,7 +99,7 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
 
 
 def _npz_classes(path: Path, labels: np.ndarray | None, count: int) -> tuple[str | None, ...]:
-    """Class names from integers (-1 = unlabelled) or texts (empty = unlabelled)."""
+    """Return class names of integers (-1 = unlabelled) or texts (empty = unlabelled)."""
     if labels is None:
         return (None,) * count
     if labels.shape != (count,) or labels.dtype.kind not in "uiU":

@@ -107,7 +107,7 @@ def open_volumes(config: DataConfig) -> Collection:
         without = next(patient for patient in patients if not patient.mask)
         raise DataError(
             f"{path}: {len(with_mask)} of {len(patients)} patients have a mask {layout.mask}.nii[.gz], {without.name} "
-            "has none; add an empty one where nothing is to be found, or move such patients to a folder of their own"
+            "has none; add an empty one for healthy patients, or move such patients to a folder of their own"
         )
     folder = (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
     rows: list[tuple[PatientFiles, int, bool]] = []

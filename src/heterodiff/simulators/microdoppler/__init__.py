@@ -37,7 +37,7 @@ def _aliasing_warnings(settings: MicrodopplerConfig) -> tuple[str, ...]:
         return ()
     return (
         f"data.microdoppler.prf_hz {settings.prf_hz:,.0f} is too low for the fastest parts, whose Doppler "
-        f"folds over: Hz needed: {short}; leave prf_hz out for a fitting one per class",
+        f"is aliased; Hz needed: {short}; leave prf_hz out to choose it for each class",
     )
 
 
