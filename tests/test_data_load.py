@@ -179,7 +179,7 @@ def test_lazy_is_the_same_as_in_memory(tmp_path, size, limit):
 def test_file_lost_after_loading_is_named(tmp_path):
     data = load_data(DataConfig(path=make_folder(tmp_path), memory_limit_gb=0))
     (tmp_path / data.train.names[2]).unlink()
-    with pytest.raises(DataError, match=f"{data.train.names[2]} was readable before.*restore"):
+    with pytest.raises(DataError, match=f"{data.train.names[2]} can no longer be read.*restore"):
         data.train[2]
     Image.fromarray(noise(3, 3)).save(tmp_path / data.train.names[2])
     with pytest.raises(DataError, match=f"{data.train.names[2]} has changed"):

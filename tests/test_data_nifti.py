@@ -70,7 +70,7 @@ def test_layouts_tell_t1_from_t1ce(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no \.nii.*expected a folder for each patient with \*_flair\.nii\[\.gz\] \(flair\)"
+        DataError, match=r"no \.nii.*expected one folder per patient with \*_flair\.nii\[\.gz\] \(flair\)"
     ):
         find_patients(tmp_path, TWO)
 

@@ -69,7 +69,7 @@ class LazyStore:
             image = self.reader.fit(self.reader.read(row))
         except BadImage as reason:
             raise DataError(
-                f"{self.where}: {show(self.names[row])} was readable before and no longer is: {reason}; restore the file"
+                f"{self.where}: {show(self.names[row])} can no longer be read: {reason}; restore the file"
             ) from None
         if image.shape != self.shape or image.dtype != self.dtype:
             raise DataError(

@@ -81,7 +81,5 @@ def _report(config: DataConfig, codec: KLVAECodec, images: LoadedData, out: Path
         keys = " and ".join(f"data.{key}" for key in augmentation)
         notes.append(f"stored latents are not augmented: leave out {keys} when you train on these")
     if float(std.min()) < LEAST_STD or float(std.max()) > MOST_STD:
-        notes.append(
-            "the VAE's statistics are those of other images: set codec.statistics=measured when you train on these"
-        )
+        notes.append("the VAE's statistics are those of other images: train on these with codec.statistics=measured")
     return Encoded(data, tuple(std.tolist()), tuple(notes))

@@ -55,7 +55,7 @@ class ShardStore:
                         posteriors[position, :channels] = mean[row][0]
                         posteriors[position, channels:] = std[row][0]
             except (OSError, SafetensorError, ValueError, IndexError) as error:
-                raise DataError(f"{path}: was readable before and no longer is: {error}; {AGAIN}") from None
+                raise DataError(f"{path}: can no longer be read: {error}; {AGAIN}") from None
         return posteriors
 
 
