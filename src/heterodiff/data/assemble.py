@@ -28,11 +28,11 @@ class LatentsInfo:
 
     Attributes:
         folder: the folder of latents.
-        vae_fingerprint: of the encoder's weights.
+        vae_fingerprint: fingerprint of the encoder's weights.
         vae_path: where the VAE was when they were encoded.
         shape: (c, h, w) of a latent.
         data_config: the data settings the images were read with, as JSON.
-        mean, std: of each channel of the unscaled training latents.
+        mean, std: statistics of each channel of the unscaled training latents.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class LoadedData:
 
     Attributes:
         latents: set where the sets hold stored latents instead of images.
-        captions: of each image where the source has them: label i of ``train`` and ``val`` points at ``captions[i]``.
+        captions: captions of each image, if any: label i of ``train`` and ``val`` points at ``captions[i]``.
         left_out: names of the images of the training part that are not among ``data.train_classes``.
         for_test: names of the images that are in neither set, kept for the last measurement.
     """
@@ -75,7 +75,7 @@ def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> 
     """Return ``data``, of images or of stored latents, with labels that point at captions instead of classes.
 
     Args:
-        captions: of each image, by its name; more images than those of ``data`` may be there.
+        captions: captions of each image by its name, perhaps of more images than those of ``data``.
 
     Raises:
         DataError: an image without a caption.

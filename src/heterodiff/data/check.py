@@ -27,7 +27,7 @@ class DataSummary:
         class_counts: usable images by class name; unlabelled images count under "".
         sizes: the most common stored (height, width) with their number of images.
         dtypes: number types seen with their number of images.
-        minimum, maximum, mean, std: of the stored values, every image weighted alike; NaN without images.
+        minimum, maximum, mean, std: statistics of the stored values, all images weighted alike; NaN without images.
         bad: every image, folder and metadata row that cannot be used.
         problems: errors beyond single images that training would stop with.
         warnings: those that training would give.

@@ -140,8 +140,8 @@ def inspect_images(
     Args:
         keep: hold the decoded images in memory if they fit ``config.memory_limit_gb``.
         moments: also measure mean and mean square (slower).
-        trusted: names of images that a run has inspected before, which are all as its ``spec`` says. They are not
-            read now if they do not fit into memory.
+        trusted: names of images that a run with the specification ``spec`` has inspected before. They are not read
+            now if they do not fit into memory.
     """
     inspector = _Inspector(collection, config, keep, moments)
     if spec is not None:

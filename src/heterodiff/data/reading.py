@@ -14,7 +14,7 @@ from heterodiff.errors import DataError
 
 
 def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
-    """The image file ``path`` as (C, H, W) in [0, 1], resized and scaled as ``spec`` says.
+    """Return the image file ``path`` as (C, H, W) in [0, 1], resized and scaled to ``spec``.
 
     Raises:
         DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
@@ -39,5 +39,5 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
 
 
 def read_images(paths: Sequence[str | Path], spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
-    """Image files as (B, C, H, W), see :func:`read_image`."""
+    """Return image files as (B, C, H, W), see :func:`read_image`."""
     return torch.stack([read_image(path, spec, resize) for path in paths])

@@ -22,7 +22,7 @@ class Encoded:
 
     Attributes:
         data: the latents.
-        std: of the latents after scaling by the VAE's statistics: of each channel, or of all for a VAE with one factor.
+        std: std of the latents scaled by the VAE's statistics, of each channel, or of all for a VAE with one factor.
         notes: warnings for the user.
     """
 

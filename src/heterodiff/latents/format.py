@@ -44,12 +44,12 @@ class Plan(_Record):
     """Content of a folder of latents, known before the first image is encoded.
 
     Attributes:
-        vae_fingerprint: of the encoder's weights.
-        source_fingerprint: of names, labels and sampled values of the images, whatever their split.
-        transform_fingerprint: of the settings that change the values or shape of an image.
+        vae_fingerprint: hash of the encoder's weights.
+        source_fingerprint: hash of names, labels and sampled values of the images, whatever their split.
+        transform_fingerprint: hash of the settings that change the values or shape of an image.
         vae_path: where the VAE was loaded from.
         shape: (c, h, w) of a latent.
-        spec: of the images, as `ImageSpec.to_dict`.
+        spec: specification of the images, as `ImageSpec.to_dict`.
         data_config: the settings the images were read with, as JSON; its path is absolute.
         shard_size: images of each shard but the last.
     """
@@ -102,7 +102,7 @@ class Index(Plan):
     Attributes:
         shards: the files, in order.
         counts: number of images of each class ("unlabelled": without one) in ``train`` and in ``val``.
-        mean, std: of each channel of the unscaled training latents.
+        mean, std: statistics of each channel of the unscaled training latents.
     """
 
     shards: tuple[Shard, ...]

@@ -1,7 +1,6 @@
 """Patients as NIfTI volumes: finding the files of each, and reading them in one orientation."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -43,7 +42,7 @@ class PatientFiles:
     """Files of a patient's volumes, or of one of its scans.
 
     Attributes:
-        name: of the scan, unique: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
+        name: unique name of the scan: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
         volumes: file of each modality, in the order of the channels.
         mask: file of the mask, where there is one.
     """
@@ -107,7 +106,7 @@ def find_patients(root: Path, layout: Layout) -> list[PatientFiles]:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """All files below ``root``, through links too, which may lead back: each folder is entered once."""
+    """Yield all files below ``root``, also through links, which may lead back: each folder is entered once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -129,8 +128,8 @@ def _scan_name(root: Path, folder: Path) -> str:
 
 def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout) -> PatientFiles:
     def matching(pattern: str) -> list[Path]:
-        stems = [(path, re.sub(r"\.nii(\.gz)?$", "", path.name.casefold())) for path in files]
-        return [path for path, stem in stems if fnmatch(stem, pattern.casefold())]
+        names = tuple(f"{pattern.casefold()}{suffix}" for suffix in SUFFIXES)
+        return [path for path in files if any(fnmatch(path.name.casefold(), name) for name in names)]
 
     volumes = []
     for name, pattern in layout.modalities.items():
@@ -258,6 +257,6 @@ def label_problem(labels: np.ndarray) -> str | None:
     if not wrong.size:
         return None
     return (
-        f"a mask has whole numbers from 0 up, found {wrong[0]:g}; give what is healthy the label 0, and resample masks "
+        f"a mask has whole numbers from 0 up, found {wrong[0]:g}; give healthy voxels the label 0, and resample masks "
         "by nearest neighbours"
     )

@@ -128,7 +128,7 @@ class TestImages:
 
     Attributes:
         images: in the run's size, channels and class order.
-        patients: of each image; its own name where the source knows none.
+        patients: patient of each image; the image's own name where the source knows none.
         mask: number of an image -> (H, W) bool; ``None`` where the source has none.
     """
 
@@ -147,7 +147,7 @@ def load_test(
 
     Args:
         part: the images of ``config`` that are kept for testing, or all, where the run was trained on others.
-        split: of the run, whose test images stay those whatever was added since.
+        split: saved split of the run, whose test images stay those whatever was added since.
 
     Raises:
         DataError: none are kept, or they cannot be used.
@@ -155,8 +155,8 @@ def load_test(
     collection = open_source(config)
     if part == "test":
         collection = part_of(collection, config, part, split)
-    whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
-    images = assemble(collection, inspect_images(collection, whole, keep=True), whole, spec=spec).train
+    unsplit = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
+    images = assemble(collection, inspect_images(collection, unsplit, keep=True), unsplit, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
     chosen = collection.take([row_of[name] for name in images.names])
     return TestImages(images, chosen.groups or chosen.names, chosen.mask)

@@ -56,7 +56,7 @@ class Lesion:
         first, count: slices that show it.
         place: share of the head's radius, and angle in radians, of its centre.
         radius: in its middle slice.
-        phase: of its outline's waves.
+        phase: phases of its outline's waves.
     """
 
     first: int
@@ -187,9 +187,9 @@ def render(
     """Draw slice ``index`` at height ``z``.
 
     Args:
-        rng: of the noise alone.
+        rng: generator of the noise alone.
         shape: (H, W).
-        contrast: of a lesion against white matter; 1 as in :data:`INTENSITY`.
+        contrast: contrast of a lesion against white matter; 1 as in :data:`INTENSITY`.
         bias: strength of the field that brightens one side of each modality.
         noise: std in each of the two parts of the complex signal.
 

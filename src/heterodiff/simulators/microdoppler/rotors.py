@@ -34,7 +34,7 @@ class Rotor:
         radius_m: from hub to tip.
         revolutions_hz: a second, counter-clockwise in the plane of ``axes`` when positive.
         phase: angle of the first blade at time 0, radians.
-        amplitude: of a blade square to the line of sight.
+        amplitude: amplitude of a blade square to the line of sight.
         axes: (2, 3) orthonormal vectors that span the rotor's plane; default: level.
     """
 

@@ -14,7 +14,7 @@ class View:
     Attributes:
         speed_m_s: along the x axis, the heading (a pendulum: of the bob at its lowest point).
         sight: unit vector (3,) from the target to the radar; x forward, y left, z up.
-        wavelength_m: of the carrier.
+        wavelength_m: wavelength of the carrier.
     """
 
     speed_m_s: float

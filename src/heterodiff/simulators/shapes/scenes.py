@@ -30,7 +30,7 @@ class Scene:
     """One thing, or two different ones.
 
     Attributes:
-        things: of two, ``things[0]`` is above or left of ``things[1]``.
+        things: one or two; ``things[0]`` is above or left of ``things[1]``.
         place: one of `PLACES` for one thing, of `RELATIONS` for two; ``None`` where a text does not say, and then two
             things are in the order of the text.
     """
