@@ -10,8 +10,8 @@ from heterodiff.config import BrainPhantomConfig, DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.sources import load_data, open_source, part_of
 from heterodiff.errors import DataError
-from heterodiff.simulators.brain_phantom import CLASSES, INTENSITY, head_of, open_brain_phantom
-from heterodiff.simulators.brain_phantom.head import render
+from heterodiff.simulators.brain_phantom import CLASSES, head_of, open_brain_phantom
+from heterodiff.simulators.brain_phantom.head import INTENSITY, render
 
 FLAIR, T1, T1CE, T2 = range(4)
 

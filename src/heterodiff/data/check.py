@@ -15,8 +15,6 @@ from heterodiff.data.labels import sort_classes
 from heterodiff.data.sources import open_source
 from heterodiff.errors import DataError
 
-__all__ = ["DataFinding", "DataSummary", "check_data"]
-
 
 @dataclass(frozen=True)
 class DataSummary:

@@ -26,8 +26,6 @@ from heterodiff.latents.format import (
     shard_problem,
 )
 
-__all__ = ["INDEX_FILE", "LatentDataset", "LatentsInfo", "ShardStore", "load_latents", "load_stored"]
-
 
 @dataclass(frozen=True)
 class ShardStore:
@@ -67,12 +65,7 @@ class LatentDataset(ImageDataset):
     """
 
     def stored(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return posteriors (B, 2 c, h, w) float16 of ``indices``.
-
-        Raises:
-            IndexError: an index is out of range.
-            DataError: a shard that is read at every access has become unreadable or has changed.
-        """
+        """Return posteriors (B, 2 c, h, w) float16 of ``indices``; errors as of :meth:`batch`."""
         chosen = np.asarray(indices, dtype=np.int64)
         posteriors = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
         finite = torch.isfinite(posteriors).flatten(1).all(dim=1)

@@ -9,9 +9,7 @@ from heterodiff.config import BrainPhantomConfig, DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.sources.slices import CLASSES, stretch_slice
 from heterodiff.simulators import drawn_size, random_state
-from heterodiff.simulators.brain_phantom.head import INTENSITY, MODALITIES, Head, render
-
-__all__ = ["CLASSES", "INTENSITY", "MODALITIES", "PhantomRenderer", "head_of", "open_brain_phantom"]
+from heterodiff.simulators.brain_phantom.head import MODALITIES, Head, render
 
 MIN_SIDE = 32
 _REACH = 0.7
