@@ -202,11 +202,11 @@ def test_unseen_things_are_never_drawn():
 
 def test_scenes_of_chosen_things():
     rng = np.random.RandomState(0)
-    scenes = [draw_scene(rng, 0.0, among=[RED_CIRCLE]) for _ in range(50)]
+    scenes = [draw_scene(rng, 0.0, {*ALL_THINGS} - {RED_CIRCLE}) for _ in range(50)]
     assert {scene.things for scene in scenes} == {(RED_CIRCLE,)}
     assert {scene.place for scene in scenes} == set(PLACES)
     red_cross = Thing("red", "cross")
-    pairs = [draw_scene(rng, 1.0, {RED_CIRCLE}, [RED_CIRCLE, BLUE_SQUARE, red_cross]) for _ in range(50)]
+    pairs = [draw_scene(rng, 1.0, {*ALL_THINGS} - {BLUE_SQUARE, red_cross}) for _ in range(50)]
     assert {pair.things for pair in pairs} == {(BLUE_SQUARE, red_cross), (red_cross, BLUE_SQUARE)}
 
 

@@ -1,6 +1,6 @@
 """Scenes of the source ``shapes``: one or two coloured things, and their place or relation."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,20 +73,14 @@ def unseen_things(config: ShapesConfig) -> frozenset[Thing]:
     return unseen
 
 
-def draw_scene(
-    rng: np.random.RandomState,
-    pairs: float,
-    forbidden: Collection[Thing] = frozenset(),
-    among: Sequence[Thing] = ALL_THINGS,
-) -> Scene:
+def draw_scene(rng: np.random.RandomState, pairs: float, forbidden: Collection[Thing] = frozenset()) -> Scene:
     """Draw a scene; all things, and all places and relations, are equally likely.
 
     Args:
         pairs: probability of two things; they differ in colour, shape or both.
         forbidden: things that are not drawn.
-        among: things to draw from.
     """
-    allowed = [thing for thing in among if thing not in forbidden]
+    allowed = [thing for thing in ALL_THINGS if thing not in forbidden]
     pair = rng.random_sample() < pairs
     chosen = rng.choice(len(allowed), size=1 + pair, replace=False)
     places = RELATIONS if pair else PLACES
