@@ -283,7 +283,7 @@ def test_unusable_latents_are_named_and_not_written(tmp_path, codec, vae_path, v
     with pytest.raises(DataError, match=message.format(*names)):
         encode(config, spoilt, vae_path, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
-    with pytest.raises(DataError, match=r"index.json is missing: the images were not encoded to the end; run the same"):
+    with pytest.raises(DataError, match=r"index.json is missing: encoding did not finish; run the same"):
         load_latents(tmp_path / "out")
 
 

@@ -106,7 +106,7 @@ def without_captions(data: LoadedData) -> tuple[LoadedData, dict[str, tuple[str,
 
 
 def _relabelled(dataset: ImageDataset, spec: ImageSpec, labels: np.ndarray) -> ImageDataset:
-    """The same images (of a subclass, too), with other labels (N,) int64."""
+    """Return the same images, of a subclass too, with other labels (N,) int64."""
     other = copy(dataset)
     other.spec, other.labels = spec, labels
     return other

@@ -20,7 +20,7 @@ from heterodiff.data.findings import show
 from heterodiff.errors import DataError
 from heterodiff.files import write_bytes
 from heterodiff.latents.format import (
-    AGAIN,
+    ENCODE_AGAIN,
     INDEX_FILE,
     PLAN_FILE,
     Index,
@@ -94,7 +94,7 @@ def encode_data(
     quiet = quiet or rank > 0
     check_out(out)
     plan = plan_of(data, data_config, codec, vae_path, shard_size)
-    index = _claim(out, plan)
+    index = _write_or_check_plan(out, plan)
     mine = list(range(rank, len(plan.ranges), world_size))
     todo = [number for number in mine if not _is_complete(out, plan, number, index)]
     if index is not None and world_size == 1 and not todo:
@@ -130,8 +130,8 @@ def encode_data(
     return out
 
 
-def _claim(out: Path, plan: Plan) -> Index | None:
-    """Write the plan if there is none, else compare; return the index of an earlier call that came to its end."""
+def _write_or_check_plan(out: Path, plan: Plan) -> Index | None:
+    """Write the plan, or compare it with the one there; return the index of an earlier call that finished."""
     path = out / PLAN_FILE
     if not path.is_file():
         try:
@@ -207,10 +207,10 @@ def _write_index(out: Path, plan: Plan) -> None:
     for number, images in enumerate(plan.ranges):
         path = out / shard_name(number)
         if problem := shard_problem(out, plan, number):
-            raise DataError(f"{path}: {problem}; {AGAIN}")
+            raise DataError(f"{path}: {problem}; {ENCODE_AGAIN}")
         posteriors = read_shard(path)
         if not np.isfinite(posteriors).all():
-            raise DataError(f"{path}: NaN or infinite latents; delete this file, then {AGAIN}")
+            raise DataError(f"{path}: NaN or infinite latents; delete this file, then {ENCODE_AGAIN}")
         training = torch.from_numpy(posteriors[: max(0, len(plan.train.names) - images.start)])
         for part in training.split(64):  # the sums are made in float64
             moments.add(*part.chunk(2, dim=1))

@@ -23,7 +23,7 @@ from heterodiff.files import MAX_LIST_BYTES, read_json
 FORMAT = 1
 PLAN_FILE = "plan.json"
 INDEX_FILE = "index.json"
-AGAIN = (
+ENCODE_AGAIN = (
     "run the same `heterodiff encode` again, which keeps complete shards and writes the others (or, if a run encoded "
     "its images here, delete the folder and start the run again)"
 )
@@ -198,6 +198,6 @@ def sha256_of(path: Path) -> str:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Mean and std (n, 2 c, h, w) float16 of a shard."""
+    """Return mean and std (n, 2 c, h, w) float16 of a shard."""
     with safe_open(path, "np") as file:
         return np.concatenate([file.get_tensor("mean"), file.get_tensor("std")], axis=1)

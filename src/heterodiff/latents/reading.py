@@ -15,7 +15,7 @@ from heterodiff.data.dataset import ImageDataset, ImageSpec, ImageStore, MemoryS
 from heterodiff.data.findings import show
 from heterodiff.errors import DataError
 from heterodiff.latents.format import (
-    AGAIN,
+    ENCODE_AGAIN,
     INDEX_FILE,
     PLAN_FILE,
     Index,
@@ -53,7 +53,7 @@ class ShardStore:
                         posteriors[position, :channels] = mean[row][0]
                         posteriors[position, channels:] = std[row][0]
             except (OSError, SafetensorError, ValueError, IndexError) as error:
-                raise DataError(f"{path}: can no longer be read: {error}; {AGAIN}") from None
+                raise DataError(f"{path}: can no longer be read: {error}; {ENCODE_AGAIN}") from None
         return posteriors
 
 
@@ -71,7 +71,7 @@ class LatentDataset(ImageDataset):
         finite = torch.isfinite(posteriors).flatten(1).all(dim=1)
         if not bool(finite.all()):
             raise DataError(
-                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {AGAIN}"
+                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {ENCODE_AGAIN}"
             )
         return posteriors
 
@@ -95,9 +95,9 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
     for number, shard in enumerate(index.shards):
         path = folder / shard.file
         if path.is_file() and path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {AGAIN}")
+            raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {ENCODE_AGAIN}")
         if problem := shard_problem(folder, index, number):
-            raise DataError(f"{path}: {problem}; {AGAIN}")
+            raise DataError(f"{path}: {problem}; {ENCODE_AGAIN}")
     warnings: tuple[str, ...] = ()
     store: ImageStore
     if sum(shard.bytes for shard in index.shards) <= memory_limit_gb * 1e9:
@@ -128,7 +128,7 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{folder}: {what}; correct data.path, or write one with `heterodiff encode`")
     if not (folder / INDEX_FILE).is_file():
         if (folder / PLAN_FILE).is_file():
-            raise DataError(f"{folder}: {INDEX_FILE} is missing: the images were not encoded to the end; {AGAIN}")
+            raise DataError(f"{folder}: {INDEX_FILE} is missing: encoding did not finish; {ENCODE_AGAIN}")
         raise DataError(f"{folder}: no latents here ({INDEX_FILE} is missing); write them with `heterodiff encode`")
     return read_record(folder / INDEX_FILE, Index)
 
@@ -140,7 +140,7 @@ def _read_all(folder: Path, index: Index) -> np.ndarray:
     for images, shard in zip(index.ranges, index.shards, strict=True):
         path = folder / shard.file
         if (found := sha256_of(path)) != shard.sha256:
-            raise DataError(f"{path}: damaged: expected SHA-256 {shard.sha256:.100}, found {found}; {AGAIN}")
+            raise DataError(f"{path}: damaged: expected SHA-256 {shard.sha256:.100}, found {found}; {ENCODE_AGAIN}")
         part = posteriors[images.start : images.stop]
         part[:] = read_shard(path)
         if not np.isfinite(part).all():

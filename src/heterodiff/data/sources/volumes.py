@@ -133,15 +133,15 @@ def open_volumes(config: DataConfig) -> Collection:
     )
 
 
-def _safe(name: str) -> str:
-    """A file name for a patient; different patients get different ones."""
+def _file_stem(name: str) -> str:
+    """Return a file name without suffix for a patient; different patients get different ones."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}_{digest}"
 
 
 def _sliced(patient: PatientFiles, folder: Path, config: DataConfig, progress: str) -> tuple[Path, dict[str, Any]]:
     """Return the path without suffix and the facts of a patient's kept slices, made anew if its files have changed."""
-    stem = folder / _safe(patient.name)
+    stem = folder / _file_stem(patient.name)
     facts_file, image, mask = (Path(f"{stem}.{suffix}") for suffix in ("json", "image.npy", "mask.npy"))
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in patient.files]
     try:
