@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +12,22 @@ from heterodiff.data.decoding import decode_file
 from heterodiff.data.decoding.layout import plain_numbers
 from heterodiff.data.findings import DataFinding
 
-
-@dataclass(frozen=True)
-class FileReader:
-    """Decode row ``i`` from file ``root / names[i]``. A class, not a closure, so that workers can pickle it."""
-
-    root: Path
-    names: tuple[str, ...]
-    channels: int | None
-
-    def __call__(self, row: int) -> np.ndarray:
-        return decode_file(self.root / self.names[row], self.channels)
+Reader = Callable[[int], np.ndarray]
+"""Row -> image; functions of modules and `functools.partial` of them, which workers can pickle."""
 
 
-@dataclass(frozen=True)
-class ArrayReader:
-    """Take row ``i`` of ``images`` (N, C, H, W)."""
-
-    images: np.ndarray
-
-    def __call__(self, row: int) -> np.ndarray:
-        return plain_numbers(self.images[row])
+def read_file(root: Path, names: tuple[str, ...], channels: int | None, row: int) -> np.ndarray:
+    """Decode row ``row`` from file ``root / names[row]``."""
+    return decode_file(root / names[row], channels)
 
 
-@dataclass(frozen=True)
-class RowReader:
-    """Row ``i`` is row ``rows[i]`` of ``read``."""
+def read_array(images: np.ndarray, row: int) -> np.ndarray:
+    """Return row ``row`` of ``images`` (N, C, H, W)."""
+    return plain_numbers(images[row])
 
-    read: Callable[[int], np.ndarray]
-    rows: tuple[int, ...]
 
-    def __call__(self, row: int) -> np.ndarray:
-        return self.read(self.rows[row])
+def _read_chosen(read: Reader, rows: tuple[int, ...], row: int) -> np.ndarray:
+    return read(rows[row])
 
 
 @dataclass(frozen=True)
@@ -66,14 +51,14 @@ class Collection:
     where: str
     names: tuple[str, ...]
     class_of: tuple[str | None, ...]
-    read: Callable[[int], np.ndarray]
+    read: Reader
     value_range: tuple[float, float] | None = None
     unreadable: tuple[DataFinding, ...] = ()
     problems: tuple[DataFinding, ...] = ()
     warnings: tuple[str, ...] = ()
     captions: tuple[tuple[str, ...], ...] | None = None
     groups: tuple[str, ...] | None = None
-    mask: Callable[[int], np.ndarray] | None = None
+    mask: Reader | None = None
     held_out: tuple[bool, ...] | None = None
 
     def take(self, rows: Sequence[int]) -> "Collection":
@@ -83,4 +68,5 @@ class Collection:
         for key in ("names", "class_of", "captions", "groups", "held_out"):
             values = getattr(self, key)
             facts[key] = None if values is None else tuple(values[row] for row in rows)
-        return replace(self, read=RowReader(self.read, rows), mask=self.mask and RowReader(self.mask, rows), **facts)
+        mask = self.mask and partial(_read_chosen, self.mask, rows)
+        return replace(self, read=partial(_read_chosen, self.read, rows), mask=mask, **facts)

@@ -1,12 +1,13 @@
 """The source ``captions``: a folder of images, and texts that describe them."""
 
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heterodiff.config import DataConfig
 from heterodiff.data.captions.files import CaptionFile, CaptionRow, read_caption_file
-from heterodiff.data.collection import Collection, FileReader
+from heterodiff.data.collection import Collection, read_file
 from heterodiff.data.findings import DataFinding, listing, show
 from heterodiff.data.sources.metadata import file_problem, find_metadata, name_problem
 from heterodiff.data.sources.scan import FolderScan, scan_folder
@@ -61,7 +62,7 @@ def open_captions(config: DataConfig) -> Collection:
         where=str(root),
         names=names,
         class_of=(None,) * len(names),
-        read=FileReader(root, names, config.channels),
+        read=partial(read_file, root, names, config.channels),
         unreadable=tuple(unreadable),
         problems=tuple(problems),
         warnings=tuple(warnings),

@@ -1,11 +1,12 @@
 """The source ``images``: a folder of image files or one npz file."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from heterodiff.config import DataConfig
-from heterodiff.data.collection import ArrayReader, Collection, FileReader
+from heterodiff.data.collection import Collection, read_array, read_file
 from heterodiff.data.decoding import SUFFIXES, array_names, opened_npz, read_member
 from heterodiff.data.decoding.layout import channel_axis
 from heterodiff.data.findings import BadImage
@@ -54,7 +55,7 @@ def _open_folder(root: Path, config: DataConfig) -> Collection:
         where=str(root),
         names=names,
         class_of=tuple(class_of[name] for name in names),
-        read=FileReader(root, names, config.channels),
+        read=partial(read_file, root, names, config.channels),
         unreadable=scan.unreadable,
         problems=tuple(problems),
         warnings=tuple(warnings),
@@ -95,7 +96,7 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
             images = np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1)
     names = tuple(str(index) for index in range(len(images)))
     class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
-    return Collection(str(path), names, class_of, ArrayReader(images))
+    return Collection(str(path), names, class_of, partial(read_array, images))
 
 
 def _npz_classes(path: Path, labels: np.ndarray | None, count: int) -> tuple[str | None, ...]:

@@ -1,6 +1,6 @@
 """The built-in source ``microdoppler``: simulated radar spectrograms of six kinds of moving targets."""
 
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -9,23 +9,14 @@ from heterodiff.data.collection import Collection
 from heterodiff.simulators import drawn_size, random_state
 from heterodiff.simulators.microdoppler.recording import CLASSES, Facts, axes, highest_doppler, observe, simulate
 
-__all__ = ["CLASSES", "Facts", "MicrodopplerReader", "axes", "open_microdoppler", "random_state", "simulate"]
+__all__ = ["CLASSES", "Facts", "axes", "open_microdoppler", "random_state", "simulate"]
 
 MIN_SIDE = 16
 
 
-@dataclass(frozen=True)
-class MicrodopplerReader:
-    """Simulate row ``i``: picture ``i % images_per_class`` of class ``i // images_per_class``."""
-
-    config: MicrodopplerConfig
-    height: int
-    width: int
-
-    def __call__(self, row: int) -> np.ndarray:
-        index, picture = divmod(row, self.config.images_per_class)
-        rng = random_state(self.config.seed, index, picture)
-        return simulate(CLASSES[index], rng, self.config, self.height, self.width)[0][None]
+def _draw(config: MicrodopplerConfig, height: int, width: int, row: int) -> np.ndarray:
+    index, picture = divmod(row, config.images_per_class)
+    return simulate(CLASSES[index], random_state(config.seed, index, picture), config, height, width)[0][None]
 
 
 def _aliasing_warnings(settings: MicrodopplerConfig) -> tuple[str, ...]:
@@ -59,7 +50,7 @@ def open_microdoppler(config: DataConfig) -> Collection:
         where="microdoppler",
         names=tuple(f"{name}/{index:06d}" for name, index in listed),
         class_of=tuple(name if labelled else None for name, _ in listed),
-        read=MicrodopplerReader(settings, height, width),
+        read=partial(_draw, settings, height, width),
         value_range=(-settings.dynamic_range_db, 0.0),
         warnings=_aliasing_warnings(settings),
     )

@@ -1,7 +1,7 @@
 """The built-in source ``shapes``: drawn pictures of one or two coloured shapes, with true captions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -33,17 +33,8 @@ def _captions(config: ShapesConfig) -> Iterator[tuple[str, ...]]:
         yield captions_of(draw_scene(rng, config.pairs, unseen), rng)
 
 
-@dataclass(frozen=True)
-class ShapesRenderer:
-    """Draw picture ``row``."""
-
-    config: ShapesConfig
-    height: int
-    width: int
-
-    def __call__(self, row: int) -> np.ndarray:
-        rng = random_state(self.config.seed, row, _DRAWING)
-        return render(scene_of(self.config, row), rng, self.height, self.width)
+def _draw(config: ShapesConfig, height: int, width: int, picture: int) -> np.ndarray:
+    return render(scene_of(config, picture), random_state(config.seed, picture, _DRAWING), height, width)
 
 
 def open_shapes(config: DataConfig) -> Collection:
@@ -59,7 +50,7 @@ def open_shapes(config: DataConfig) -> Collection:
         where="shapes",
         names=tuple(f"{picture:07d}" for picture in range(settings.images)),
         class_of=(None,) * settings.images,
-        read=ShapesRenderer(settings, *drawn_size(config, MIN_SIDE, 3)),
+        read=partial(_draw, settings, *drawn_size(config, MIN_SIDE, 3)),
         value_range=(0.0, 255.0),
         captions=tuple(_captions(settings)),
     )
