@@ -33,7 +33,7 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Decode and resize one row; what both the memory and the lazy store hold comes from here.
+    """Decode and resize one row, for the memory and the lazy store alike.
 
     Attributes:
         read: row -> (C, H, W) as stored.
