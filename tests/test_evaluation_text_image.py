@@ -40,7 +40,9 @@ from heterodiff.pipelines.load import load_text_image
 from heterodiff.report.captions import image_to_text_section, text_cards, text_to_image_section
 from heterodiff.report.curves import curves_svg
 from heterodiff.report.writing import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
-from heterodiff.simulators.shapes import ALL_THINGS, PLACES, Scene, Thing, parse_thing, read_caption, scene_of
+from heterodiff.simulators.shapes import scene_of
+from heterodiff.simulators.shapes.scenes import ALL_THINGS, PLACES, Scene, Thing, parse_thing
+from heterodiff.simulators.shapes.words import read_caption
 from heterodiff.training.start import train
 from tests.text_runs import text_config
 

@@ -303,7 +303,7 @@ def test_latents_left_by_another_run_are_not_taken_for_ones_own(images: Path, va
     (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "first" / "latents", tmp_path / "run" / "latents")
     config = latent_config(tmp_path / "run", vae, **SHORT)  # of the digits
-    with pytest.raises(DataError, match=rf"{tmp_path}/run/latents: holds latents of something else .*delete this one"):
+    with pytest.raises(DataError, match=rf"{tmp_path}/run/latents: holds other latents .*delete this one"):
         train(config, quiet=True)
 
 

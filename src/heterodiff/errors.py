@@ -40,10 +40,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of ``error`` on one line, of at most 300 characters."""
+    """Return the message of ``error``, or else its type, on one line and not too long."""
     if "trust_remote_code" in str(error):  # how transformers refuses it, and how to allow it
         return "its auto_map asks for Python code of its own, and custom code is never run"
-    return f"{' '.join(str(error).split()):.300}"
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -25,7 +25,8 @@ from heterodiff.metrics.shapes_classifier import ShapesReader, draw_renders
 from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.text_to_image import TextImagePipeline
-from heterodiff.simulators.shapes import Scene, complete_caption, matches, read_caption, unseen_things
+from heterodiff.simulators.shapes.scenes import Scene, matches, unseen_things
+from heterodiff.simulators.shapes.words import complete_caption, read_caption
 
 TEXT_PART = 256
 PROMPT_SCENES, UNSEEN_SCENES = (2, 20_240_229), (3, 20_240_229)

@@ -18,16 +18,8 @@ from heterodiff.devices import default_device
 from heterodiff.errors import CheckpointError
 from heterodiff.files import write_bytes
 from heterodiff.models.loading import refuse_nonfinite
-from heterodiff.simulators.shapes import (
-    COLOURS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    draw_scene,
-    render,
-)
+from heterodiff.simulators.shapes.drawing import render
+from heterodiff.simulators.shapes.scenes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, Thing, draw_scene
 
 VERSION = "3"
 """Of network, training and renders: change it with any of them, and stored weights are not used any more."""
