@@ -553,7 +553,8 @@ def evaluate(
     from heterodiff.devices import find_device
 
     find_device(device)
-    from heterodiff.evaluation.class_images import Request, evaluate_task
+    from heterodiff.evaluation.runs import Request, evaluate_task
+    from heterodiff.report.writing import summary_lines, write_report
 
     request = Request(number, data, seed, device, batch_size, steps, guidance, sampler)
     if augmentation:
@@ -561,12 +562,12 @@ def evaluate(
 
         study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **request.options())
         lines = augmentation_summary.summary_lines(study.study)
-        files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
+        files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {write_report(run)}"
         _print_metrics(study.study, lines, files, as_json)
         return
-    result, lines = evaluate_task(run, request)
-    files = f"picture  {result.picture}\nreport   {result.report}"
-    _print_metrics(result.metrics, lines, files, as_json)
+    result = evaluate_task(run, request)
+    files = f"picture  {result.picture}\nreport   {write_report(run)}"
+    _print_metrics(result.metrics, summary_lines(result.metrics), files, as_json)
 
 
 def _print_metrics(metrics: dict[str, Any], lines: Iterable[str], files: str, as_json: bool) -> None:

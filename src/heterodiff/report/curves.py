@@ -3,7 +3,9 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
+
+from heterodiff.report.formatting import is_number
 
 MAX_POINTS = 1_500
 FEW_POINTS = 5
@@ -19,11 +21,6 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], li
         if is_number(step) and is_number(value):
             found[step] = value  # a resumed run repeats steps: the last one counts
     return sorted(found), [found[step] for step in sorted(found)]
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Tell whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

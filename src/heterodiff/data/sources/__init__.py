@@ -19,6 +19,7 @@ from heterodiff.lazy import loaded
 __all__ = [
     "LoadedData",
     "TestImages",
+    "encoded_from",
     "image_captions",
     "list_sources",
     "load_data",
@@ -41,7 +42,7 @@ _SOURCES = {
 }
 """Source -> ``module:name`` of ``DataConfig -> Collection``, imported when the source is asked for."""
 
-STORED_LATENTS = "heterodiff.latents.reading:load_stored"
+STORED_LATENTS, STORED_INDEX = "heterodiff.latents.reading:load_stored", "heterodiff.latents.reading:read_index"
 
 
 def list_sources() -> list[str]:
@@ -59,6 +60,18 @@ def open_source(config: DataConfig) -> Collection:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     collection: Collection = loaded(_SOURCES[config.source])(config)
     return collection
+
+
+def encoded_from(config: DataConfig) -> DataConfig:
+    """Return the settings of the images that stored latents were encoded from; for images, ``config`` itself.
+
+    Raises:
+        DataError: the latents are not there any more.
+    """
+    if config.source != "latents":
+        return config
+    assert config.path is not None
+    return DataConfig.model_validate(loaded(STORED_INDEX)(config.path.expanduser()).data_config)
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
