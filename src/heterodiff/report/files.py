@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,13 +84,8 @@ class RunFiles:
 
     def grids(self) -> list[tuple[int, Path]]:
         """Return (step, path) of the grids drawn during training, in order of the steps."""
-
-        def found() -> Iterator[tuple[int, Path]]:
-            for path in self.folder.samples.glob("step_*.png"):
-                if match := re.fullmatch(r"step_(\d+)", path.stem):
-                    yield int(match[1]), path
-
-        return sorted(found())
+        matches = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in self.folder.samples.glob("step_*.png"))
+        return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _read_png(path: Path) -> bytes | None:
