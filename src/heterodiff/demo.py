@@ -46,7 +46,7 @@ def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] =
 
 
 def _demo_config(config_file: Path, out: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """Return the run of ``config_file`` in ``out``; ``overrides`` come last."""
+    """The run of ``config_file`` in ``out``; what ``overrides`` say comes last."""
     own = [f"output={out}", f"training.seed={seed}"]
     config = load_config(config_file, [*own, *overrides])
     if config.codec.training is not None:

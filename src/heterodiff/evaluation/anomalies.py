@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
-from heterodiff.data.sources import load_test, open_source
+from heterodiff.data.sources import DataConfig, TestImages, load_test, open_source
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.errors import ConfigError, DataError, RunError
@@ -34,9 +33,6 @@ from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 
-if TYPE_CHECKING:
-    from heterodiff.config import DataConfig
-
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
 COMPARED = 300
@@ -45,14 +41,14 @@ FOREGROUND = 0.025
 """Mean of all channels, in [0, 1], above which a pixel is not background (Che et al. 2025)."""
 
 
-def finds_anomalies(run: Path, elsewhere: "DataConfig | None" = None) -> bool:
+def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
     """Tell whether the run's images, or those ``elsewhere``, have masks to compare with."""
     if not RunFolder(run).has_config or "segment" not in task_of(RunFolder(run).config()).commands:
         return False
     return open_source(elsewhere or image_config(run)).mask is not None
 
 
-def other_patients(run: Path, path: Path) -> "DataConfig | None":
+def other_patients(run: Path, path: Path) -> DataConfig | None:
     """Settings that read the patients at ``path``, a folder of volumes or an npz file of slices, as the run's own.
 
     ``None`` for a run that was not trained on slices of volumes, real or simulated.
@@ -125,7 +121,7 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     ]
 
 
-def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device: Device | None = None) -> Evaluation:
+def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
     Writes ``evaluation/segmentation.png`` and ``evaluation.json`` into the run folder.
@@ -140,15 +136,9 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     folder = RunFolder(run)
     config = folder.config()
     calibration = load_calibration(run, config.segmentation)
-    spec = folder.spec()
-    if spec is None or not folder.split_file.is_file():
-        raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
     of = elsewhere or image_config(run)
-    made = known_fingerprint(of)
-    if made or not elsewhere:
-        check_preprocessing(run, made)
-    test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=folder.split())
-    assert test.mask is not None  # asked before, by `finds_anomalies`
+    test = _test_images(run, of, own=elsewhere is None)
+    assert test.mask is not None  # checked before, by `finds_anomalies`
     settings, count = config.segmentation, len(test.images)
     segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
     with progress_tasks() as start:
@@ -159,9 +149,9 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in _parts(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
     shown = ill = np.asarray(truth.any(axis=(1, 2)))
-    if settings.healthy in spec.class_names:
+    if settings.healthy in (classes := test.images.spec.class_names):
         labels = test.images.labels
-        ill = np.where(labels >= 0, labels != spec.class_names.index(settings.healthy), shown)
+        ill = np.where(labels >= 0, labels != classes.index(settings.healthy), shown)
     metrics = evaluate_segmentation(
         every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
     )
@@ -183,6 +173,18 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     folder.write_picture(folder.anomalies_picture, overview)
     folder.write_json(folder.evaluation_file, metrics)
     return Evaluation(metrics, folder.anomalies_picture)
+
+
+def _test_images(run: Path, config: DataConfig, own: bool) -> TestImages:
+    """Load the run's test images, or all those of ``config`` where they are not its ``own``."""
+    folder = RunFolder(run)
+    spec = folder.spec()
+    if spec is None or not folder.split_file.is_file():
+        raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
+    made = known_fingerprint(config)
+    if made or own:
+        check_preprocessing(run, made)
+    return load_test(config, spec, split=folder.split()) if own else load_test(config, spec, "all")
 
 
 def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:

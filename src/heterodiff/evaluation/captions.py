@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from heterodiff.data.sources import DataConfig
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
@@ -34,9 +35,6 @@ from heterodiff.pipelines.text_to_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.simulators.shapes import scene_of
-
-if TYPE_CHECKING:
-    from heterodiff.config import ShapesConfig
 
 PROMPTS = 200
 READER_FILE = "reader.safetensors"
@@ -82,7 +80,8 @@ def evaluate_text_image(
     if pipeline.unet is None and options:
         raise ConfigError(f"{run}: recipe alignment has no denoiser to sample with; leave out {', '.join(options)}")
     loaded = run_data(run)
-    shapes = image_config(run).shapes if image_config(run).source == "shapes" else None
+    config = image_config(run)
+    shapes = config.shapes if config.source == "shapes" else None
     held_out, captions, record = held_out_captioned(run, loaded, data)
     everything = CaptionedImages.choose(held_out, captions, MAX_RETRIEVAL_IMAGES, seed)
     folder = RunFolder(run)
@@ -92,13 +91,14 @@ def evaluate_text_image(
         metrics: dict[str, Any] = {"held_out": record, "seed": seed, "number": number}
         if pipeline.unet is not None:
             metrics["sampling"] = {**pipeline.defaults.model_dump(mode="json"), **options}
-        # Among more, the right one is harder to find: to compare, as many training images as held-out ones; then more.
-        metrics["retrieval"] = {
-            "held_out": retrieval(pipeline, everything, task("held-out retrieval", len(everything)))
-        }
+        # Retrieval is harder among more images: as many training images as held-out ones to compare with, then more.
+        sets = {"held_out": everything}
         for name, count in (("train", len(everything)), ("train_more", MAX_RETRIEVAL_IMAGES)):
-            train = CaptionedImages.choose(loaded.train, loaded.captions, count, seed)
-            metrics["retrieval"][name] = retrieval(pipeline, train, task("training retrieval", len(train)))
+            sets[name] = CaptionedImages.choose(loaded.train, loaded.captions, count, seed)
+        metrics["retrieval"] = {
+            name: retrieval(pipeline, chosen, task(f"retrieval, {name.replace('_', ' ')}", len(chosen)))
+            for name, chosen in sets.items()
+        }
         quality = reconstruction(pipeline, everything, task("reconstructing", len(everything)))
         metrics["reconstruction"] = {"n": len(everything), "psnr": spread(quality[0]), "ssim": spread(quality[1])}
         to_caption = CaptionedImages.choose(held_out, captions, number, seed)
@@ -112,7 +112,7 @@ def evaluate_text_image(
             metrics["generated_recall"] = _self_judged(measuring, to_caption.spread(-(-number // 2)))
         else:
             size = (loaded.spec.height, loaded.spec.width)
-            metrics |= _of_shapes(measuring, shapes, size, number, folder.evaluation / READER_FILE, record["notes"])
+            metrics |= _of_shapes(measuring, config, size, number, folder.evaluation / READER_FILE, record["notes"])
     if notes:
         record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
     for path, picture in zip((folder.prompts_picture, folder.captions_picture), pictures, strict=True):
@@ -168,10 +168,10 @@ def _self_judged(measuring: _Measuring, held_out: CaptionedImages) -> dict[str, 
 
 
 def _of_shapes(
-    measuring: _Measuring, shapes: "ShapesConfig", size: tuple[int, int], number: int, path: Path, notes: list[str]
+    measuring: _Measuring, config: DataConfig, size: tuple[int, int], number: int, path: Path, notes: list[str]
 ) -> dict[str, Any]:
     """Judge pictures of scenes with an independent classifier, and captions of combinations that were never seen."""
-    reader = trained_reader(path, size, measuring.task)
+    shapes, reader = config.shapes, trained_reader(path, size, measuring.task)
     accuracy = reader.accuracy()
     if accuracy < GOOD_READER:
         notes.append(

@@ -17,6 +17,7 @@ from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
 
 __all__ = [
+    "DataConfig",
     "LoadedData",
     "TestImages",
     "encoded_from",
@@ -42,7 +43,7 @@ _SOURCES = {
 }
 """Source -> ``module:name`` of ``DataConfig -> Collection``, imported when the source is asked for."""
 
-STORED_LATENTS, STORED_INDEX = "heterodiff.latents.reading:load_stored", "heterodiff.latents.reading:read_index"
+STORED_LATENTS = "heterodiff.latents.reading:load_stored"
 
 
 def list_sources() -> list[str]:
@@ -60,18 +61,6 @@ def open_source(config: DataConfig) -> Collection:
         raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
     collection: Collection = loaded(_SOURCES[config.source])(config)
     return collection
-
-
-def encoded_from(config: DataConfig) -> DataConfig:
-    """Return the settings of the images that stored latents were encoded from; for images, ``config`` itself.
-
-    Raises:
-        DataError: the latents are not there any more.
-    """
-    if config.source != "latents":
-        return config
-    assert config.path is not None
-    return DataConfig.model_validate(loaded(STORED_INDEX)(config.path.expanduser()).data_config)
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
@@ -176,6 +165,19 @@ def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
         return None
     refuse_problems(collection, config)
     return dict(zip(collection.names, collection.captions, strict=True))
+
+
+def encoded_from(config: DataConfig) -> DataConfig:
+    """Return the settings of the images that stored latents were encoded from; for images, ``config`` itself.
+
+    Raises:
+        DataError: the latents are not there any more.
+    """
+    if config.source != "latents":
+        return config
+    assert config.path is not None
+    index = loaded("heterodiff.latents.reading:read_index")(config.path.expanduser())
+    return DataConfig.model_validate(index.data_config)
 
 
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
