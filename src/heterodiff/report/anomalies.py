@@ -6,7 +6,7 @@ from typing import Any
 from heterodiff.report.content import Block, Card, Section, Table, Text
 from heterodiff.report.files import RunFiles
 from heterodiff.report.formatting import MISSING, count, is_number, number, part_of, percent, rows_of, texts
-from heterodiff.report.metrics import Metric, MetricTable, Value, share_of
+from heterodiff.report.metrics import Metric, MetricTable, Value, value_of
 
 MAX_PATIENT_ROWS = 100
 GROUPS = {"unhealthy": "Images with a lesion", "mixed": "All images"}
@@ -31,11 +31,11 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
     if not any(groups.values()):
         return []
     masks = [
-        Metric(title, [_value(group, key) for group in groups.values()], explanation, tag=title)
+        Metric(title, [value_of(group.get(key), "{:.1%}") for group in groups.values()], explanation, tag=title)
         for key, (title, explanation) in OVERLAPS.items()
     ]
     if baseline := part_of(evaluation, "threshold"):
-        values = [Value(percent(baseline.get("dice"))), Value()]
+        values = [value_of(baseline.get("dice"), "{:.1%}"), Value()]
         explanation = "Dice of the intensity threshold that is best on these images, chosen on the true masks."
         note = f"{baseline.get('of', MISSING)} {number(baseline.get('threshold'), '{:.2f}')}"
         note = f"{note[:1].upper()}{note[1:]}; AUPRC {percent(baseline.get('auprc'))}"
@@ -43,7 +43,7 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
     sizes = [
         Metric(
             f"{row.get('size', MISSING)} lesions",
-            [Value(_range(row.get("pixels"))), share_of(part_of(row, "dice"), "mean")],
+            [Value(_range(row.get("pixels"))), value_of(row.get("dice"))],
             tag="sizes",
         )
         for row in rows_of(evaluation.get("sizes"))
@@ -53,11 +53,6 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
         MetricTable("By size", ("Pixels", "Dice"), sizes),
         MetricTable("Whole images", ("",), list(_whole_images(evaluation))),
     ]
-
-
-def _value(group: Mapping[str, Any], name: str) -> Value:
-    found = group.get(name)
-    return Value(percent(found)) if is_number(found) else share_of(part_of(group, name), "mean")
 
 
 def _range(pixels: Any) -> str:
@@ -70,13 +65,12 @@ def _whole_images(evaluation: Mapping[str, Any]) -> Iterable[Metric]:
     image = part_of(evaluation, "image")
     if is_number(image.get("auroc")):
         note = ", ".join(f"{key} {percent(image.get(key))}" for key in ("precision", "recall", "accuracy"))
-        yield Metric("AUROC of whole images", [Value(number(image["auroc"], "{:.3f}"))], note=note, tag="images")
+        yield Metric("AUROC of whole images", [value_of(image["auroc"], "{:.3f}")], note=note, tag="images")
     area = part_of(evaluation, "healthy", "false_positive_area")
     if is_number(area.get("mean")):
-        value = Value(percent(area["mean"], "{:.2f} %"))
-        note = f"{count(area.get('n'))} healthy images"
+        value, note = value_of(area["mean"], "{:.2%}"), f"{count(area.get('n'))} healthy images"
         yield Metric("Area marked in healthy images", [value], note=note, tag="healthy")
-    yield Metric("Network calls an image", [Value(number(evaluation.get("calls_per_image"), "{:,.0f}"))], tag="calls")
+    yield Metric("Network calls an image", [value_of(evaluation.get("calls_per_image"), "{:,.0f}")], tag="calls")
 
 
 def cards(evaluation: Mapping[str, Any]) -> Iterable[Card]:

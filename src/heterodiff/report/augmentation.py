@@ -5,7 +5,7 @@ from typing import Any
 from heterodiff.report.content import Block, Notice, Section, Table, Text
 from heterodiff.report.files import RunFiles
 from heterodiff.report.formatting import count, part_of, rows_of, texts
-from heterodiff.report.metrics import share_of
+from heterodiff.report.metrics import value_of
 
 TITLE = "Generated images as training data"
 MAX_CLASS_ROWS = 100
@@ -42,7 +42,7 @@ def section(files: RunFiles) -> Section:
 
 
 def _interval(found: dict[str, Any]) -> str:
-    return share_of({key: value for key, value in found.items() if key != "n"}, "value").cell
+    return value_of({key: value for key, value in found.items() if key != "n"}).cell
 
 
 def _by_name(rows: Any) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 from heterodiff.report.content import Block, Card, Section, Text
 from heterodiff.report.files import RunFiles
 from heterodiff.report.formatting import MISSING, count, is_number, number, part_of, percent, texts
-from heterodiff.report.metrics import Metric, MetricTable, Value, share_of
+from heterodiff.report.metrics import Metric, MetricTable, Value, value_of
 
 WAYS = {
     "diffusion": "Diffusion",
@@ -43,7 +43,7 @@ def prompt_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
     ways = [way for way in WAYS if any(way in found for found in (judged, *(found for found, _, _ in sets)))]
     rows = [row for found, tag, added in sets if found for row in _prompt_rows(found, tag, added, ways)]
     if is_number(evaluation.get("reader_accuracy")):
-        accuracy = Value(percent(evaluation["reader_accuracy"]), n=_whole(evaluation.get("reader_renders")))
+        accuracy = value_of(evaluation["reader_accuracy"], "{:.1%}", evaluation.get("reader_renders"))
         values = [accuracy if way == "real" else Value() for way in ways]
         explanation = (
             "The classifier that judges the pictures was trained on real ones alone; share of others that it describes "
@@ -51,7 +51,7 @@ def prompt_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
         )
         rows.append(Metric("Accuracy of the classifier", values, explanation, tag="judge"))
     for k in (1, 5) if judged else ():
-        shares = [Value(percent(part_of(judged, way).get(f"generated_recall@{k}"))) for way in ways]
+        shares = [value_of(part_of(judged, way).get(f"generated_recall@{k}"), "{:.1%}") for way in ways]
         explanation = (
             f"The prompt is among the {k} nearest of {count(judged.get('n'))}, to the model's own encoders, which "
             "flatter it."
@@ -62,12 +62,8 @@ def prompt_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
 
 def _prompt_rows(found: Mapping[str, Any], tag: str, added: str, ways: Sequence[str]) -> Iterable[Metric]:
     for key, (label, explanation) in PROMPT_ROWS.items():
-        values = [_value(part_of(found, way).get(key), "{:.2f}") for way in ways]
+        values = [value_of(part_of(found, way).get(key), "{:.2f}") for way in ways]
         yield Metric(f"{label}{added}", values, "" if added else explanation, tag=tag)
-
-
-def _whole(value: Any) -> int | None:
-    return int(value) if is_number(value) else None
 
 
 def retrieval_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
@@ -76,7 +72,7 @@ def retrieval_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
     rows = [
         Metric(
             f"{title}, recall@{k}",
-            [Value(percent(found.get(f"recall@{k}_{way}"))) for found in sets.values()],
+            [value_of(found.get(f"recall@{k}_{way}"), "{:.1%}") for found in sets.values()],
             tag="recall",
         )
         for way, title in RETRIEVAL_ROWS.items()
@@ -93,15 +89,11 @@ def caption_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
     """Truth of captions, or their likeness to those that people wrote."""
     sets = {key: found for key in CAPTION_SETS if (found := part_of(evaluation, key))}
     rows = [
-        Metric(label, [_value(found.get(key), "{:.3f}") for found in sets.values()], explanation, tag="captions")
+        Metric(label, [value_of(found.get(key), "{:.3f}") for found in sets.values()], explanation, tag="captions")
         for key, (label, explanation) in CAPTION_ROWS.items()
         if any(key in found for found in sets.values())
     ]
     return MetricTable("Captions", [CAPTION_SETS[key] for key in sets], rows, "captions")
-
-
-def _value(found: Any, pattern: str) -> Value:
-    return share_of(found) if isinstance(found, dict) else Value(number(found, pattern))
 
 
 def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:

@@ -8,7 +8,7 @@ from heterodiff.report import augmentation
 from heterodiff.report.content import Block, Card, Notice, Section, Table, Text
 from heterodiff.report.files import RunFiles
 from heterodiff.report.formatting import MISSING, count, is_number, number, part_of, percent, rows_of, texts
-from heterodiff.report.metrics import Metric, MetricTable, Value, share_of
+from heterodiff.report.metrics import Metric, MetricTable, value_of
 
 MAX_CLASS_ROWS = 100
 CLASSIFIERS = {"svm": "SVM", "cnn": "CNN"}
@@ -40,33 +40,27 @@ SIZE_NAMES = {"generated": "generated", "train": "training", "val": "held out"}
 
 def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
     """The metrics of generated images, each beside that of real held-out ones."""
-    rows = []
+    rows: list[Metric] = []
+
+    def add(found: Mapping[str, Any], key: str, label: str, pattern: str = "", note: str = "", tag: str = "") -> None:
+        if found:
+            values = [value_of(found.get(kind), pattern) for kind in KINDS]
+            rows.append(Metric(label, values, EXPLANATIONS[key], note, tag))
+
     for key, name in CLASSIFIERS.items():
-        if found := part_of(evaluation, "fidelity", key):
-            shares = [share_of(part_of(found, kind)) for kind in KINDS]
-            rows.append(Metric(f"Class accuracy ({name})", shares, EXPLANATIONS[key], tag=name))
-    if found := part_of(evaluation, "frechet_distance"):
-        distances = [Value(number(found.get(kind))) for kind in KINDS]
-        n, features = found.get("n"), evaluation.get("features")
-        sizes = f"{count(n)} images each" if is_number(n) else ""
-        note = ", ".join(filter(None, (sizes, f"{features} features" if features else "")))
-        rows.append(Metric("Fréchet distance", distances, EXPLANATIONS["frechet_distance"], note, "Fréchet"))
-    if found := part_of(evaluation, "kid"):
-        distances = [_kid(part_of(found, kind)) for kind in KINDS]
-        rows.append(Metric("Kernel distance (KID)", distances, EXPLANATIONS["kid"]))
-    if found := part_of(evaluation, "diversity"):
-        varieties = [Value(number(found.get(kind), "{:.3f}")) for kind in KINDS]
-        rows.append(Metric("Variety within a class", varieties, EXPLANATIONS["diversity"]))
-    if found := part_of(evaluation, "nearest"):
-        medians = [Value(number(found.get(f"{kind}_median"), "{:.3f}")) for kind in KINDS]
-        verdict = str(found.get("verdict", MISSING))
-        note = f"Copies: {MEMORISATION.get(verdict, verdict)}"
-        rows.append(Metric("Distance to training images", medians, EXPLANATIONS["nearest"], note, "copies"))
+        add(part_of(evaluation, "fidelity", key), key, f"Class accuracy ({name})", tag=name)
+    frechet, nearest = part_of(evaluation, "frechet_distance"), part_of(evaluation, "nearest")
+    n, features = frechet.get("n"), evaluation.get("features")
+    compared = [f"{count(n)} images each"] if is_number(n) else []
+    compared += [f"{features} features"] if features else []
+    add(frechet, "frechet_distance", "Fréchet distance", note=", ".join(compared), tag="Fréchet")
+    add(part_of(evaluation, "kid"), "kid", "Kernel distance (KID)")
+    add(part_of(evaluation, "diversity"), "diversity", "Variety within a class", "{:.3f}")
+    medians = {kind: nearest.get(f"{kind}_median") for kind in KINDS} if nearest else {}
+    verdict = str(nearest.get("verdict", MISSING))
+    note = f"Copies: {MEMORISATION.get(verdict, verdict)}"
+    add(medians, "nearest", "Distance to training images", "{:.3f}", note, "copies")
     return [MetricTable("Metric", ("Generated", "Real"), rows)]
-
-
-def _kid(value: Mapping[str, Any]) -> Value:
-    return Value(number(value.get("mean")), f"± {number(value.get('std'))}") if value else Value()
 
 
 def cards(evaluation: Mapping[str, Any]) -> Iterable[Card]:
@@ -174,7 +168,7 @@ def _classes(evaluation: Mapping[str, Any]) -> Section:
     rows = [
         (
             str(row.get("name", row.get("label", MISSING))),
-            *(share_of(part_of(row, f"{key}_{kind}")).cell for key in CLASSIFIERS for kind in KINDS),
+            *(value_of(part_of(row, f"{key}_{kind}")).cell for key in CLASSIFIERS for kind in KINDS),
             percent(ratios.get(str(row.get("name")))),
             count(row.get("train_images")),
         )

@@ -37,12 +37,12 @@ def number(value: Any, pattern: str = "") -> str:
     if not is_number(value):
         return MISSING
     whole = 999.5 <= abs(value) < 99_999.5
-    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−")
+    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−").replace("%", " %")
 
 
 def count(value: Any) -> str:
     return number(value, "{:,}")
 
 
-def percent(value: Any, pattern: str = "{:.1f} %") -> str:
-    return number(100 * value if is_number(value) else None, pattern)
+def percent(value: Any) -> str:
+    return number(value, "{:.1%}")

@@ -1,11 +1,14 @@
 """Measured quantities as rows, from which the report's tables and cards and the terminal's lines are made."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from heterodiff.report.content import Card, Table
 from heterodiff.report.formatting import MISSING, is_number, number, percent
+
+KEYS = ("share", "mean", "value")
+"""Names of a value beside its interval in ``evaluation.json``."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,20 @@ def _lowered(text: str) -> str:
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
-def share_of(found: Mapping[str, Any], key: str = "share") -> Value:
-    """Read a share with its interval ``low`` to ``high`` and its number ``n``, where that is known."""
-    low, high, n = (found.get(name) for name in ("low", "high", "n"))
-    if not (is_number(found.get(key)) and is_number(low) and is_number(high)):
+def value_of(found: Any, pattern: str = "", n: Any = None) -> Value:
+    """Read a number, a mean with its ``std``, or a share or mean with its interval ``low`` to ``high`` and its ``n``.
+
+    Args:
+        found: anything that JSON can hold; what is not understood is a missing value.
+        pattern: see :func:`heterodiff.report.formatting.number`; for a number alone.
+        n: number of images, prompts, ..., where it is stored elsewhere.
+    """
+    if not isinstance(found, dict):
+        return Value(number(found, pattern), n=int(n) if is_number(n) else None)
+    value, low, high = (found.get(key) for key in (next((key for key in KEYS if key in found), ""), "low", "high"))
+    if "std" in found:
+        return Value(number(value), f"± {number(found['std'])}")
+    if not (is_number(value) and is_number(low) and is_number(high)):
         return Value()
-    known = int(n) if is_number(n) and n >= 1 else None
-    return Value(percent(found[key]), f"{number(100 * low, '{:.1f}')}–{percent(high)}", known)
+    n = found.get("n")
+    return Value(percent(value), f"{100 * low:.1f}–{percent(high)}", int(n) if is_number(n) and n >= 1 else None)

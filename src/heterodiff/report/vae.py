@@ -5,23 +5,22 @@ from typing import Any
 
 from heterodiff.report.content import Section, Text
 from heterodiff.report.files import RunFiles
-from heterodiff.report.formatting import MISSING, count, is_number, number, part_of, percent
-from heterodiff.report.metrics import Metric, MetricTable, Value
+from heterodiff.report.formatting import MISSING, count, number, part_of
+from heterodiff.report.metrics import Metric, MetricTable, Value, value_of
 
 
 def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
     """The metrics of reconstructions."""
     found = part_of(evaluation, "reconstruction")
-    n = int(found["n"]) if is_number(found.get("n")) else None
     rows = []
     for key, name, pattern in (("psnr", "PSNR", "{:.2f} dB"), ("ssim", "SSIM", "{:.4f}")):
         if quality := part_of(found, key):
-            values = [Value(number(quality.get("mean"), pattern), n=n), Value()]
+            values = [value_of(quality.get("mean"), pattern, found.get("n")), Value()]
             note = f"A tenth of the images below {number(quality.get('tenth'), pattern)}"
             rows.append(Metric(name, values, note=note, tag=name))
     for key, name in (("svm", "SVM"), ("cnn", "CNN")):
         if shares := part_of(evaluation, "readers", key):
-            values = [Value(percent(shares.get(kind))) for kind in ("reconstruction", "original")]
+            values = [value_of(shares.get(kind), "{:.1%}") for kind in ("reconstruction", "original")]
             rows.append(Metric(f"Class accuracy ({name})", values, tag=name))
     stds = evaluation.get("latent_std")
     if isinstance(stds, list) and stds:
