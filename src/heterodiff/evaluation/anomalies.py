@@ -68,10 +68,14 @@ def other_patients(run: Path, path: Path) -> DataConfig | None:
     return found
 
 
-def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
+def _parts(images: ImageDataset) -> Iterator[Tensor]:
     for first in range(0, len(images), IMAGES_AT_ONCE):
-        count = min(IMAGES_AT_ONCE, len(images) - first)
-        part = images.batch(range(first, first + count))[0]
+        yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
+
+
+def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
+    for number, part in enumerate(_parts(images)):
+        first, count = number * IMAGES_AT_ONCE, len(part)
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
@@ -108,17 +112,12 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
     path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
     total = calibration.healthy + calibration.unhealthy
+    images = f"{calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images"
+    decision = f"{total - calibration.errors} of {total} judged as labelled"
     if not calibration.unhealthy:
-        return [
-            f"images   {calibration.healthy} validation images, taken for healthy",
-            "decision one of twenty of these is judged unhealthy; unhealthy images would give a better threshold",
-            f"wrote    {path}",
-        ]
-    return [
-        f"images   {calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images",
-        f"decision {total - calibration.errors} of {total} judged as labelled",
-        f"wrote    {path}",
-    ]
+        images = f"{calibration.healthy} validation images, taken for healthy"
+        decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
+    return [f"images   {images}", f"decision {decision}", f"wrote    {path}"]
 
 
 def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: Device | None = None) -> Evaluation:
@@ -191,11 +190,6 @@ def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
     """Note on those of ``images`` that the run was trained on."""
     seen = count_seen((image for part in _parts(images) for image in part), run_data(run).train)
     return [f"{seen:,} of these {len(images):,} images are training images too: they are not held out"] if seen else []
-
-
-def _parts(images: ImageDataset) -> Iterator[Tensor]:
-    for first in range(0, len(images), IMAGES_AT_ONCE):
-        yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
 
 
 def overlays(images: Tensor, truth: np.ndarray, maps: np.ndarray, marked: np.ndarray) -> Image:

@@ -171,7 +171,10 @@ def _of_shapes(
     measuring: _Measuring, config: DataConfig, size: tuple[int, int], number: int, path: Path, notes: list[str]
 ) -> dict[str, Any]:
     """Judge pictures of scenes with an independent classifier, and captions of combinations that were never seen."""
-    shapes, reader = config.shapes, trained_reader(path, size, measuring.task)
+    shapes, reader = config.shapes, ShapesReader(*size)
+    if not reader.load(path):
+        reader = ShapesReader(*size).fit(progress=measuring.task("training the classifier", STEPS))
+        reader.save(path)
     accuracy = reader.accuracy()
     if accuracy < GOOD_READER:
         notes.append(
@@ -194,15 +197,6 @@ def _followed(measuring: _Measuring, asked: Asked, reader: ShapesReader, what: s
     pictures = {**measuring.pictures(asked.prompts, what), "real": asked.real}
     found = {name: following(asked, images, reader, measuring.seed) for name, images in pictures.items()}
     return {"n": len(asked.prompts), **found}
-
-
-def trained_reader(path: Path, size: tuple[int, int], task: StartTask) -> ShapesReader:
-    """Return the classifier of pictures of ``size`` (height, width) from ``path``, or train it and save it there."""
-    reader = ShapesReader(*size)
-    if not reader.load(path):
-        reader = ShapesReader(*size).fit(progress=task("training the classifier", STEPS))
-        reader.save(path)
-    return reader
 
 
 def evaluate(run: Path, request: Request) -> Evaluation:
