@@ -242,7 +242,7 @@ def leaves(content, path=()):
             yield from leaves(value, (*path, key))
 
 
-@pytest.mark.parametrize("value", [None, EVIL, -1, math.nan, 1e400, [], {}, [[]], True])
+@pytest.mark.parametrize("value", [None, EVIL, -1, math.nan, 1e400, [], {}, [[]], True, "removed"])
 def test_any_value_anywhere_in_the_json_files(tmp_path, value):
     for name, content in (("evaluation.json", EVALUATION), ("run.json", RUN)):
         for path in leaves(content):
@@ -251,6 +251,8 @@ def test_any_value_anywhere_in_the_json_files(tmp_path, value):
             for key in path[:-1]:
                 place = place[key]
             place[path[-1]] = value
+            if value == "removed":
+                del place[path[-1]]
             (tmp_path / name).write_text(json.dumps(changed))
             read(write_report(tmp_path))
             assert all(isinstance(line, str) for line in summary_lines(changed))

@@ -504,12 +504,14 @@ def test_report_survives_any_value(run: Path, tmp_path: Path) -> None:
                 yield from places(value, (*path, key))
 
     for path in places(evaluation):
-        for value in (None, "<script>", -1, [[]], {}, math.nan):
+        for value in (None, "<script>", -1, [[]], {}, math.nan, "removed"):
             changed = json.loads(json.dumps(evaluation))
             place = changed
             for key in path[:-1]:
                 place = place[key]
             place[path[-1]] = value
+            if value == "removed":
+                del place[path[-1]]
             files.evaluation = changed
             cards, sections = list(report_captions.cards(changed)), report_captions.sections(files)
             assert "<script>" not in render(Report("run", "", (), cards, sections))

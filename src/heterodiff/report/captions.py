@@ -51,7 +51,9 @@ def prompt_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
         )
         rows.append(Metric("Accuracy of the classifier", values, explanation, tag="judge"))
     for k in (1, 5) if judged else ():
-        shares = [value_of(part_of(judged, way).get(f"generated_recall@{k}"), "{:.1%}") for way in ways]
+        shares = [
+            value_of(part_of(judged, way).get(f"generated_recall@{k}"), "{:.1%}", judged.get("n")) for way in ways
+        ]
         explanation = (
             f"The prompt is among the {k} nearest of {count(judged.get('n'))}, to the model's own encoders, which "
             "flatter it."
@@ -106,12 +108,11 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
 def cards(evaluation: Mapping[str, Any]) -> Iterable[Card]:
     """Yield the headline numbers."""
     table = prompt_metrics(evaluation)
-    for row in table.rows:
-        if row.label == PROMPT_ROWS["scene"][0]:
-            first, *others = zip(table.columns, row.values, strict=True)
-            note = ", ".join(f"{way.lower()}: {value.text}" for way, value in others)
-            yield row.card(note, f"Shows all that the prompt says ({first[0].lower()})")
-    written = {row.label: row for row in caption_metrics(evaluation).rows}
+    drawn, written = ({row.label: row for row in each.rows} for each in (table, caption_metrics(evaluation)))
+    if table.columns and (scene := drawn.get("Place right, too")):
+        first, *others = (way.lower() for way in table.columns)
+        note = ", ".join(f"{way}: {value.text}" for way, value in zip(others, scene.values[1:], strict=True))
+        yield scene.card(note, f"Shows all that the prompt says ({first})")
     if true := written.get("Entirely true"):
         complete = written.get("True and complete")
         yield true.card(f"and complete: {complete.values[0].text if complete else MISSING}", "Captions that are true")
