@@ -51,13 +51,9 @@ def prompt_metrics(evaluation: Mapping[str, Any]) -> MetricTable:
         )
         rows.append(Metric("Accuracy of the classifier", values, explanation, tag="judge"))
     for k in (1, 5) if judged else ():
-        shares = [
-            value_of(part_of(judged, way).get(f"generated_recall@{k}"), "{:.1%}", judged.get("n")) for way in ways
-        ]
-        explanation = (
-            f"The prompt is among the {k} nearest of {count(judged.get('n'))}, to the model's own encoders, which "
-            "flatter it."
-        )
+        recalls = [part_of(judged, way).get(f"generated_recall@{k}") for way in ways]
+        shares = [value_of(recall, "{:.1%}", judged.get("n")) for recall in recalls]
+        explanation = f"The prompt is among the {k} nearest of all, to the model's own encoders, which flatter it."
         rows.append(Metric(f"Prompt recognised, recall@{k}", shares, explanation, tag="prompts"))
     return MetricTable("Pictures of prompts", [WAYS[way] for way in ways], rows, "pictures")
 

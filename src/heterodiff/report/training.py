@@ -4,7 +4,7 @@ import platform
 import re
 import shlex
 from collections.abc import Iterable
-from statistics import fmean, median
+from statistics import median
 
 from heterodiff.report.content import Block, Card, Code, Figure, Section, Strip, Table, Text
 from heterodiff.report.curves import curves_svg, series
@@ -19,7 +19,7 @@ def cards(files: RunFiles) -> Iterable[Card]:
     steps, losses = series(files.metrics, "loss")
     if steps:
         last = losses[-20:]
-        yield Card("Training steps", f"{steps[-1]:,.0f}", f"loss {fmean(last):.4f} (last {len(last)} rows)")
+        yield Card("Training steps", f"{steps[-1]:,.0f}", f"loss {sum(last) / len(last):.4f} (last {len(last)} rows)")
     seconds = _seconds(files)
     speeds = series(files.metrics, "images_per_second")[1]
     if seconds is not None:
