@@ -17,8 +17,9 @@ from heterodiff.config.file import load_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
-from heterodiff.evaluation.class_images import evaluate_run, summary_lines
-from heterodiff.evaluation.vae import evaluate_vae, vae_summary
+from heterodiff.evaluation.class_images import evaluate_run
+from heterodiff.evaluation.vae import evaluate_vae
+from heterodiff.report.writing import summary_lines
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "radar_gestures" / "png"
 SEEDS = range(3)
@@ -39,7 +40,7 @@ def main() -> None:
     reconstruction = evaluate_vae(vae, data_path=unseen)
     generation = evaluate_run(run, PER_CLASS, data_path=unseen)
     study = study_run(run, unseen, seeds=SEEDS)
-    for line in (*vae_summary(reconstruction.metrics), *summary_lines(generation.metrics), *study_lines(study.study)):
+    for line in (*summary_lines(reconstruction.metrics), *summary_lines(generation.metrics), *study_lines(study.study)):
         print(line)
     for picture, name in (
         (reconstruction.picture, "radar_reconstructions"),

@@ -18,7 +18,9 @@ from heterodiff.evaluation.augmentation_picture import augmentation_picture
 from heterodiff.evaluation.augmentation_run import study_run
 from heterodiff.evaluation.augmentation_sets import generated_counts
 from heterodiff.evaluation.augmentation_summary import summary_lines, verdict_of
-from heterodiff.evaluation.class_images import evaluate_run, held_out_images, images_of, run_data
+from heterodiff.evaluation.class_images import evaluate_run
+from heterodiff.evaluation.held_out import held_out_images, images_of
+from heterodiff.evaluation.runs import run_data
 from heterodiff.metrics import classifiers
 from heterodiff.metrics.bootstrap import crossed_bootstrap, percentile_interval
 from heterodiff.report.writing import write_report
@@ -439,7 +441,7 @@ def test_training_images_given_as_held_out_are_noticed(run, folders):
 
 
 def test_a_large_set_is_sampled_from_all_classes(monkeypatch, run):
-    monkeypatch.setattr("heterodiff.evaluation.class_images.MAX_REAL_IMAGES", 9)
+    monkeypatch.setattr("heterodiff.evaluation.held_out.MAX_REAL_IMAGES", 9)
     images, labels = images_of(run_data(run).train)
     assert len(images) == 9
     assert set(labels.tolist()) == {0, 1, 2}

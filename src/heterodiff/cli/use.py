@@ -155,7 +155,8 @@ def evaluate(
     from heterodiff.devices import find_device
 
     find_device(device)
-    from heterodiff.evaluation.class_images import Request, evaluate_task
+    from heterodiff.evaluation.runs import Request, evaluate_task
+    from heterodiff.report.writing import summary_lines, write_report
 
     request = Request(number, data, seed, device, batch_size, steps, guidance, sampler)
     if augmentation:
@@ -165,6 +166,7 @@ def evaluate(
         metrics, lines = study.study, augmentation_summary.summary_lines(study.study)
         files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
     else:
-        result, lines = evaluate_task(run, request)
-        metrics, files = result.metrics, f"picture  {result.picture}\nreport   {result.report}"
+        result = evaluate_task(run, request)
+        metrics, lines = result.metrics, summary_lines(result.metrics)
+        files = f"picture  {result.picture}\nreport   {write_report(run)}"
     typer.echo(json.dumps(metrics, indent=1) if as_json else "\n".join([*lines, files]))

@@ -12,7 +12,8 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError
-from heterodiff.evaluation.class_images import count_seen, image_config
+from heterodiff.evaluation.held_out import count_seen
+from heterodiff.evaluation.runs import image_config
 
 PART = 64
 
