@@ -557,12 +557,14 @@ def evaluate(
 
     request = Request(number, data, seed, device, batch_size, steps, guidance, sampler)
     if augmentation:
-        from heterodiff.evaluation import augmentation_run, augmentation_summary
+        from heterodiff.evaluation.augmentation import augmentation_summary, evaluate_augmentation
+        from heterodiff.report.writing import write_report
+        from heterodiff.run_folder import RunFolder
 
-        study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **request.options())
-        lines = augmentation_summary.summary_lines(study.study)
-        files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
-        _print_metrics(study.study, lines, files, as_json)
+        study = evaluate_augmentation(run, data, number, seed, range(seed, seed + seeds), **request.options())
+        numbers, picture = RunFolder(run).augmentation_file, RunFolder(run).augmentation_picture
+        files = f"numbers    {numbers}\npicture    {picture}\nreport     {write_report(run)}"
+        _print_metrics(study, augmentation_summary(study), files, as_json)
         return
     result, lines = evaluate_task(run, request)
     files = f"picture  {result.picture}\nreport   {result.report}"

@@ -16,12 +16,7 @@ from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_capt
 from heterodiff.evaluation.class_images import Evaluation, Request, image_config, run_data
 from heterodiff.evaluation.prompts import (
     KS,
-    Asked,
-    caption_likeness,
-    caption_truth,
-    draw_asked,
     draw_pictures,
-    following,
     own_recall,
     reconstruction,
     retrieval,
@@ -29,6 +24,8 @@ from heterodiff.evaluation.prompts import (
     write_captions,
 )
 from heterodiff.evaluation.vae import spread
+from heterodiff.metrics.captions import caption_likeness
+from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, following
 from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesReader
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image

@@ -226,7 +226,7 @@ def write_report(run_dir: Path) -> Path:
 
     Read are ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``samples/step_*.png``, ``samples.png``,
     ``evaluation.json`` (see :func:`heterodiff.metrics.generation.evaluate_generation`),
-    ``nearest.png``, ``augmentation.json`` (see :func:`heterodiff.evaluation.augmentation.augmentation_study`),
+    ``nearest.png``, ``augmentation.json`` (see :func:`heterodiff.metrics.augmentation.augmentation_study`),
     ``augmentation.png``, the pictures in ``evaluation``, and the ``metrics.jsonl`` of the alignment that a run of
     recipe text-image builds on; a section without data is left out, a damaged file is named at the top.
 
