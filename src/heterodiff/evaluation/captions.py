@@ -25,7 +25,7 @@ from heterodiff.evaluation.prompts import (
 )
 from heterodiff.evaluation.vae import spread
 from heterodiff.metrics.captions import caption_likeness
-from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, following
+from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, following, scenes_of
 from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesReader
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image
@@ -34,7 +34,6 @@ from heterodiff.progress import StartTask, progress_tasks
 from heterodiff.report.captions import WAYS
 from heterodiff.report.writing import CAPTIONS_PICTURE, PROMPTS_PICTURE, write_report
 from heterodiff.run_folder import RunFolder
-from heterodiff.simulators.shapes import scene_of
 from heterodiff.tasks import task_of
 
 PROMPTS = 200
@@ -104,8 +103,7 @@ def evaluate_text_image(
         if shapes is None or data is not None:
             metrics["captions"] = caption_likeness(written, to_caption.captions, seed)
         else:
-            scenes = [scene_of(shapes, int(name)) for name in to_caption.names]
-            metrics["captions"] = caption_truth(written, scenes, seed)
+            metrics["captions"] = caption_truth(written, scenes_of(shapes, to_caption.names), seed)
         if shapes is None:
             metrics["generated_recall"] = _self_judged(measuring, to_caption.spread(-(-number // 2)))
         else:

@@ -1,6 +1,6 @@
 """Measuring a text-image run: retrieval, reconstruction, pictures of prompts, and captions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,23 @@ def _quiet(done: int) -> None:
     """Ignore progress."""
 
 
+def _reporting(parts: Iterable[Tensor], progress: Progress) -> Iterator[Tensor]:
+    """Yield parts (b, C, H, W) and, when each is done with, report the number of images so far."""
+    done = 0
+    for part in parts:
+        yield part
+        progress(done := done + len(part))
+
+
 def embed_texts(pipeline: TextImagePipeline, texts: Sequence[str]) -> Tensor:
     """Embeddings (B, D) of texts, on the CPU."""
     starts = range(0, len(texts), TEXT_PART)
     return torch.cat([pipeline.encode_text(texts[start : start + TEXT_PART]).cpu() for start in starts])
 
 
-def embed_images(pipeline: TextImagePipeline, parts: Iterator[Tensor], progress: Progress = _quiet) -> Tensor:
+def embed_images(pipeline: TextImagePipeline, parts: Iterable[Tensor], progress: Progress = _quiet) -> Tensor:
     """Embeddings (B, D) of images in parts (b, C, H, W), on the CPU."""
-    found: list[Tensor] = []
-    done = 0
-    for part in parts:
-        found.append(pipeline.encode_image(part).cpu())
-        progress(done := done + len(part))
-    return torch.cat(found)
+    return torch.cat([pipeline.encode_image(part).cpu() for part in _reporting(parts, progress)])
 
 
 def retrieval(pipeline: TextImagePipeline, chosen: CaptionedImages, progress: Progress = _quiet) -> dict[str, Any]:
@@ -53,13 +56,12 @@ def reconstruction(
     pipeline: TextImagePipeline, chosen: CaptionedImages, progress: Progress = _quiet
 ) -> tuple[Tensor, Tensor]:
     """PSNR in dB (N,) and SSIM (N,) of each image, decoded from its latents."""
-    quality: list[tuple[Tensor, Tensor]] = []
-    done = 0
-    for part in chosen.parts():
+    quality = []
+    for part in _reporting(chosen.parts(), progress):
         decoded = pipeline.codec.decode(pipeline.codec.encode(part.to(pipeline.device))).cpu()
-        quality.append((psnr(part, decoded), ssim(part, decoded)))
-        progress(done := done + len(part))
-    return torch.cat([found for found, _ in quality]), torch.cat([found for _, found in quality])
+        quality.append(torch.stack([psnr(part, decoded), ssim(part, decoded)]))
+    found_psnr, found_ssim = torch.cat(quality, dim=1)
+    return found_psnr, found_ssim
 
 
 def own_recall(pipeline: TextImagePipeline, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
@@ -67,7 +69,7 @@ def own_recall(pipeline: TextImagePipeline, pictures: Tensor, prompts: Sequence[
 
     The judges are the encoders of the model that drew the pictures, which flatters it.
     """
-    images = embed_images(pipeline, iter(pictures.split(PART)))
+    images = embed_images(pipeline, pictures.split(PART))
     found = recall(images, embed_texts(pipeline, prompts), torch.arange(len(prompts)), prompts, KS)
     return {f"generated_recall@{k}": found[f"recall@{k}_image_to_text"] for k in KS}
 
@@ -117,10 +119,7 @@ def draw_pictures(
     return torch.cat(parts)
 
 
-def write_captions(pipeline: TextImagePipeline, parts: Iterator[Tensor], progress: Progress = _quiet) -> list[str]:
+def write_captions(pipeline: TextImagePipeline, parts: Iterable[Tensor], progress: Progress = _quiet) -> list[str]:
     """Greedily decode a caption of each image in parts (b, C, H, W)."""
-    captions: list[str] = []
-    for part in parts:
-        captions += [found[0] for found in pipeline.generate_text_from_image(part, 1, temperature=0)]
-        progress(len(captions))
-    return captions
+    every = (pipeline.generate_text_from_image(part, 1, temperature=0) for part in _reporting(parts, progress))
+    return [captions[0] for found in every for captions in found]

@@ -19,7 +19,7 @@ from heterodiff.metrics.classifiers import (
     conv_steps,
     shrink,
 )
-from heterodiff.metrics.generation import Labelled, checked_images, class_name, draw_rows
+from heterodiff.metrics.generation import Labelled, checked_images, class_name, draw_rows, refuse_other_shape
 from heterodiff.metrics.intervals import crossed_bootstrap, percentile_interval, wilson_interval, wilson_share
 
 CONDITIONS = {"real": "real only", "generated": "generated only", "both": "real + generated"}
@@ -89,9 +89,7 @@ def augmentation_study(
         raise DataError("seeds: expected at least one")
     train, held_out, notes = study_sets(train, held_out, class_names)
     generated = checked_images("generated images", *generated)
-    if len(generated[0]) and generated[0].shape[1:] != train[0].shape[1:]:
-        sizes = tuple(generated[0].shape[1:]), tuple(train[0].shape[1:])
-        raise DataError(f"generated images are {sizes[0]}, training images {sizes[1]}")
+    refuse_other_shape("generated images", generated[0], "training", train[0])
     wanted = generated_counts(train[1], per_class)
     notes += _pool_notes(generated[1], wanted, class_names)
     # The classifiers shrink all the same; done here, the sets of a large image size do not fill the memory.
@@ -155,10 +153,7 @@ def study_sets(train: Labelled, held_out: Labelled, class_names: Sequence[str]) 
     held_out = checked_images("held-out images", *held_out)
     if len(held_out[0]) == 0:
         raise DataError(f"held-out images: there are none to measure on; {WAY_OUT}")
-    if len(train[0]) and train[0].shape[1:] != held_out[0].shape[1:]:
-        raise DataError(
-            f"held-out images are {tuple(held_out[0].shape[1:])}, training ones {tuple(train[0].shape[1:])}"
-        )
+    refuse_other_shape("held-out images", held_out[0], "training", train[0])
     train = _only("training images", train, train[1] >= 0, "without a label", notes)
     classes = train[1].unique()
     if len(classes) < 2:
@@ -263,8 +258,8 @@ def _outcome(hits: np.ndarray) -> dict[str, Any]:
         ratio = _interval(means["generated"] / means["real"], ratios)
     # Without any spread among the images a bootstrap shows none: the interval is what n images cannot rule out.
     unseen = wilson_interval(0, count)[1]
-    for interval in (difference, ratio):
-        if interval is not None and interval["low"] == interval["high"]:
+    for interval in [difference] if ratio is None else [difference, ratio]:
+        if interval["low"] == interval["high"]:
             interval["low"] -= unseen
             interval["high"] += unseen
     for interval in accuracy.values():
@@ -280,29 +275,29 @@ def _by_seed_and_class(
     from sklearn.metrics import confusion_matrix
 
     hits = found == truth
-    per_class = []
-    for label in classes:
-        chosen = hits[:, truth == label]
-        share = wilson_share(float(chosen.sum() / len(hits)), chosen.shape[1], "value")
-        per_class.append({"name": class_name(class_names, label)} | share)
+    by_class = [hits[:, truth == label] for label in classes]
     return {
         "per_seed": [
-            {"seed": seed} | wilson_share(float(row.sum()), len(truth), "value")
+            {"seed": seed, **wilson_share(float(row.sum()), len(truth), "value")}
             for seed, row in zip(seeds, hits, strict=True)
         ],
-        "per_class": per_class,
+        "per_class": [
+            {
+                "name": class_name(class_names, label),
+                **wilson_share(float(part.sum() / len(part)), part.shape[1], "value"),
+            }
+            for label, part in zip(classes, by_class, strict=True)
+        ],
         "confusion": confusion_matrix(np.tile(truth, len(found)), found.ravel(), labels=classes).tolist(),
     }
 
 
 def verdict_of(difference: Mapping[str, float], real: Mapping[str, float], chance: float, held_out: int) -> str:
-    """Return the effect of adding generated images: better, worse, not worse, or cannot tell.
+    """Return the effect of adding generated images, see :func:`augmentation_study`.
 
     Args:
-        difference: interval of the accuracy on real and generated images minus that on real ones.
-        real: interval of the accuracy on real images alone.
-        chance: share of the most frequent class.
-        held_out: number of held-out images.
+        difference, real: intervals of the difference and of the accuracy on real images alone.
+        chance: share of the most frequent class among the ``held_out`` images, a number.
     """
     if held_out < MIN_HELD_OUT:
         return "cannot tell"

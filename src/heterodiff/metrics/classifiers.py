@@ -74,11 +74,7 @@ def train_network(
 
 
 class Reader:
-    """Classifier of images, which are averaged down to at most ``max_side`` and standardised by channel.
-
-    Args:
-        seed: of the choice of training images and of the training.
-    """
+    """Classifier of images, which are averaged down to at most ``max_side`` and standardised by channel."""
 
     max_side: int
     mean: Tensor
@@ -90,7 +86,8 @@ class Reader:
     def fit(self, images: Tensor, labels: Tensor) -> "Reader":
         """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,); rows labelled -1 are left out.
 
-        At most 5,000 images are used, drawn with the seed.
+        At most 5,000 images are used, drawn with the seed. Fewer than two classes raise a DataError, at the latest when
+        they are to be predicted.
         """
         raise NotImplementedError
 
@@ -130,11 +127,6 @@ class SvmReader(Reader):
     max_side = SVM_MAX_SIDE
 
     def fit(self, images: Tensor, labels: Tensor) -> "SvmReader":
-        """See :meth:`Reader.fit`.
-
-        Raises:
-            DataError: fewer than two classes among the labels.
-        """
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
@@ -154,7 +146,6 @@ class SvmReader(Reader):
         return self
 
     def predict(self, images: Tensor) -> Tensor:
-        """See :meth:`Reader.predict`."""
         if len(images) == 0:
             return torch.empty(0, dtype=torch.long)
         return torch.as_tensor(self.machine.predict(self._prepare(images).flatten(1).numpy()), dtype=torch.long)
@@ -202,7 +193,7 @@ class ConvReader(Reader):
     results are returned there.
 
     Args:
-        seed: of the weights, the order of the images and their choice.
+        seed: seed of the weights, the order of the images and their choice.
         batch_size: images of an optimiser step (fewer where there are fewer). The number of steps follows from it
             and from the image size alone, so classifiers with equal batches train equally long.
 
@@ -219,10 +210,8 @@ class ConvReader(Reader):
         self.device = default_device()
         self.trained = False
 
-    def fit(self, images: Tensor, labels: Tensor | None = None) -> "ConvReader":
-        """See :meth:`Reader.fit`; with fewer than two classes the weights stay random."""
-        labels = torch.full((len(images),), -1) if labels is None else labels.detach().cpu()
-        self.classes = labels[labels >= 0].unique()
+    def fit(self, images: Tensor, labels: Tensor) -> "ConvReader":
+        self.classes = labels[labels >= 0].unique().cpu()
         self.trained = len(self.classes) >= 2
         # Callers may sit in no_grad or inference_mode; only this classifier trains here. `default_generator`
         # rather than torch.manual_seed: the latter would reseed the caller's GPUs too.
@@ -266,11 +255,6 @@ class ConvReader(Reader):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """See :meth:`Reader.predict`.
-
-        Raises:
-            DataError: the classifier was trained without two classes.
-        """
         if not self.trained:
             raise DataError("this classifier was trained on fewer than two classes and cannot predict")
         if len(images) == 0:

@@ -78,15 +78,13 @@ def evaluate_generation(
     for kind, name in (("generated", "generated images"), ("train", "training images")):
         if len(images[kind]) == 0:
             raise DataError(f"{name}: there are none to evaluate")
-    shape = images["generated"].shape[1:]
-    for kind, name in (("train", "training images"), ("val", "held-out images")):
-        if len(images[kind]) and images[kind].shape[1:] != shape:
-            raise DataError(f"{name} are {tuple(images[kind].shape[1:])}, generated ones {tuple(shape)}")
+    refuse_other_shape("training images", images["train"], "generated", images["generated"])
+    refuse_other_shape("held-out images", images["val"], "generated", images["generated"])
 
     reader = ConvReader(seed).fit(*sets["train"])
     skipped: dict[str, str] = {}
     result: dict[str, Any] = {
-        "sizes": {**{kind: len(part) for kind, part in images.items()}, "image": list(shape)},
+        "sizes": {**{kind: len(part) for kind, part in images.items()}, "image": list(images["generated"].shape[1:])},
         "seed": seed,
         "features": "trained convolution" if reader.trained else "random convolution",
         **_fidelity(reader, **sets, class_names=class_names, seed=seed, skipped=skipped),
@@ -120,6 +118,12 @@ def checked_images(name: str, images: Tensor, labels: Tensor) -> Labelled:
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise DataError(f"{name}: expected values in [0, 1], found {low:.3g} to {high:.3g}")
     return images, labels
+
+
+def refuse_other_shape(name: str, images: Tensor, others_name: str, others: Tensor) -> None:
+    """Raise a DataError if two sets of images (N, C, H, W), neither of them empty, differ in shape."""
+    if len(images) and len(others) and images.shape[1:] != others.shape[1:]:
+        raise DataError(f"{name} are {tuple(images.shape[1:])}, {others_name} ones {tuple(others.shape[1:])}")
 
 
 def class_name(class_names: Sequence[str], label: int) -> str:

@@ -36,12 +36,11 @@ def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.zeros(len(queries), dtype=torch.long, device=device)
     for start in range(0, len(train), chunk):
         candidates = train[start : start + chunk].detach().to(device).float().flatten(1)
-        for first in range(0, len(queries), CHUNK):
-            rows = slice(first, first + CHUNK)
-            distance, found = torch.cdist(queries[rows], candidates).min(dim=1)
-            nearer = distance < best[rows]
-            best[rows] = torch.where(nearer, distance, best[rows])
-            index[rows] = torch.where(nearer, found + start, index[rows])
+        nearest = [torch.cdist(part, candidates).min(dim=1) for part in queries.split(CHUNK)]
+        distance = torch.cat([found.values for found in nearest])
+        nearer = distance < best
+        best = torch.where(nearer, distance, best)
+        index = torch.where(nearer, torch.cat([found.indices for found in nearest]) + start, index)
     # cdist goes through a matrix product, which loses digits near zero: exactly where copies are.
     index = index.cpu()
     exact = [
@@ -74,14 +73,6 @@ def _verdict(
     if unlike:
         return "unlike", f"{text} The images are unlike the data, so this check means nothing yet."
     return "none", f"{text} No sign of memorising."
-
-
-def _unlike(median: float, real_median: float, variety: float | None) -> bool:
-    """Return True for images so much farther from the training images than real ones that none could be a copy."""
-    farther = median / real_median if real_median > 0 else 1.0
-    # High variety alone is not enough: good images of wrong classes are varied too.
-    noisy = variety is not None and variety > NOISY_RATIO
-    return farther > (NOISY_RATIO if noisy else UNLIKE_DISTANCE)
 
 
 def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | None = None) -> dict[str, Any]:
@@ -130,12 +121,16 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | N
     real_copies = int((real.double() <= threshold).sum())
     duplicates = int((real == 0).sum())
     low, high = wilson_interval(copies, len(generated))
-    unlike = _unlike(result["generated_median"], real.median().item(), variety)
+    # Much farther from the training images than real ones, none could be a copy. High variety alone does not tell: good
+    # images of wrong classes are varied too.
+    real_median = real.median().item()
+    farther = result["generated_median"] / real_median if real_median > 0 else 1.0
+    unlike = farther > (NOISY_RATIO if variety is not None and variety > NOISY_RATIO else UNLIKE_DISTANCE)
     verdict, explanation = _verdict(copies, len(generated), real_copies, len(real), exact, duplicates, unlike)
     if duplicates:
         explanation += f" {duplicates} held-out images equal a training image: the held-out data leak."
     return result | {
-        "real_median": real.median().item(),
+        "real_median": real_median,
         "threshold": threshold,
         "copies": copies,
         "copy_share": copies / len(generated),

@@ -9,7 +9,7 @@ from torch import Tensor
 from heterodiff.config import ShapesConfig
 from heterodiff.metrics.intervals import proportion, seed_words
 from heterodiff.metrics.shapes_classifier import ShapesReader, draw_renders
-from heterodiff.simulators.shapes import Scene, complete_caption, matches, read_caption, unseen_things
+from heterodiff.simulators.shapes import Scene, complete_caption, matches, read_caption, scene_of, unseen_things
 
 PROMPT_SCENES, UNSEEN_SCENES = (2, 20_240_229), (3, 20_240_229)
 """Seed words of prompted scenes, beside the seed: no data set of any seed has them."""
@@ -34,6 +34,11 @@ def draw_asked(config: ShapesConfig, number: int, size: tuple[int, int], seed: i
     left_out, needed, purpose = (frozenset(), things, UNSEEN_SCENES) if unseen else (things, frozenset(), PROMPT_SCENES)
     scenes, images = draw_renders((*seed_words(seed), *purpose), number, size, config.pairs, left_out, needed)
     return Asked(scenes, [complete_caption(scene) for scene in scenes], images / 255)
+
+
+def scenes_of(config: ShapesConfig, names: Sequence[str]) -> list[Scene]:
+    """Return the scenes of pictures of the data set of ``config``, by their names."""
+    return [scene_of(config, int(name)) for name in names]
 
 
 def sharpness(images: Tensor) -> Tensor:
