@@ -45,8 +45,7 @@ def evaluate_augmentation(
         data_path: real images unseen in training to classify (folder or npz file); default: the validation split.
         per_class: number of images of each class to draw; default: as many as there are real training images of the
             class, scaled down together where one has more than 500.
-        seed: of the images.
-        seeds: of the classifiers.
+        seed, seeds: seed of the images, and those of the classifiers.
         device: see :func:`heterodiff.load`.
         batch_size: images drawn at once; default: by device.
         **options: of :class:`heterodiff.pipelines.generate.GenerationPipeline`, such as guidance_scale.

@@ -44,20 +44,20 @@ def augmentation_study(
     size, the number of optimiser steps and the seeds; the training images alone differ. With "generated only" this
     is the classification accuracy score of Ravuri and Vinyals 2019, also called train on synthetic, test on real.
 
-    Intervals are at 95 %. The accuracy of a seed has Wilson's. Means over seeds, their ratio and their difference
-    have percentiles of a bootstrap over held-out images crossed with seeds, paired between the conditions
-    (:func:`heterodiff.metrics.intervals.crossed_bootstrap`). Where all resamples agree, as when every image is
-    classified correctly, a mean has Wilson's interval over the images instead, and ratio and difference reach as far to
-    both sides as Wilson's for no success among the images. The recall of a class has Wilson's interval over the class's
-    images at the mean over seeds. All of them take images for independent: where several come from one recording or
-    patient, the true interval is wider. A few seeds show little of how much seeds matter.
+    Intervals are at 95 %. Accuracies of a seed and recalls of a class (mean of seeds) have Wilson's. Means over seeds,
+    their ratio and their difference have percentiles of a bootstrap over held-out images crossed with seeds, paired
+    between the conditions (:func:`heterodiff.metrics.intervals.crossed_bootstrap`). Where all resamples agree, as when
+    every image is classified correctly, a mean has Wilson's interval over the images instead, and ratio and difference
+    reach as far to both sides as Wilson's for no success among the images. All of them assume independent images:
+    where several come from one recording or patient, the true interval is wider. A few seeds show little of how much
+    seeds matter.
 
     Args:
         train: real images (M, C, H, W) in [0, 1] and labels (M,) that the generating model was trained on.
         generated: generated images (G, C, H, W) and labels (G,), a pool to draw from.
         held_out: real images (N, C, H, W) and labels (N,) that neither model nor classifier was trained on.
         class_names: the name of each label.
-        seeds: of the classifier, and of the choice from the pool.
+        seeds: seeds of the classifier and of the choice from the pool.
         per_class: number of generated images of each class to use; default: as many as real ones. Never more than
             the pool holds, and at most 2,500 real and 2,500 generated ones in all.
         progress: called with the number of classifiers trained, of 3 (len(seeds) + 1).
