@@ -13,8 +13,8 @@ from heterodiff.metrics.classifiers import (
     CONV_BATCH_SIZE,
     CONV_MAX_SIDE,
     MAX_TRAIN_IMAGES,
+    Classifier,
     ConvReader,
-    Reader,
     SvmReader,
     conv_steps,
     shrink,
@@ -99,7 +99,7 @@ def augmentation_study(
     batch_size = min(CONV_BATCH_SIZE, *n_train.values())
     done = itertools.count(1)
 
-    def predictions(make: Callable[[int], Reader], seeds: Sequence[int]) -> np.ndarray:
+    def predictions(make: Callable[[int], Classifier], seeds: Sequence[int]) -> np.ndarray:
         """Train a classifier for each condition and seed and predict labels, (conditions, seeds, N)."""
         found = np.empty((len(CONDITIONS), len(seeds), len(images)), np.int64)
         for column, seed in enumerate(seeds):

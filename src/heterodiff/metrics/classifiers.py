@@ -73,7 +73,7 @@ def train_network(
     network.eval()
 
 
-class Reader:
+class Classifier:
     """Classifier of images, which are averaged down to at most ``max_side`` and standardised by channel."""
 
     max_side: int
@@ -83,7 +83,7 @@ class Reader:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def fit(self, images: Tensor, labels: Tensor) -> "Reader":
+    def fit(self, images: Tensor, labels: Tensor) -> "Classifier":
         """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,); rows labelled -1 are left out.
 
         At most 5,000 images are used, drawn with the seed. Fewer than two classes raise a DataError, at the latest when
@@ -117,7 +117,7 @@ class Reader:
         return (shrink(images.detach().cpu(), self.max_side) - self.mean) / self.std
 
 
-class SvmReader(Reader):
+class SvmReader(Classifier):
     """Support vector machine with an RBF kernel on pixels (scikit-learn's ``SVC``).
 
     Images are averaged down to at most 32x32 and each channel is standardised; vectors of more than 128
@@ -185,7 +185,7 @@ class _ConvNet(nn.Module):
         return self.head(self.features(images))
 
 
-class ConvReader(Reader):
+class ConvReader(Classifier):
     """Small convolutional network, trained from scratch on the default device; its features compare distributions.
 
     Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the data, the seed
