@@ -19,21 +19,12 @@ from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError, DataError
 from heterodiff.evaluation.captioned import CaptionedImages
 from heterodiff.evaluation.captions import READER_FILE, evaluate_text_image
-from heterodiff.evaluation.prompts import (
-    caption_likeness,
-    caption_truth,
-    draw_asked,
-    draw_pictures,
-    embed_texts,
-    following,
-    own_recall,
-    proportion,
-    sharpness,
-    unigram_f1,
-    ways_of,
-)
+from heterodiff.evaluation.prompts import draw_pictures, embed_texts, own_recall, ways_of
 from heterodiff.evaluation.runs import task_evaluated
+from heterodiff.metrics.captions import caption_likeness, unigram_f1
+from heterodiff.metrics.intervals import proportion
 from heterodiff.metrics.retrieval import recall
+from heterodiff.metrics.scenes import caption_truth, draw_asked, following, sharpness
 from heterodiff.metrics.shapes_classifier import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.load import load_text_image

@@ -1,6 +1,7 @@
 """Calibration and evaluation of a run that finds anomalies, on its validation and its test images."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from heterodiff.evaluation.held_out import count_seen
 from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
 from heterodiff.metrics.segmentation import evaluate_segmentation, threshold_baseline
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
-from heterodiff.pipelines.anomaly_masks import calibrate
+from heterodiff.pipelines.anomaly_masks import calibrate, drop_small
 from heterodiff.pipelines.load import check_preprocessing, load_generation
 from heterodiff.pipelines.segment import (
     DEFAULT_PRECISION,
@@ -156,7 +157,8 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     )
     if compared := _spread(np.flatnonzero(shown), COMPARED):
         images = test.images.batch(compared)[0].numpy()
-        of_threshold = (images, truth[compared], foreground[compared], settings.smoothing, settings.drop_small)
+        drop = partial(drop_small, least=settings.drop_small)
+        of_threshold = (images, truth[compared], foreground[compared], drop, settings.smoothing)
         metrics["threshold"] = {"n": len(compared), **threshold_baseline(*of_threshold)}
     metrics["data"] = {
         "path": str(of.path or of.source),

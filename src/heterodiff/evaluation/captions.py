@@ -14,12 +14,7 @@ from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
 from heterodiff.evaluation.prompts import (
-    Asked,
-    caption_likeness,
-    caption_truth,
-    draw_asked,
     draw_pictures,
-    following,
     own_recall,
     reconstruction,
     retrieval,
@@ -28,13 +23,14 @@ from heterodiff.evaluation.prompts import (
 )
 from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
 from heterodiff.evaluation.vae import spread
+from heterodiff.metrics.captions import caption_likeness
+from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, following, scenes_of
 from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesReader
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_to_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
 from heterodiff.run_folder import RunFolder
-from heterodiff.simulators.shapes import scene_of
 
 PROMPTS = 200
 READER_FILE = "reader.safetensors"
@@ -106,8 +102,7 @@ def evaluate_text_image(
         if shapes is None or data is not None:
             metrics["captions"] = caption_likeness(written, to_caption.captions, seed)
         else:
-            scenes = [scene_of(shapes, int(name)) for name in to_caption.names]
-            metrics["captions"] = caption_truth(written, scenes, seed)
+            metrics["captions"] = caption_truth(written, scenes_of(shapes, to_caption.names), seed)
         if shapes is None:
             metrics["generated_recall"] = _self_judged(measuring, to_caption.spread(-(-number // 2)))
         else:
