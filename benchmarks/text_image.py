@@ -24,10 +24,11 @@ from heterodiff.config import DiffusionConfig, TextConfig
 from heterodiff.config.file import load_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.diffusion.schedule import training_scheduler
-from heterodiff.evaluation.captions import evaluate_text_image, text_image_summary
+from heterodiff.evaluation.captions import evaluate_text_image
 from heterodiff.memory import keep_freed_memory
 from heterodiff.models.variants import create_model
 from heterodiff.pipelines.text_to_image import TextImagePipeline
+from heterodiff.report.writing import summary_lines
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import tokenizer_fingerprint, train_tokenizer
@@ -114,7 +115,7 @@ def measure_run(name: str, runs: Path, data: Path) -> dict[str, Any]:
     to_the_end(config)
     assert config.codec.path is not None
     found = evaluate_text_image(run)
-    for line in text_image_summary(found.metrics):
+    for line in summary_lines(found.metrics):
         print(line)
     for picture in sorted((run / "evaluation").glob("*.png")):
         shutil.copy(picture, ROOT / "docs" / "images" / f"{name}_{picture.name}")

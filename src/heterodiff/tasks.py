@@ -32,10 +32,11 @@ class Task:
         codec: kind of codec that the run trains for others, see ``codec.kind``.
         contrastive: whether images of a batch are told apart, so that a batch in parts teaches something else.
         doubts: each (config, data) -> notes on settings that work but hardly mean what they say.
-        evaluate: (run folder, :class:`heterodiff.evaluation.class_images.Request`) -> (evaluation, its main numbers).
+        evaluate: (run folder, Request) -> Evaluation, see :mod:`heterodiff.evaluation.runs`.
         next_steps: commands to use a finished run with, with ``{run}``.
-        cards: evaluation -> the numbers to read first, each (label, value, note).
-        report: :class:`heterodiff.report.writing.RunFiles` -> sections of the report that show the evaluation.
+        metrics: evaluation -> each :class:`heterodiff.report.metrics.MetricTable`, whose rows the terminal shows.
+        cards: evaluation -> the headline numbers, each a :class:`heterodiff.report.content.Card`.
+        report: :class:`heterodiff.report.files.RunFiles` -> each Section of the report that shows the evaluation.
         first_stage: the networks that a run of their own trains first, whose curves the report shows too.
         scattered: whether single losses scatter, as noise levels are drawn at random.
         reproduce: commands that use the run again, beside ``train`` and ``evaluate``, with ``{run}``.
@@ -57,6 +58,7 @@ class Task:
     no_classes: str = "draws no images of classes"
     doubts: tuple[str, ...] = ()
     next_steps: tuple[str, ...] = ()
+    metrics: str | None = None
     cards: str | None = None
     report: str | None = None
     first_stage: str = ""
@@ -82,22 +84,24 @@ CLASS_IMAGES = Task(
     commands=("sample", "segment"),
     build="heterodiff.training.recipes.diffusion:build",
     memory="heterodiff.training.preflight.memory_costs:DENOISER",
-    evaluate="heterodiff.evaluation.class_images:evaluate_images",
+    evaluate="heterodiff.evaluation.class_images:evaluate",
     doubts=(_DENOISER_DOUBTS,),
     next_steps=("heterodiff sample {run}", "heterodiff evaluate {run}"),
-    cards="heterodiff.report.class_images:headline_cards",
+    metrics="heterodiff.report.class_images:metrics",
+    cards="heterodiff.report.class_images:cards",
     report="heterodiff.report.class_images:sections",
     reproduce=("heterodiff sample {run} -n 16 --seed 0 --out samples",),
-    demo="heterodiff.evaluation.class_images:demo",
+    demo="heterodiff.demo:class_images",
 )
 ANOMALIES = replace(
     CLASS_IMAGES,
     fits=lambda config: config.data.source in WITH_MASKS,
     sections=(*CLASS_IMAGES.sections, "segmentation"),
     evaluate="heterodiff.evaluation.anomalies:evaluate",
-    cards="heterodiff.report.anomalies:segmentation_cards",
+    metrics="heterodiff.report.anomalies:metrics",
+    cards="heterodiff.report.anomalies:cards",
     report="heterodiff.report.anomalies:sections",
-    demo="heterodiff.evaluation.anomalies:demo",
+    demo="heterodiff.demo:find_anomalies",
     next_steps=("heterodiff segment {run} --calibrate", "heterodiff evaluate {run}"),
 )
 VAE = Task(
@@ -114,7 +118,8 @@ VAE = Task(
     codec="kl-vae",
     doubts=("heterodiff.training.recipes.vae:doubts",),
     next_steps=("heterodiff evaluate {run}", "heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"),
-    report="heterodiff.report.class_images:vae_sections",
+    metrics="heterodiff.report.vae:metrics",
+    report="heterodiff.report.vae:sections",
     scattered=False,
 )
 ALIGNMENT = Task(
@@ -132,7 +137,8 @@ ALIGNMENT = Task(
     contrastive=True,
     doubts=(_ALIGNMENT_DOUBTS,),
     next_steps=("heterodiff caption {run} PICTURE.png", "heterodiff evaluate {run}"),
-    cards="heterodiff.report.captions:text_cards",
+    metrics="heterodiff.report.captions:metrics",
+    cards="heterodiff.report.captions:cards",
     report="heterodiff.report.captions:sections",
     scattered=False,
     reproduce=("heterodiff caption {run} PICTURE.png",),
@@ -150,7 +156,7 @@ TEXT_IMAGE = replace(
     first_stage="Image codec, text encoder and captioner",
     scattered=True,
     reproduce=('heterodiff text2image {run} "a prompt" --seed 0', *ALIGNMENT.reproduce),
-    demo="heterodiff.evaluation.captions:demo",
+    demo="heterodiff.demo:text_image",
 )
 JOINT = replace(
     TEXT_IMAGE,

@@ -155,16 +155,20 @@ def evaluate(
     from heterodiff.devices import find_device
 
     find_device(device)
-    from heterodiff.evaluation.class_images import Request, evaluate_task
+    from heterodiff.evaluation.runs import Request, evaluate_task
+    from heterodiff.report.writing import summary_lines, write_report
 
     request = Request(number, data, seed, device, batch_size, steps, guidance, sampler)
     if augmentation:
-        from heterodiff.evaluation import augmentation_run, augmentation_summary
+        from heterodiff.evaluation.augmentation import augmentation_summary, evaluate_augmentation
+        from heterodiff.run_folder import RunFolder
 
-        study = augmentation_run.study_run(run, data, number, seed, range(seed, seed + seeds), **request.options())
-        metrics, lines = study.study, augmentation_summary.summary_lines(study.study)
-        files = f"numbers    {study.numbers}\npicture    {study.picture}\nreport     {study.report}"
+        metrics = evaluate_augmentation(run, data, number, seed, range(seed, seed + seeds), **request.options())
+        lines, folder = augmentation_summary(metrics), RunFolder(run)
+        files = f"numbers    {folder.augmentation_file}\npicture    {folder.augmentation_picture}\nreport     "
     else:
-        result, lines = evaluate_task(run, request)
-        metrics, files = result.metrics, f"picture  {result.picture}\nreport   {result.report}"
+        result = evaluate_task(run, request)
+        metrics, lines = result.metrics, summary_lines(result.metrics)
+        files = f"picture  {result.picture}\nreport   "
+    files += str(write_report(run))
     typer.echo(json.dumps(metrics, indent=1) if as_json else "\n".join([*lines, files]))

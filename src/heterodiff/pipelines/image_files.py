@@ -33,6 +33,11 @@ def class_title(pipeline: GenerationPipeline, label: int) -> str:
     return pipeline.class_names[label] if label < len(pipeline.class_names) else str(label)
 
 
+def pictures_at_once(device: torch.device) -> int:
+    """Number of pictures to draw between two progress updates: few on a CPU, so that progress is seen."""
+    return 20 if device.type == "cpu" else 100
+
+
 def draw_classes(
     pipeline: GenerationPipeline,
     classes: Sequence[int],

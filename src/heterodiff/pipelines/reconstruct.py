@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.codecs.kl_vae import KLVAECodec
+from heterodiff.codecs.scaling import measure, scaled_std
 from heterodiff.pictures import image_grid
 
 ENCODE_BATCH = 32
@@ -46,6 +47,16 @@ class ReconstructionPipeline(DiffusionPipeline):
         codec.latent_shape(images.shape[1], images.shape[2], images.shape[3])
         parts = [codec.decode(codec.encode(part.to(self.device))).cpu() for part in images.split(ENCODE_BATCH)]
         return ReconstructionOutput(images=torch.cat(parts))
+
+    def latent_std(self, images: Tensor) -> Tensor:
+        """Std of the scaled latents of images (B, C, H, W) in [0, 1]: a channel each (c,), or over all (1,).
+
+        Raises:
+            DataError: NaN or infinite latents, or a channel that never varies.
+        """
+        codec = self.codec
+        posteriors = (codec.posterior(part.to(self.device)) for part in images.split(ENCODE_BATCH))
+        return scaled_std(codec, *measure(posteriors, codec.latent_channels))
 
 
 def comparison_picture(images: Tensor, reconstructions: Tensor) -> Image:

@@ -17,8 +17,10 @@ from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
 
 __all__ = [
+    "DataConfig",
     "LoadedData",
     "TestImages",
+    "encoded_from",
     "image_captions",
     "list_sources",
     "load_data",
@@ -175,6 +177,19 @@ def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
         return None
     refuse_problems(collection, config)
     return dict(zip(collection.names, collection.captions, strict=True))
+
+
+def encoded_from(config: DataConfig) -> DataConfig:
+    """Return the settings of the images that stored latents were encoded from; for images, ``config`` itself.
+
+    Raises:
+        DataError: the latents are not there any more.
+    """
+    if config.source != "latents":
+        return config
+    assert config.path is not None
+    index = loaded("heterodiff.latents.reading:read_index")(config.path.expanduser())
+    return DataConfig.model_validate(index.data_config)
 
 
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:

@@ -99,7 +99,7 @@ def test_unlabelled_rows_are_left_out():
 
 def test_without_labels_features_are_random_and_prediction_is_refused():
     images = torch.rand(30, 2, 8, 8)
-    reader = ConvReader().fit(images)
+    reader = ConvReader().fit(images, torch.full((30,), -1))
     assert not reader.trained
     assert reader.features(images).std() > 0.5
     with pytest.raises(DataError, match="cannot predict"):
@@ -110,4 +110,4 @@ def test_without_labels_features_are_random_and_prediction_is_refused():
 
 def test_constant_images_do_not_divide_by_zero():
     images = torch.full((20, 1, 8, 8), 0.3)
-    assert torch.isfinite(ConvReader().fit(images).features(images)).all()
+    assert torch.isfinite(ConvReader().fit(images, torch.full((20,), -1)).features(images)).all()

@@ -90,7 +90,7 @@ def test_noise_is_no_proof_against_memorising(parts):
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round()
     metrics = evaluate_generation(noise, labels, train, val, NAMES)
     assert metrics["nearest"]["verdict"] == "unlike"
-    assert metrics["nearest"]["explanation"].endswith("so this check says nothing yet.")
+    assert metrics["nearest"]["explanation"].endswith("so this check means nothing yet.")
     assert metrics["diversity"]["verdict"] == "noisy"
     json.dumps(metrics, allow_nan=False)
 
