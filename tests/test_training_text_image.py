@@ -294,7 +294,7 @@ def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
         embeddings = pipeline.encode_text(["a red circle", "a green square above a blue cross"])
         z = torch.randn(1, 6, 4, 4).expand(2, -1, -1, -1)
         time_ = torch.tensor([500.0, 500.0])
-        expected = pipeline.codec.guess(embeddings)
+        expected = pipeline.codec.prior(embeddings)
         found = predict(trained.denoiser, z, time_, embeddings, expected)
         swapped = predict(trained.denoiser, z, time_, embeddings.flip(0), expected.flip(0))
     torch.testing.assert_close(swapped.flip(0), found, atol=1e-5, rtol=0)
@@ -329,9 +329,9 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
         z, time_, embeddings = torch.randn(3, 6, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.randn(3, WIDTH)
         beside = z.new_zeros(3, network.config.in_channels - 6, 4, 4)
         without = network(torch.cat([z, beside], dim=1), time_, condition=None).sample
-        zeros, expected = torch.zeros(3, WIDTH), recipe.codec.guess(embeddings)
+        zeros, expected = torch.zeros(3, WIDTH), recipe.codec.prior(embeddings)
         torch.testing.assert_close(
-            predict(network, z, time_, zeros, recipe.codec.guess(zeros)), without, atol=1e-5, rtol=1e-5
+            predict(network, z, time_, zeros, recipe.codec.prior(zeros)), without, atol=1e-5, rtol=1e-5
         )
         found = predict(network, z, time_, embeddings, expected)
         assert float((found - without).abs().amax(dim=(1, 2, 3)).min()) > 1e-3
@@ -646,7 +646,7 @@ def test_another_denoiser_is_trained_with_the_networks_of_an_existing_run(shapes
             assert found.keys() == expected.keys()
             kept = [
                 key for key in expected if part != "image_codec" or not key.startswith("projection.")
-            ]  # but for the guess of maps
+            ]  # but for the prior over maps
             assert all(torch.equal(found[key], expected[key]) for key in kept)
     assert before == {p: p.stat().st_mtime_ns for p in (shapes_run / "alignment").rglob("*")}
 

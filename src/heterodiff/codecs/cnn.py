@@ -23,7 +23,7 @@ HEAD_CHANNELS = 256
 MOST_PROJECTION_WIDTH = 512
 MAX_GROUPS = 8
 FEATURE_CHANNELS = 16
-"""Of features that recipe `text-image` guesses beside the map."""
+"""Number of features in the prior of recipe `text-image`, beside the map."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and std of natural images, by which pretrained networks scale theirs."""
 
@@ -99,7 +99,7 @@ class ImageCodec(ModelMixin, ConfigMixin):
         latents_mean, latents_std: of each channel of the map, over the training images.
         scaling_factor, shift_factor: as in diffusers' autoencoders; not used where the two above are set.
         backbone: configuration of a network of transformers in place of the encoder's stages.
-        feature_channels: of what is guessed from an embedding beside the map, see :meth:`add_features`.
+        feature_channels: of the features that :meth:`prior` gives beside the map, see :meth:`add_features`.
 
     Raises:
         ConfigError: images whose sides the stages cannot halve, or a backbone that gives no map of the same size.
@@ -183,15 +183,15 @@ class ImageCodec(ModelMixin, ConfigMixin):
 
     def get_latent_from_embedding(self, embeddings: Tensor) -> Tensor:
         """Embeddings (B, D), of images or texts and of any length but zero -> the map (B, c, h, w) to be expected."""
-        return self.guess(embeddings)[:, : self.config.latent_channels]
+        return self.prior(embeddings)[:, : self.config.latent_channels]
 
-    def guess(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D) -> (B, c + features, h, w): the map to be expected, then the features to be expected."""
+    def prior(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> (B, c + features, h, w): expected map, then expected features."""
         flat = self.projection(scaled(embeddings))
         return flat.unflatten(1, (self.config.latent_channels + self.config.feature_channels, *self.latent_size))
 
     def add_features(self, channels: int) -> None:
-        """Let :meth:`guess` guess so many channels of features, too; its last layer is a new one, to be trained."""
+        """Let :meth:`prior` give ``channels`` of features, too; its last layer is replaced and has to be trained."""
         last = self.projection[-1]
         assert isinstance(last, nn.Linear)
         if channels == self.config.feature_channels:
@@ -267,9 +267,9 @@ class CNNCodec(LatentCodec):
     def _decoded(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents)
 
-    def guess(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D) -> z and features to be expected (B, c + features, h, w); zeros where the embedding is."""
-        found = self.network.guess(embeddings).float()
+    def prior(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> expected z and features (B, c + features, h, w); zeros for embeddings of zeros."""
+        found = self.network.prior(embeddings).float()
         maps, features = found.split([self.latent_channels, found.shape[1] - self.latent_channels], dim=1)
         return given_rows(embeddings, torch.cat([self.scale(maps), features], dim=1))
 

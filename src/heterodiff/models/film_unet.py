@@ -34,8 +34,8 @@ class FiLMUNet(Denoiser):
         latent_channels: of the latents.
         latent_size: height and width (or one number) it is meant for; all others run too. Also ``config.sample_size``.
         condition_dim: width of the condition vector, for example a text embedding; None for none.
-        guess_channels: of what the input holds after the latents, such as the map to be expected of a text. Together
-            they are ``config.in_channels``.
+        guess_channels: of what the input holds after the latents, such as a text's prior over the map. Together they
+            are ``config.in_channels``. The name is that of the field in saved configurations.
         out_channels: twice latent_channels with a learned variance; default: latent_channels.
         model_channels: of the first convolution; the embedding has four times as many.
         channel_mult: level i has model_channels * channel_mult[i] channels.

@@ -180,7 +180,7 @@ def _load_text_image(folder: Path) -> TextImagePipeline:
         codec = networks.image_codec.config
         takes, given = (
             (unet.config.in_channels, unet.config.condition_dim),
-            (2 * codec.latent_channels + codec.feature_channels, codec.embedding_dim),  # z_t beside its guess
+            (2 * codec.latent_channels + codec.feature_channels, codec.embedding_dim),  # z_t beside its prior
         )
         if takes != given:
             raise CheckpointError(

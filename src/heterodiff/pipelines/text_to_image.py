@@ -69,7 +69,7 @@ def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: 
         z_t: (B, c, h, w); time: (B,) network times.
         embeddings: (B, D) of texts or images, of any length; a row of zeros is "no condition".
         expected: (B, c + f, h, w), z and features to be expected of these embeddings, see
-            :meth:`heterodiff.codecs.cnn.CNNCodec.guess`.
+            :meth:`heterodiff.codecs.cnn.CNNCodec.prior`.
 
     Returns:
         (B, c or 2c, h, w), of the kind that the denoiser was trained to predict.
@@ -368,8 +368,8 @@ class TextImagePipeline(DrawingPipeline):
             )
         denoise = guided_denoiser(
             lambda z, time, given: predict(self.unet, z.to(self.unet.dtype), time, *given).to(torch.float32, copy=True),
-            (condition, self.codec.guess(condition)),  # once, not at each step
-            (null, self.codec.guess(null)),
+            (condition, self.codec.prior(condition)),  # once, not at each step
+            (null, self.codec.prior(null)),
             scale,
             self.schedule.num_train_timesteps,
             self.defaults.guidance_interval,

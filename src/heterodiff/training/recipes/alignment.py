@@ -64,17 +64,17 @@ class AlignmentModel(nn.Module):
         latents = codec.encode(images)
         count = len(ids) // len(images)
         # The encoder learns from the image and, a little, from captions of its map. What embeddings need would cost
-        # images more than it helps; and the decoder would lose what it can do with real maps if it learned from guessed
-        # ones, which are blurred.
+        # images more than it helps; and a decoder that learned from predicted maps, which are blurred, would do worse
+        # on real ones.
         seen = latents.detach()
         decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
         of_images = codec.embed(seen)
         of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
         by_image = codec.get_latent_from_embedding(of_images)[:, None]
-        # Guessing maps, texts would learn where things lie on average, at the cost of what they say themselves.
+        # Trained to predict maps, the text encoder would learn average layouts at the cost of the text's own content.
         by_texts = codec.get_latent_from_embedding(of_texts.detach().flatten(0, 1)).unflatten(0, (-1, count))
         errors = [
-            (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
+            (found.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for found in (by_image, by_texts)
         ]
         shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
         read = seen.lerp(latents, CAPTION_SHARE)

@@ -47,15 +47,15 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
     with_text = config.recipe == "text-image"
     condition_dim = config.text.embedding_dim if with_text else None
-    # Beside the latents: the map to be expected of a text, and its features, which joint training has none of.
-    guess_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
+    # Beside the latents: the text's prior over the map and, but for joint training, over its features.
+    prior_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
     out_channels = channels * (2 if config.diffusion.learn_variance else 1)
     if m.variant == "film-unet":
         return {
             "latent_channels": channels,
             "latent_size": (height, width),
             "condition_dim": condition_dim,
-            "guess_channels": guess_channels,
+            "guess_channels": prior_channels,
             "out_channels": out_channels,
             "model_channels": m.model_channels,
             "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
@@ -69,7 +69,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
     return {
         "sample_size": (height, width),
-        "in_channels": channels + guess_channels,
+        "in_channels": channels + prior_channels,
         "out_channels": out_channels,
         "num_classes": len(spec.class_names) or None,
         "condition_dim": condition_dim,

@@ -28,7 +28,7 @@ PRINCIPAL_MAPS = 1024
 """From so many maps the directions of their features are taken."""
 
 
-def fit_guess(
+def fit_prior(
     codec: CNNCodec,
     embeddings: Tensor,
     image_of: Tensor,
@@ -40,8 +40,7 @@ def fit_guess(
 
     Embeddings are whitened first, since who is where takes half a percent of their variance; afterwards the whitening
     is part of the first layer, and the scale of z of the last. Every tenth image is held out, and the weights that
-    guess it best are kept: where there are few images, a guess by heart would teach the denoiser to believe what it
-    cannot believe of new texts.
+    predict it best are kept: a prior that overfits few images would teach the denoiser to trust it on new texts.
 
     Args:
         embeddings: (N, D) of texts or images, of any length.

@@ -26,10 +26,10 @@ from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
 from heterodiff.training.recipes.base import Losses, refuse_without_captions
 from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
-from heterodiff.training.recipes.prior import STEPS, fit_guess, known_embeddings
+from heterodiff.training.recipes.prior import STEPS, fit_prior, known_embeddings
 
-GUESS = "guess."
-"""Prefix of the weights of the guess in a checkpoint."""
+PRIOR = "guess."
+"""Prefix of the prior's weights in a checkpoint; the word of earlier versions, whose runs can still be resumed."""
 PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
 WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
@@ -38,7 +38,7 @@ WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
 class TextImageRecipe(DiffusionRecipe):
     """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    That run's networks stay as they are, but for the guess of maps from embeddings (:meth:`fit_guess`); maps are stored
+    That run's networks stay as they are, but for the prior over maps (:meth:`fit_prior`); maps are stored
     latents, under embeddings of one caption of each image.
 
     Args:
@@ -78,8 +78,8 @@ class TextImageRecipe(DiffusionRecipe):
         encoder = self.networks.text_encoder
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
-    def fit_guess(self, data: LoadedData, quiet: bool = True) -> float:
-        """Learn to guess maps and features from embeddings; the error on held-out images, see :func:`fit_guess`.
+    def fit_prior(self, data: LoadedData, quiet: bool = True) -> float:
+        """Train the prior over maps and features given embeddings; return its error, see :func:`prior.fit_prior`.
 
         Args:
             data: what the run trains on, images or their stored latents.
@@ -87,9 +87,9 @@ class TextImageRecipe(DiffusionRecipe):
         """
         known = known_embeddings(self.networks, self.captions, data, self.codec)
         if quiet:
-            return fit_guess(self.codec, *known)
+            return fit_prior(self.codec, *known)
         with progress_tasks() as task:
-            return fit_guess(self.codec, *known, progress=task("guessing maps of texts", STEPS))
+            return fit_prior(self.codec, *known, progress=task("training the prior", STEPS))
 
     @property
     def warnings(self) -> list[str]:  # type: ignore[override]
@@ -99,11 +99,11 @@ class TextImageRecipe(DiffusionRecipe):
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
     ) -> tuple[LoadedData, list[str]]:
-        """Encode the images, and learn which maps to expect of texts, which resumed runs know."""
+        """Encode the images, and train the prior, which resumed runs have in their checkpoint."""
         data, notes = super().before_training(config, data, hosts, begins, quiet)
         if begins:
-            error = self.fit_guess(data, quiet or hosts.rank > 0)
-            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+            error = self.fit_prior(data, quiet or hosts.rank > 0)
+            notes = [*notes, f"prior over maps: {error:.2f} of the mean map's squared error on held-out images"]
         return data, notes
 
     def to(self, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class TextImageRecipe(DiffusionRecipe):
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
-        expected = self.codec.guess(embeddings)
+        expected = self.codec.prior(embeddings)
         return lambda z, time: predict(network, z, time, embeddings, expected)
 
     def pipeline(self) -> TextImagePipeline:
@@ -131,13 +131,13 @@ class TextImageRecipe(DiffusionRecipe):
         return make_pipeline(self.config, self.spec, self.networks, self.model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        projection = self.networks.image_codec.projection.state_dict(prefix=GUESS)
+        projection = self.networks.image_codec.projection.state_dict(prefix=PRIOR)
         return super().state_dict() | dict(projection)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        of_guess = {name.removeprefix(GUESS): value for name, value in state.items() if name.startswith(GUESS)}
-        self.networks.image_codec.projection.load_state_dict(of_guess)
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(GUESS)})
+        of_prior = {name.removeprefix(PRIOR): value for name, value in state.items() if name.startswith(PRIOR)}
+        self.networks.image_codec.projection.load_state_dict(of_prior)
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(PRIOR)})
 
     def two_images(self) -> Tensor:
         with no_text_warnings():
@@ -201,9 +201,9 @@ class JointModel(AlignmentModel):
         return (latents - self.latents_mean) / self.latents_std.clamp_min(1e-6)
 
     @torch.no_grad()
-    def _guess(self, embeddings: Tensor) -> Tensor:
-        guessed = self.image_codec.get_latent_from_embedding(embeddings)
-        return given_rows(embeddings, self._scaled(guessed.float()))
+    def _prior(self, embeddings: Tensor) -> Tensor:
+        maps = self.image_codec.get_latent_from_embedding(embeddings)
+        return given_rows(embeddings, self._scaled(maps.float()))
 
     def forward(  # type: ignore[override]
         self,
@@ -220,7 +220,7 @@ class JointModel(AlignmentModel):
         found = super().forward(images, ids, mask, noise, coin)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
-        expected = self._guess(embeddings)
+        expected = self._prior(embeddings)
         losses, _ = self.objective.losses(
             lambda z, time: predict(self.unet, z, time, embeddings, expected), target, t, eps
         )
