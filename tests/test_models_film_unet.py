@@ -350,5 +350,5 @@ def test_wrong_inputs():
 
 
 def test_film_unet_has_no_patches():
-    with pytest.raises(ConfigError, match=r"model\.patch_size=2 is read only by model\.variant unet, hae, "):
+    with pytest.raises(ConfigError, match=r"model\.patch_size=2 is read only with model\.variant=unet, hae, "):
         load_config(shipped_configs() / "shapes_small.yaml", ["model.patch_size=2"])

@@ -773,11 +773,11 @@ def test_a_run_that_has_begun_goes_on_with_its_own_copy(tmp_path: Path) -> None:
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "film-unet of classes": (
         {"recipe": "diffusion", "model": {"variant": "film-unet"}},
-        "film-unet is steered by texts; it is for recipe text-image",
+        "film-unet is conditioned on texts; it is for recipe text-image",
     ),
     "candidates without texts": (
         {"recipe": "diffusion", "sampling": {"candidates": 4}},
-        "sampling.candidates=4 is read only by recipe text-image, whose captioner judges them",
+        "sampling.candidates=4 is read only by recipe text-image, whose captioner ranks them",
     ),
     "cnn of classes": ({"recipe": "diffusion", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
     "cnn for a VAE": ({"recipe": "vae", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
@@ -795,7 +795,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "joint alignment": (
         {"recipe": "alignment", "alignment": {"joint": True}},
-        "recipe alignment trains no denoiser, so alignment.joint=true has none to join",
+        "recipe alignment trains no denoiser, which alignment.joint=true needs",
     ),
     "thresholds of latents": (
         {"recipe": "text-image", "sampling": {"dynamic_threshold": 0.9}},

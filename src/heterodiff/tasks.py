@@ -29,6 +29,7 @@ class Task:
         build: (config, data) -> :class:`heterodiff.training.recipes.base.Recipe`.
         memory: the :class:`heterodiff.training.preflight.memory_costs.MemoryTerms`.
         fits: which runs of ``recipe`` the row is for; None for all that no other row is for.
+        defaults: content of a configuration -> the same with the defaults that this recipe has of its own.
         codec: kind of codec that the run trains for others, see ``codec.kind``.
         contrastive: whether images of a batch are told apart, so that a batch in parts teaches something else.
         doubts: each (config, data) -> notes on settings that work but hardly mean what they say.
@@ -52,6 +53,7 @@ class Task:
     memory: str
     evaluate: str
     fits: "Callable[[RunConfig], bool] | None" = None
+    defaults: str | None = None
     codec: str | None = None
     contrastive: bool = False
     no_classes: str = "draws no images of classes"
@@ -143,6 +145,7 @@ TEXT_IMAGE = replace(
     sections=("codec", "text", "alignment", "model", "diffusion", "sampling"),
     build="heterodiff.training.recipes.text_image:TextImageRecipe",
     memory="heterodiff.training.preflight.memory_costs:DENOISER",
+    defaults="heterodiff.config.networks:text_image_defaults",
     codec=None,
     contrastive=False,
     doubts=("heterodiff.training.codec_stage:resting_keys", _DENOISER_DOUBTS),

@@ -1,13 +1,20 @@
 """Sections ``model``, ``codec``, ``vae``, ``text`` and ``alignment``: the networks."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from heterodiff.config.base import Depth, Fraction, Levels, Section, UserPath, Width
 from heterodiff.config.names import known_name
 from heterodiff.config.training import TrainingConfig
-from heterodiff.models.defaults import LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS, SPARSITY
+from heterodiff.models.defaults import (
+    FILM_CHANNEL_MULT,
+    FILM_MODEL_CHANNELS,
+    LAYERS_PER_BLOCK,
+    MODEL_CHANNELS,
+    NUM_HEADS,
+    SPARSITY,
+)
 from heterodiff.models.variants import list_models
 
 
@@ -182,3 +189,19 @@ class AlignmentConfig(Section):
         False,
         description="train the denoiser with everything else, not afterwards on stored latents, which is faster",
     )
+
+
+def text_image_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` of a configuration with codec and denoiser of recipe `text-image` where the user names none."""
+    sections = {name: content.get(name) or {} for name in ("codec", "model", "alignment", "training")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        return content  # wrong types are reported as such
+    codec: dict[str, Any] = {"kind": "cnn"}
+    if not sections["alignment"].get("joint") and sections["codec"].get("path") is None:
+        output = content.get("output") or "runs/text-image"
+        codec |= {"path": f"{output}/alignment", "training": sections["training"]}
+    model = {"variant": "film-unet", "model_channels": FILM_MODEL_CHANNELS, "channel_mult": FILM_CHANNEL_MULT}
+    if sections["model"].get("variant", "film-unet") != "film-unet":
+        model = {}
+    given = {name: value for name, value in sections["codec"].items() if (name, value) != ("path", None)}
+    return content | {"codec": codec | given, "model": model | sections["model"]}
