@@ -1,4 +1,4 @@
-"""All sections together."""
+"""Configuration of a run: all sections together."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,22 +25,22 @@ class RunConfig(Section):
 
     recipe: RecipeName = Field(
         "diffusion",
-        description="diffusion: images of classes, or without labels; vae: the autoencoder of latents; text-image: "
-        "text to image and back; alignment: its first half alone, all but the denoiser",
+        description="diffusion: images of classes, or without labels; vae: autoencoder for latent diffusion; "
+        "text-image: text to image and image to text; alignment: text-image without the denoiser",
     )
     output: Path | None = Field(
         None, description="run folder; default: `runs/NAME` for a configuration file `NAME.yaml`"
     )
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
-    vae: VAEConfig = Field(VAEConfig(), description="the autoencoder of recipe `vae`")
+    vae: VAEConfig = Field(VAEConfig(), description="autoencoder of recipe `vae`")
     text: TextConfig = Field(TextConfig(), description="text networks of recipe `text-image`")
     alignment: AlignmentConfig = Field(AlignmentConfig(), description="image codec and losses of recipe `text-image`")
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     segmentation: SegmentationConfig = Field(
-        SegmentationConfig(), description="of runs whose classes are healthy and unhealthy images"
+        SegmentationConfig(), description="anomaly segmentation in runs with classes of healthy and unhealthy images"
     )
     training: TrainingConfig = TrainingConfig()
 
