@@ -689,7 +689,7 @@ def test_texts_are_told_apart_in_the_same_parts_after_a_resume(joint: bool, tmp_
     first, alone = (rows_of(tmp_path / name)[0]["contrastive"] for name in ("run", "parts"))
     assert first > 0.5
     assert alone == 0
-    assert any("nothing to tell it from" in note for note in _doubts(parts, load_data(parts.data)))
+    assert any("nothing to compare it with" in note for note in _doubts(parts, load_data(parts.data)))
     assert advice(text_config(tmp_path / "run", **common), load_data(parts.data).spec, 1e6)[1].count("accumul") == 0
 
 
@@ -830,7 +830,7 @@ WRONG_RUNS: dict[str, tuple[dict[str, Any], type[HeterodiffError], str]] = {
     "digits have no captions": (
         {"data__source": "digits", "data__image_size": 16, "data__shapes": {}},
         DataError,
-        "data.source=digits: no captions, which recipe alignment learns from",
+        "data.source=digits: recipe alignment needs captions",
     ),
     "stored latents": (
         {"data__source": "latents", "data__path": "LATENTS", "codec__path": "RUN", "data__image_size": None},

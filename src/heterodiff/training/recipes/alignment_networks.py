@@ -1,4 +1,4 @@
-"""New networks for text to image and back, with initial or pretrained weights."""
+"""New networks of recipe ``alignment``, with random or pretrained weights."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
 
     Raises:
         ConfigError: images or settings that no network can be built for.
-        CheckpointError: pretrained parts that are not there, or a tokenizer of more tokens than the pretrained encoder.
+        CheckpointError: missing pretrained parts, or a tokenizer with more tokens than the pretrained encoder.
     """
     text = config.text
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -63,7 +63,7 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
 
 
 def make_tokenizer(config: RunConfig, data: LoadedData) -> Any:
-    """The tokenizer in the run's folder, that of the pretrained encoder, or a new one of the training captions.
+    """The tokenizer of the run folder, of the pretrained encoder, or a new one trained on the training captions.
 
     Raises:
         CheckpointError: no pretrained one there.
@@ -84,9 +84,7 @@ def codec_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         CheckpointError: ``alignment.backbone`` is no folder of a network of transformers.
     """
     alignment = config.alignment
-    backbone = None
-    if alignment.backbone is not None:
-        backbone = _backbone_config(alignment.backbone).to_dict()
+    backbone = alignment.backbone and _backbone_config(alignment.backbone).to_dict()
     return {
         "in_channels": spec.channels,
         "sample_size": (spec.height, spec.width),
@@ -127,7 +125,7 @@ def build_image_codec(config: RunConfig, spec: ImageSpec) -> ImageCodec:
 
 
 def _freeze_unused(codec: ImageCodec, spec: ImageSpec) -> None:
-    """Keep weights that maps do not depend on, as norms of a pooled output, from waiting for a gradient."""
+    """Freeze weights that maps do not depend on, such as norms of a pooled output: they would get no gradient."""
     with torch.enable_grad():
         codec.eval().encode(torch.zeros(1, spec.channels, spec.height, spec.width)).sum().backward()
     for parameter in codec.encoder.parameters():
