@@ -39,7 +39,7 @@ from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_ch
 from heterodiff.training.loop import CHECKPOINTS, Trainer
 from heterodiff.training.preflight.memory_plan import advice, training_memory_bytes
 from heterodiff.training.preflight.trial import dry_run
-from heterodiff.training.recipes import alignment
+from heterodiff.training.recipes import alignment_networks
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.start import _doubts, build_recipe, train
@@ -233,8 +233,8 @@ def test_losses_teach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.Monk
         learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert {key.removeprefix("image_codec.").partition(".")[0] for key in learned} == expected, name
     of_captions = []
-    for share in (alignment.CAPTION_SHARE, 1.0):
-        monkeypatch.setattr(alignment, "CAPTION_SHARE", share)
+    for share in (alignment_networks.CAPTION_SHARE, 1.0):
+        monkeypatch.setattr(alignment_networks, "CAPTION_SHARE", share)
         found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.coin)
         weights = [*model.image_codec.encoder.parameters()]
         of_captions.append(torch.cat([g.flatten() for g in torch.autograd.grad(found["caption"].sum(), weights)]))

@@ -40,7 +40,7 @@ class MicrodopplerConfig(Section):
         10e9, description="carrier frequency of the radar"
     )
     prf_hz: Annotated[float, Field(ge=16, le=1e7)] | None = Field(
-        None, description="pulse repetition frequency of all classes; default: per class, high enough to avoid aliasing"
+        None, description="pulse repetition frequency; default: per class, high enough to avoid aliasing"
     )
     duration_s: Annotated[float, Field(gt=0, le=600)] | None = Field(
         None, description="length of a recording; default: a few motion cycles of each class"
@@ -111,9 +111,7 @@ class VolumesConfig(Section):
     cache: UserPath | None = Field(
         None, description="folder of the cached slices; default: data.path with _slices appended"
     )
-    least_brain: Fraction = Field(
-        0.02, description="minimum fraction of a slice covered by brain; other slices are left out"
-    )
+    least_brain: Fraction = Field(0.02, description="minimum brain area of a slice, as a fraction of its area")
 
     @model_validator(mode="after")
     def _has_modalities(self) -> "VolumesConfig":
@@ -137,8 +135,8 @@ class DataConfig(Section):
     )
     captions_file: Path | None = Field(
         None,
-        description="file of captions, relative to data.path; default: annotations/captions_*.json, results.csv, "
-        "captions.txt or metadata.csv/jsonl, whichever exists",
+        description="captions, relative to data.path; default: annotations/captions_*.json, results.csv, captions.txt "
+        "or metadata.csv/jsonl",
     )
     file_column: str = Field("file_name", description="column or key of file names in metadata.csv/jsonl")
     text_column: str = Field("text", description="column or key of captions in metadata.csv/jsonl")
@@ -146,54 +144,44 @@ class DataConfig(Section):
         None, description="height and width after resizing, or one number for both; default: as stored"
     )
     channels: Width | None = Field(
-        None,
-        description="number of channels; 8-bit images are converted to 1, 3 or 4; default: as in the first image",
+        None, description="number of channels; 8-bit images are converted to 1, 3 or 4; default: of the first image"
     )
     labels: Literal["auto", "required", "none"] = Field(
         "auto", description="auto: use labels if there are any; required: fail without labels; none: ignore labels"
     )
     value_range: tuple[float, float] | None = Field(
         None,
-        description="stored values mapped to 0 and 1; default: 0 and 255 for 8 bits, else measured on the training "
-        "images",
+        description="stored values mapped to 0 and 1; default: 0 and 255 for 8 bits, else those of training images",
     )
     resize: Literal["crop", "stretch"] = Field(
         "crop", description="crop: keep the aspect ratio and crop the centre; stretch: resize both sides independently"
     )
     val_fraction: Fraction = Field(
-        0.1, description="fraction of images (stratified by class) or patients held out for validation"
+        0.1, description="fraction of images, stratified by class, or patients for validation"
     )
     test_fraction: Fraction = Field(
         0.0,
-        description="fraction of images or patients kept as a test set, never used in training; val_fraction is a "
-        "fraction of the rest",
+        description="fraction of images or patients for the test set, unused in training; val_fraction is of the rest",
     )
     test_patients: tuple[str, ...] | None = Field(
-        None, description="names of the patients of the test set, in place of test_fraction"
+        None, description="patients of the test set, in place of test_fraction"
     )
     split_by: Literal["patient", "image"] = Field(
-        "patient",
-        description="unit of the split where images belong to patients; image: train on slices of all patients, if "
-        "there are few",
+        "patient", description="unit of the split, if images belong to patients; image: if there are too few patients"
     )
     split_seed: Seed = Field(0, description="random seed of the split")
     train_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None,
-        description="classes to train on, such as [healthy]; others are used for validation and test only; default: "
-        "all",
+        None, description="classes to train on, such as [healthy]; others are for validation and test; default: all"
     )
     horizontal_flip: bool = Field(False, description="flip training images left to right with probability 0.5")
     random_crop: NonNegativeInt = Field(
-        0, description="padding in pixels (edge replication) before a random crop back to the image size"
+        0, description="pad by this number of pixels (edge replication), then crop at random"
     )
     on_bad: Literal["error", "skip"] = Field("error", description="action for images that cannot be used")
-    memory_limit_gb: NonNegativeFloat = Field(
-        4.0, description="keep decoded images in memory if they need at most this many GB"
-    )
+    memory_limit_gb: NonNegativeFloat = Field(4.0, description="keep decoded images in memory if all fit in this size")
     keep_on_device: bool | Literal["auto"] = Field(
         "auto",
-        description="keep all training images on the GPU, as stored; auto: if they take at most a tenth of its free "
-        "memory",
+        description="keep training images on the GPU, as stored; auto: if they take at most 10 % of its free memory",
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")

@@ -23,12 +23,11 @@ class ModelConfig(Section):
 
     variant: Annotated[str, known_name("model variant", list_models)] = Field(
         "hae-v2",
-        description="`unet`, `hae`, `hae-lite`, `hae-v2` or `hae-v2-conservative`; recipe `text-image` also has "
-        "`film-unet`, its default",
+        description="`unet`, `hae`, `hae-lite`, `hae-v2`, `hae-v2-conservative` or, for texts, `film-unet`",
     )
     model_channels: Width = Field(
         MODEL_CHANNELS,
-        description="base width, a multiple of 32: level i has model_channels * channel_mult[i] channels",
+        description="base width, a multiple of 32; level i has model_channels * channel_mult[i] channels",
     )
     channel_mult: Levels | None = Field(
         None,
@@ -36,7 +35,7 @@ class ModelConfig(Section):
         "film-unet); default: chosen by image size",
     )
     layers_per_block: Depth = Field(
-        LAYERS_PER_BLOCK, description="residual blocks per level of the encoder; the decoder has one more"
+        LAYERS_PER_BLOCK, description="residual blocks per encoder level; the decoder has one more"
     )
     patch_size: Width = Field(1, description="patch side in pixels; 2 costs about a quarter")
     attention_resolutions: tuple[Width, ...] | None = Field(
@@ -45,9 +44,7 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.0, description="dropout probability in residual blocks and Transformer MLPs")
     num_heads: Width = Field(NUM_HEADS, description="attention heads")
     num_head_channels: Width | None = Field(None, description="channels per attention head, in place of num_heads")
-    use_scale_shift_norm: bool = Field(
-        False, description="condition residual blocks by scale and shift (FiLM) instead of addition"
-    )
+    use_scale_shift_norm: bool = Field(False, description="condition by scale and shift (FiLM) instead of addition")
     resblock_updown: bool = Field(False, description="resample in residual blocks instead of convolutions between them")
     attention_pattern: Literal["multiscale", "sequence"] = Field(
         "multiscale",
@@ -55,7 +52,7 @@ class ModelConfig(Section):
         "sequence: a band and random keys, as in earlier checkpoints",
     )
     sparsity: Annotated[float, Field(gt=0, lt=1)] = Field(
-        SPARSITY, description="fraction of keys that each query of the sparse attention skips"
+        SPARSITY, description="fraction of keys that a sparse attention query skips"
     )
     memory_optimization: bool | None = Field(
         None,
@@ -63,7 +60,7 @@ class ModelConfig(Section):
         "hae-v2-conservative",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute every block in the backward pass: least memory, slower"
+        False, description="recompute all blocks in the backward pass: least memory, slower"
     )
 
 
@@ -79,17 +76,15 @@ class CodecConfig(Section):
         "`alignment`, default: folder alignment in the run folder",
     )
     cache: bool = Field(
-        True,
-        description="encode the images once, before training, and store the latents in the run folder; false: encode "
-        "every batch",
+        True, description="encode the images once and store the latents in the run folder; false: encode every batch"
     )
     posterior: Literal["sample", "mode"] = Field(
         "sample", description="train on latents drawn anew from the posterior at each step, or on its mode"
     )
     statistics: Literal["stored", "measured"] = Field(
         "stored",
-        description="mean and std that normalise the latents; stored: those of the codec; measured: of the training "
-        "images, for a codec trained on other data",
+        description="normalisation of the latents; stored: of the codec; measured: of the training images, for a codec "
+        "trained on others",
     )
     training: TrainingConfig | None = Field(
         None,
@@ -118,14 +113,10 @@ class VAEConfig(Section):
     )
     layers_per_block: Depth = Field(1, description="residual blocks per level of the encoder")
     mid_block_attention: bool = Field(False, description="self-attention at the coarsest level")
-    kl_weight: NonNegativeFloat = Field(
-        1e-6, description="weight of the KL divergence of the posterior, in nats per image"
-    )
-    structural_weight: NonNegativeFloat = Field(
-        0.0, description="weight of 1 - SSIM, averaged over scales; 0 disables it"
-    )
+    kl_weight: NonNegativeFloat = Field(1e-6, description="weight of the KL divergence, in nats per image")
+    structural_weight: NonNegativeFloat = Field(0.0, description="weight of the multi-scale 1 - SSIM; 0: off")
     adversarial_weight: NonNegativeFloat = Field(
-        0.0, description="weight of the patch discriminator's loss, times its adaptive weight; 0 disables it"
+        0.0, description="weight of the adversarial loss of a patch discriminator, times its adaptive weight; 0: off"
     )
     adversarial_start: NonNegativeInt = Field(2000, description="first step with the patch discriminator")
 
@@ -135,12 +126,11 @@ class TextConfig(Section):
 
     encoder: str | None = Field(
         None,
-        description="pretrained BERT: a local folder of transformers, or a hub name in the local cache; default: train "
-        "a small one from scratch",
+        description="pretrained BERT (a folder, or a hub name in the local cache); default: a small one from scratch",
     )
     frozen: bool = Field(False, description="freeze the weights of text.encoder; only its projection is trained")
     vocabulary_size: Annotated[int, Field(ge=100, le=200_000)] = Field(
-        8000, description="word pieces learned from the training captions"
+        8000, description="size of the vocabulary learned from training captions"
     )
     max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
         64, description="maximum number of tokens, start and end included; longer texts are cut, with a warning"
@@ -148,9 +138,7 @@ class TextConfig(Section):
     width: Width = Field(256, description="width of the encoder trained from scratch")
     layers: Depth = Field(4, description="layers of the encoder trained from scratch")
     num_heads: Width = Field(4, description="attention heads of the encoder trained from scratch and of the captioner")
-    dropout: Fraction = Field(
-        0.0, description="dropout probability of the encoder trained from scratch and of the captioner"
-    )
+    dropout: Fraction = Field(0.0, description="dropout of the encoder trained from scratch and of the captioner")
     embedding_dim: Width = Field(512, description="width of text and image embeddings")
     captioner_width: Width = Field(256, description="width of the captioner, a multiple of text.num_heads")
     captioner_layers: Depth = Field(4, description="layers of the captioner")
@@ -166,26 +154,22 @@ class AlignmentConfig(Section):
         "256, with enough stages to reach maps of about 8x8",
     )
     backbone: UserPath | None = Field(
-        None,
-        description="folder of a pretrained convolutional network of transformers, in place of the encoder's stages",
+        None, description="pretrained convolutional network of transformers (a folder), in place of the stages"
     )
-    contrastive_weight: NonNegativeFloat = Field(
-        1.0, description="weight of the contrastive loss of images and captions"
-    )
+    contrastive_weight: NonNegativeFloat = Field(1.0, description="weight of the contrastive loss")
     reconstruction_weight: NonNegativeFloat = Field(
-        0.5, description="weight of the reconstruction of images and captions from maps and embeddings"
+        0.5, description="weight of reconstructing images and captions from maps and embeddings"
     )
     diffusion_weight: NonNegativeFloat = Field(0.3, description="weight of the denoiser's loss in joint training")
     latent_noise: NonNegativeFloat = Field(
-        0.1, description="standard deviation of the noise added to the decoder's input, a map of rms 1"
+        0.1, description="std of the noise added to the map, of rms 1, before decoding"
     )
     captions_per_image: Annotated[int, Field(ge=1, le=16)] = Field(
-        1, description="captions per image and step, for images with several"
+        1, description="captions per image and step, if it has several"
     )
     joint: bool = Field(
         False,
-        description="train the denoiser together with all other networks, instead of afterwards on stored latents, "
-        "which is faster",
+        description="train the denoiser with all other networks; false: afterwards, on stored latents, which is faster",
     )
 
 

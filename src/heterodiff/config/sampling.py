@@ -16,8 +16,7 @@ class SamplingConfig(Section):
     )
     num_inference_steps: Timesteps = Field(20, description="number of denoising steps")
     guidance_scale: NonNegativeFloat = Field(
-        2.0,
-        description="scale of classifier-free guidance; 1 is unguided, larger follows the class or prompt more closely",
+        2.0, description="classifier-free guidance scale; 1: unguided; larger follows class or prompt more closely"
     )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="range of noise levels with guidance, 0 = clean and 1 = pure noise"
@@ -26,8 +25,7 @@ class SamplingConfig(Section):
         None, description="quantile of |x0| for dynamic thresholding (Saharia et al. 2022); default: clip only"
     )
     candidates: BatchSize = Field(
-        1,
-        description="images drawn for each one returned, the one whose prompt is likeliest under the captioner",
+        1, description="images drawn for each one returned: the one for which the captioner rates the prompt highest"
     )
 
     @model_validator(mode="after")
@@ -43,22 +41,18 @@ class SegmentationConfig(Section):
 
     method: Literal["forward-process", "ddib", "partial-noising"] = Field(
         "forward-process",
-        description="forward-process: AnoFPDM; ddib: DDIM encoding, decoding as healthy; partial-noising: AnoDDPM, "
-        "which needs no labels in training",
+        description="forward-process: AnoFPDM; ddib: DDIM encoding, healthy decoding; partial-noising: AnoDDPM, "
+        "without labels",
     )
     depth: Timesteps = Field(600, description="noise depth: only timesteps below this one are used")
-    num_inference_steps: Timesteps = Field(
-        60, description="evenly spaced steps up to depth; each takes two network calls"
-    )
+    num_inference_steps: Timesteps = Field(60, description="evenly spaced steps below depth, two network calls each")
     patience: PositiveInt | None = Field(
         None,
         description="forward-process: stop after this number of steps in which the healthy and unconditional "
         "predictions of no channel differ more than before; default: take all steps",
     )
     guidance_scale: NonNegativeFloat = Field(
-        3.0,
-        description="scale of classifier-free guidance; 1 is unguided; w + 1 in papers that write (1 + w) healthy - w "
-        "none",
+        3.0, description="classifier-free guidance scale; 1: unguided; in papers with (1 + w) healthy - w none: 1 + w"
     )
     score: Literal["method", "divergence", "peak"] = Field(
         "method",
@@ -71,17 +65,15 @@ class SegmentationConfig(Section):
         description="threshold of the smoothed map; quantile: a quantile of the map, lower the more the predictions "
         "differ, as in AnoFPDM; half-peak: half its maximum, which also suits the noisy maps of short trainings",
     )
-    smoothing: Width = Field(
-        5, description="side in pixels of the smoothing window; 1: no smoothing, for small anomalies"
-    )
+    smoothing: Width = Field(5, description="side in pixels of the smoothing window; 1: none, for small anomalies")
     drop_small: NonNegativeInt | None = Field(
         None,
-        description="size in pixels up to which connected components of a mask are dropped; default: 40 at 128x128, "
-        "the same fraction at other sizes",
+        description="drop components of a mask of at most this area in pixels; default: 40 at 128x128, scaled by image "
+        "area",
     )
     healthy: str = Field("healthy", description="class of healthy images; all other classes are unhealthy")
     channels: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="channels used for the maps, from 0; default: all"
+        None, description="indices of the channels used for maps; default: all"
     )
     seed: Seed = Field(0, description="random seed of the noise")
 

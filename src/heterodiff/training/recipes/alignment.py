@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from PIL.Image import Image
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec, ImageCodec
+from heterodiff.codecs.cnn import CNNCodec
 from heterodiff.compiling import compiles
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.diffusion.schedule import training_scheduler
 from heterodiff.errors import DataError
 from heterodiff.metrics.reconstruction import psnr
 from heterodiff.metrics.retrieval import recall
@@ -25,79 +25,18 @@ from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings
 from heterodiff.text.aligned import TextNetworks
 from heterodiff.text.caption_table import CaptionTable
-from heterodiff.text.captioner import Captioner
-from heterodiff.text.contrastive import LogitScale, contrastive_losses
-from heterodiff.text.encoder import TextEncoder
-from heterodiff.training.recipes.alignment_networks import build_networks, make_tokenizer
+from heterodiff.text.contrastive import contrastive_losses
+from heterodiff.training.recipes.alignment_networks import (
+    EMBEDDING_STRIDE,
+    AlignmentModel,
+    build_networks,
+    make_tokenizer,
+)
 from heterodiff.training.recipes.base import Draws, Losses, Recipe, refuse_without_captions, spread, store_scale
 
-EMBEDDING_STRIDE = 4
-CAPTION_SHARE = 0.1
-"""Fraction of the captions' gradient that reaches the image encoder; 1 costs image quality, 0 caption quality."""
 PREVIEW_IMAGES = 8
 SCALE_IMAGES = 1024
 SCALE_BATCH = 64
-
-
-class AlignmentModel(nn.Module):
-    """All networks but the denoiser, as one call, which distributed training needs."""
-
-    def __init__(self, networks: TextNetworks):
-        super().__init__()
-        self.image_codec: ImageCodec = networks.image_codec
-        self.text_encoder: TextEncoder = networks.text_encoder
-        self.captioner: Captioner = networks.captioner
-        self.logit_scale = LogitScale()
-
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, coin: Tensor) -> dict[str, Tensor]:
-        """Compute everything that the losses need, by name.
-
-        Args:
-            images: (B, C, H, W) in [-1, 1].
-            ids, mask: (B K, L), K captions of each image, one after another.
-            noise: (B, c, h, w), added to the map before decoding.
-            coin: (B,) bool, whether to decode the text's embedding rather than the image's (for every fourth image:
-                decoding dominates the cost of a step), and whether a text's target caption is the text itself.
-        """
-        codec = self.image_codec
-        latents = codec.encode(images)
-        count = len(ids) // len(images)
-        # The encoder learns from the image and, a little, from captions of its map: gradients from embeddings cost
-        # more than they help. A decoder trained on predicted maps, which are blurred, would do worse on real ones.
-        seen = latents.detach()
-        decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
-        of_images = codec.embed(seen)
-        of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
-        by_image = codec.get_latent_from_embedding(of_images)[:, None]
-        # Trained to predict maps, the text encoder would learn average layouts at the cost of the text's own content.
-        by_texts = codec.get_latent_from_embedding(of_texts.detach().flatten(0, 1)).unflatten(0, (-1, count))
-        errors = [
-            (found.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for found in (by_image, by_texts)
-        ]
-        shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
-        read = seen.lerp(latents, CAPTION_SHARE)
-        some = slice(None, None, EMBEDDING_STRIDE)
-        # Half the targets are the text itself, so that nothing is lost, half another caption of the image, so that
-        # content counts, not wording.
-        own = torch.arange(len(ids), device=ids.device).view(-1, count)
-        told = torch.where(coin[:, None], own, own.roll(-1, dims=1)).flatten()
-        known = torch.cat([own[some, 0], told])  # of images and of texts, in one call
-        of_embeddings = self.captioner.losses(
-            torch.cat([of_images[some], of_texts.flatten(0, 1)]), ids[known], mask[known]
-        )
-        from_images, retold = of_embeddings.split([len(known) - len(told), len(told)])
-        return {
-            "latents": latents,
-            "image_embeddings": of_images.float(),
-            "text_embeddings": of_texts.float(),
-            "logit_scale": self.logit_scale().expand(len(images)),
-            "from_map": codec.decode(latents + noise).float(),
-            "from_embedding": functional_call(codec.decoder, decoder, (shown,)).float(),
-            "map": sum(errors) / 2,
-            "caption": self.captioner.losses(read, ids[::count], mask[::count]),
-            "caption_from_embedding": from_images,
-            "retold": retold.view(-1, count).mean(dim=1),
-        }
 
 
 @dataclass
@@ -139,15 +78,15 @@ class AlignmentRecipe(Recipe):
         refuse_without_captions(config, data)
         self.config, self.spec, self.train = config, data.spec, data.train
         self.shown = data.val or data.train
-        networks = build_networks(config, data.spec, make_tokenizer(config, data))
-        self.tokenizer = networks.tokenizer
+        tokenizer = make_tokenizer(config, data)
+        self.networks = build_networks(config, data.spec, tokenizer)
         self.captions = CaptionTable(
-            networks.tokenizer, data.captions, config.text.max_tokens, one_length=compiles(config.training)
+            tokenizer, data.captions, config.text.max_tokens, one_length=compiles(config.training)
         )
         self.warnings = self.captions.warnings
-        self.model = AlignmentModel(networks)
+        self.model = AlignmentModel(self.networks)
         self.scale = mean_image_error(data.train)
-        self.latent_shape = (config.alignment.latent_channels, *networks.image_codec.latent_size)
+        self.latent_shape = (config.alignment.latent_channels, *self.networks.image_codec.latent_size)
         self.summary = "image codec to {}x{}x{}, text encoder, captioner".format(*self.latent_shape)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> AlignmentDraws:
@@ -209,9 +148,7 @@ class AlignmentRecipe(Recipe):
         return measured | {f"val_{name}": value for name, value in retrieved.items()}
 
     def pipeline(self) -> TextImagePipeline:
-        model = self.model
-        pipeline = TextImagePipeline(model.image_codec, model.text_encoder, self.tokenizer, model.captioner)
-        return pipeline.set_up(self.config, self.spec)
+        return make_pipeline(self.config, self.spec, self.networks)
 
     def _ways(self) -> tuple[tuple[str, bool], ...]:
         """Ways from a text to an image: name, and whether the denoiser is used."""
@@ -235,6 +172,15 @@ class AlignmentRecipe(Recipe):
         """Write all networks, with the mean and std of the maps of up to 4,096 training images in the codec's."""
         store_scale(CNNCodec(self.model.image_codec), self.train)
         super().save(folder)
+
+
+def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
+    """A pipeline around ``networks`` and the denoiser ``unet``, if any."""
+    scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
+    pipeline = TextImagePipeline(
+        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
+    )
+    return pipeline.set_up(config, spec)
 
 
 def _over_all(values: Tensor, count: int) -> Tensor:

@@ -13,7 +13,6 @@ from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.objective import DiffusionObjective
-from heterodiff.diffusion.schedule import training_scheduler
 from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
@@ -22,7 +21,7 @@ from heterodiff.progress import progress_tasks
 from heterodiff.text.aligned import TextNetworks, load_networks
 from heterodiff.text.caption_table import CaptionTable
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
+from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe, make_pipeline
 from heterodiff.training.recipes.base import Losses, refuse_without_captions, spread
 from heterodiff.training.recipes.diffusion import DiffusionDraws, DiffusionRecipe, make_objective, model_arguments
 from heterodiff.training.recipes.prior import STEPS, fit_prior, known_embeddings
@@ -85,9 +84,7 @@ class TextImageRecipe(DiffusionRecipe):
             quiet: show no progress.
         """
         known = known_embeddings(self.networks, self.captions, data, self.codec)
-        if quiet:
-            return fit_prior(self.codec, *known)
-        with progress_tasks() as task:
+        with progress_tasks(quiet) as task:
             return fit_prior(self.codec, *known, progress=task("training the prior", STEPS))
 
     def before_training(
@@ -145,15 +142,6 @@ class TextImageRecipe(DiffusionRecipe):
         return image_grid(torch.cat([drawn[::2], drawn[1::2], direct]), names, columns=len(texts))
 
 
-def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
-    """A pipeline around ``networks`` and the denoiser ``unet``, if any."""
-    scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
-    pipeline = TextImagePipeline(
-        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
-    )
-    return pipeline.set_up(config, spec)
-
-
 class JointModel(AlignmentModel):
     """All networks as one call; the denoiser's target is the current map, without gradient.
 
@@ -193,19 +181,15 @@ class JointModel(AlignmentModel):
         maps = self.image_codec.get_latent_from_embedding(embeddings)
         return given_rows(embeddings, self._scaled(maps.float()))
 
-    def forward(  # type: ignore[override]
-        self,
-        images: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        noise: Tensor,
-        coin: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        drop: Tensor,
-    ) -> dict[str, Tensor]:
-        """As :class:`AlignmentModel`, with the denoiser's loss (B,) at timesteps t (B,), noise eps, texts dropped."""
-        found = super().forward(images, ids, mask, noise, coin)
+    def forward(self, *arguments: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of :class:`AlignmentModel`, and the denoiser's loss (B,).
+
+        Args:
+            arguments: those of :class:`AlignmentModel`, then timesteps t (B,), noise eps (B, c, h, w), and drop (B,)
+                bool, whose text is dropped.
+        """
+        *of_alignment, t, eps, drop = arguments
+        found = super().forward(*of_alignment)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
         expected = self._prior(embeddings)
@@ -239,9 +223,7 @@ class JointRecipe(AlignmentRecipe):
             )
         super().__init__(config, data)
         unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
-        networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
-        self.model = JointModel(networks, unet, make_objective(config))
-        self.networks = networks
+        self.model = JointModel(self.networks, unet, make_objective(config))
         self.summary += f", {config.model.variant}, jointly"
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> JointDraws:
