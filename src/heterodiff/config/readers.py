@@ -13,6 +13,7 @@ from heterodiff.tasks import task_of
 if TYPE_CHECKING:
     from heterodiff.config.run import RunConfig
 
+DENOISERS = "by recipes diffusion and text-image, which train a denoiser"
 HYBRIDS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid is not None)
 
 
@@ -111,10 +112,7 @@ READERS = (
         lambda run: run.data.source in ("captions", "latents") or _with_texts(run),  # evaluate --data reads captions
     ),
     _with(
-        "data.test_patients data.split_by",
-        "data.source",
-        *("volumes", "brain-phantom", "latents"),
-        note=" (images that belong to patients)",
+        "data.test_patients data.split_by", "data.source", "volumes", "brain-phantom", "latents", note=" (of patients)"
     ),
     _with("data.microdoppler", "data.source", "microdoppler", "latents"),
     _with("data.shapes", "data.source", "shapes", "latents"),
@@ -129,19 +127,8 @@ READERS = (
         _sees_images,
         always=True,
     ),
-    Reader(
-        "model diffusion sampling",
-        "by recipes diffusion and text-image, which train a denoiser",
-        "recipe",
-        _in_task("model"),
-    ),
-    Reader(
-        "codec",
-        "by recipes diffusion and text-image, which train a denoiser",
-        "recipe",
-        _in_task("codec"),
-        always=True,
-    ),
+    Reader("model diffusion sampling", DENOISERS, "recipe", _in_task("model")),
+    Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",
         "with codec.kind=kl-vae and by recipe text-image",
@@ -196,9 +183,7 @@ READERS = (
     ),
     _with("model.attention_pattern model.sparsity", "model.variant", *HYBRIDS, note=" (hybrid blocks)"),
     _without(
-        "model.num_heads",
-        "model.num_head_channels",
-        ", which sets the width of a head instead of the number of heads",
+        "model.num_heads", "model.num_head_channels", ", which sets the width of a head instead of the number of heads"
     ),
     _with("diffusion.schedule", "diffusion.prediction", "epsilon", "v", "sample"),
     _with("diffusion.snr_gamma", "diffusion.weighting", "min-snr"),
@@ -209,18 +194,10 @@ READERS = (
         _conditional,
     ),
     Reader(
-        "sampling.dynamic_threshold",
-        "on pixels, as latents have no fixed range",
-        "codec.kind",
-        _on_pixels,
-        always=True,
+        "sampling.dynamic_threshold", "on pixels, as latents have no fixed range", "codec.kind", _on_pixels, always=True
     ),
     Reader(
-        "sampling.candidates",
-        "by recipe text-image, whose captioner ranks them",
-        "recipe",
-        _with_texts,
-        always=True,
+        "sampling.candidates", "by recipe text-image, whose captioner ranks them", "recipe", _with_texts, always=True
     ),
     Reader(
         "segmentation",
@@ -229,12 +206,7 @@ READERS = (
         lambda run: "segment" in task_of(run).commands and _on_pixels(run),
     ),
     _with("segmentation.patience", "segmentation.method", "forward-process"),
-    _with(
-        "segmentation.guidance_scale",
-        "segmentation.method",
-        *("forward-process", "ddib"),
-        note=" (guided by classes)",
-    ),
+    _with("segmentation.guidance_scale", "segmentation.method", "forward-process", "ddib", note=" (guided by classes)"),
     _with("segmentation.seed", "segmentation.method", "partial-noising", note=" (draws noise)"),
 )
 """Every key is in at least one row, and is read where all its rows apply; general rows come first."""
