@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _pair(value: Any) -> Any:
-    """Read one integer as a square (height, width)."""
+    """Expand one integer to a square (height, width)."""
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -22,7 +22,7 @@ Range = Annotated[tuple[Number, Number], AfterValidator(_ascending)]
 """Lowest and highest value."""
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Width = Annotated[int, Field(gt=0, le=16_384)]
-"""Channels or pixels per side; no machine has the memory for a single layer or image above the bound."""
+"""Channels or pixels per side, bounded by the memory that a single layer or image needs."""
 Depth = Annotated[int, Field(gt=0, le=64)]
 BatchSize = Annotated[int, Field(gt=0, le=1_048_576)]
 Timesteps = Annotated[int, Field(gt=0, le=1_000_000)]
@@ -34,6 +34,6 @@ Size = Annotated[tuple[Width, Width], BeforeValidator(_pair)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after reading."""
+    """Base of every section: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

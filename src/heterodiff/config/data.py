@@ -32,10 +32,8 @@ class MicrodopplerSpeeds(Section):
 class MicrodopplerConfig(Section):
     """Simulated radar and targets of the built-in source ``microdoppler``."""
 
-    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
-        200, description="simulated pictures of each class"
-    )
-    seed: Seed = Field(0, description="random seed; picture k of a class depends on seed, class and k alone")
+    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = Field(200, description="number of images per class")
+    seed: Seed = Field(0, description="random seed; image k of a class depends on seed, class and k alone")
     carrier_frequency_hz: Annotated[float, Field(ge=1e8, le=3e11)] = Field(
         10e9, description="carrier frequency of the radar"
     )
@@ -52,7 +50,7 @@ class MicrodopplerConfig(Section):
         (10.0, 25.0), description="mean signal power over noise power, before the transform"
     )
     dynamic_range_db: Annotated[float, Field(ge=1, le=200)] = Field(
-        45.0, description="dynamic range of a picture, below its strongest pixel"
+        45.0, description="dynamic range of an image, below its strongest pixel"
     )
     aspect_deg: Range[Aspect] = Field((0.0, 30.0), description="horizontal angle between heading and line of sight")
     elevation_deg: Range[Elevation] = Field(
@@ -65,9 +63,9 @@ class MicrodopplerConfig(Section):
 class ShapesConfig(Section):
     """Drawings of the built-in source ``shapes``: one or two coloured shapes, with captions."""
 
-    images: Annotated[int, Field(gt=1, le=10_000_000)] = Field(4000, description="number of pictures")
-    seed: Seed = Field(0, description="random seed; picture k depends on seed and k alone")
-    pairs: Share = Field(0.5, description="fraction of the pictures with two shapes")
+    images: Annotated[int, Field(gt=1, le=10_000_000)] = Field(4000, description="number of images")
+    seed: Seed = Field(0, description="random seed; image k depends on seed and k alone")
+    pairs: Share = Field(0.5, description="fraction of images with two shapes")
     unseen: tuple[str, ...] = Field(
         (), description="held-out combinations, such as `purple triangle`, to test generalisation"
     )

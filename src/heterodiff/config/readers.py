@@ -36,7 +36,7 @@ class Reader:
     always: bool = False
 
     def covers(self, key: str) -> bool:
-        """Whether ``key`` is one of the keys, or in one of the sections."""
+        """Return whether ``key`` is one of the keys, or in one of the sections."""
         return any(key == own or key.startswith(f"{own}.") for own in self.keys.split())
 
 

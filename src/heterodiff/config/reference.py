@@ -1,4 +1,4 @@
-"""The keys of a configuration with type, default and meaning, read from the typed sections.
+"""Reference of all keys of a configuration, with type, default and meaning, read from the typed sections.
 
 ``python -m heterodiff.config.reference`` prints the page ``docs/reference.md``.
 """
@@ -15,7 +15,7 @@ from heterodiff.config import RunConfig
 from heterodiff.errors import ConfigError, unknown_name
 
 TOP = "top level"
-"""Stands for the name of the section of keys that belong to none."""
+"""Name of the section of keys outside all sections."""
 INTRODUCTION = """# Configuration reference
 
 Every key of a configuration file. `heterodiff keys` prints the same in the terminal, `heterodiff keys training` one
@@ -26,7 +26,7 @@ type is an error.
 `make docs` writes this page anew, from the types that read a configuration.
 """
 HUGE = 1e18
-"""Bounds from here on are those of the number type, of no use to a reader."""
+"""Larger bounds are those of the number type, and are not shown."""
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
 
@@ -35,9 +35,9 @@ class Key:
     """One key of the configuration.
 
     Attributes:
-        name: with its section, such as ``data.image_size``.
-        type: of its values, bounds included.
-        default: as it is written in YAML.
+        name: name with section, such as ``data.image_size``.
+        type: type of the values, with bounds.
+        default: default value in YAML.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeySection:
-    """A section of the configuration, such as ``data.volumes``, and the keys that lie directly in it."""
+    """A section of the configuration, such as ``data.volumes``, with its own keys."""
 
     name: str
     meaning: str
@@ -105,7 +105,7 @@ def _default(schema: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """The type that a JSON schema describes, in words."""
+    """Describe the type of a JSON schema in words."""
     if "anyOf" in schema:
         return ", or ".join(_type(choice) for choice in schema["anyOf"])
     if "$ref" in schema:

@@ -209,7 +209,7 @@ def contrastive_of(found: dict[str, Tensor]) -> Tensor:
 
     Args:
         found: ``image_embeddings`` (B, D), ``text_embeddings`` (B, K, D), ``logit_scale`` (B,), and ``wording`` (B, K):
-            captions of one number are alike.
+            equal numbers are equal captions.
     """
     images, texts, wording = (found[name] for name in ("image_embeddings", "text_embeddings", "wording"))
     count = len(images)

@@ -99,7 +99,7 @@ class Recipe(ABC):
         raise AssertionError(f"{type(self).__name__} has no adversary")
 
     def judges(self, draws: Any) -> bool:
-        """Whether the adversary takes part in the step of ``draws``."""
+        """Return whether the adversary takes part in the step of ``draws``."""
         return False
 
     def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:  # noqa: B027
@@ -111,7 +111,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def preview(self, seed: int) -> Image:
-        """A picture of what the network can do now."""
+        """A picture of the network's current results."""
 
     @abstractmethod
     def pipeline(self) -> Any:
