@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from heterodiff.config import RunConfig
+from heterodiff.config import RunConfig, Section
 from heterodiff.errors import ConfigError, unknown_name
 
 TOP = "top level"
@@ -55,9 +54,20 @@ class KeySection:
     keys: tuple[Key, ...]
 
 
-def list_sections() -> list[KeySection]:
-    """Return all sections in the order of the configuration, each before those inside it."""
-    return list(_sections("", RunConfig))
+def list_sections(section: type[Section] = RunConfig, prefix: str = "") -> list[KeySection]:
+    """Return ``section`` and all sections inside it, in the order of the configuration."""
+    schema = section.model_json_schema()["properties"]
+    inner = {name: field.default for name, field in section.model_fields.items() if isinstance(field.default, Section)}
+    keys = tuple(
+        Key(prefix + name, _type(schema[name]), _default(schema[name]), field.description or "")
+        for name, field in section.model_fields.items()
+        if name not in inner
+    )
+    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
+    found = [KeySection(prefix.removesuffix(".") or TOP, meaning, keys)]
+    for name, default in inner.items():
+        found += list_sections(type(default), f"{prefix}{name}.")
+    return found
 
 
 def find_keys(name: str | None) -> list[KeySection]:
@@ -79,24 +89,6 @@ def find_keys(name: str | None) -> list[KeySection]:
         keys_too = [key.name for section in sections for key in section.keys] if "." in name else []
         raise ConfigError(unknown_name("section or key", name, known + keys_too))
     return found
-
-
-def _sections(prefix: str, section: type[BaseModel]) -> Iterator[KeySection]:
-    schema = section.model_json_schema()["properties"]
-    inner = {name: kind for name, field in section.model_fields.items() if (kind := _section_of(field.annotation))}
-    keys = tuple(
-        Key(prefix + name, _type(schema[name]), _default(schema[name]), field.description or "")
-        for name, field in section.model_fields.items()
-        if name not in inner
-    )
-    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
-    yield KeySection(prefix.removesuffix(".") or TOP, meaning, keys)
-    for name, kind in inner.items():
-        yield from _sections(f"{prefix}{name}.", kind)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _default(schema: dict[str, Any]) -> str:

@@ -123,29 +123,29 @@ class AlignmentRecipe(Recipe):
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
         """Losses, PSNR in dB of the image from its map, and recall at 5 among the held-out images, both ways."""
         found: dict[str, list[Tensor]] = {}
-        embeddings: dict[str, list[Tensor]] = {"image_embeddings": [], "text_embeddings": []}
-        every_row: list[Tensor] = []
-        for inputs, labels in batches:
+        for number, (inputs, labels) in enumerate(batches):
             rows = self.captions.rows(labels, count=1)
             tokens = self.captions.tokens(rows[:, 0], inputs.device)
-            generator = torch.Generator(inputs.device).manual_seed(seed + len(every_row))
+            generator = torch.Generator(inputs.device).manual_seed(seed + number)
             draws = self.draw(0, len(inputs), generator, inputs.device)
             draws = replace(draws, noise=torch.zeros_like(draws.noise))
             output = self.model(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
             losses = self.losses_of(output, inputs, self.captions.wording[rows].to(inputs.device))
             quality = psnr((inputs + 1) / 2, ((output["from_map"] + 1) / 2).clamp(0, 1))
-            for name, value in {"loss": losses.each, **losses.parts, "psnr": quality}.items():
-                found.setdefault(f"val_{name}", []).append(value)
-            for name, kept in embeddings.items():
-                kept.append(output[name])
-            every_row.append(rows)
+            embedded = {
+                "images": output["image_embeddings"],
+                "texts": output["text_embeddings"][:, 0],
+                "rows": rows[:, 0],
+            }
+            for name, value in {"loss": losses.each, **losses.parts, "psnr": quality, **embedded}.items():
+                found.setdefault(name, []).append(value)
         if not found:
             return {}
-        images, texts = torch.cat(embeddings["image_embeddings"]), torch.cat(embeddings["text_embeddings"])[:, 0]
-        captions = [self.captions.texts[row] for row in torch.cat(every_row)[:, 0].tolist()]
+        images, texts, rows = (torch.cat(found.pop(name)) for name in ("images", "texts", "rows"))
+        captions = [self.captions.texts[row] for row in rows.tolist()]
         retrieved = recall(images, texts, torch.arange(len(images)), captions, ks=(5,))
-        measured = {name: float(torch.cat(values).mean()) for name, values in found.items()}
-        return measured | {f"val_{name}": value for name, value in retrieved.items()}
+        measured = {name: float(torch.cat(values).mean()) for name, values in found.items()} | retrieved
+        return {f"val_{name}": value for name, value in measured.items()}
 
     def pipeline(self) -> TextImagePipeline:
         return make_pipeline(self.config, self.spec, self.networks)

@@ -113,7 +113,12 @@ class VAERecipe(Recipe):
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: VAEDraws) -> Losses:
         reconstruction, mean, logvar = network(inputs, draws.noise)
         reconstruction = reconstruction.float()
-        each, parts = self._reconstruction_losses(inputs, reconstruction)
+        each = (reconstruction - inputs).abs().flatten(1).mean(dim=1)
+        parts = {"l1": each.detach()}
+        if weight := self.config.vae.structural_weight:
+            structural = structural_losses(inputs, reconstruction)
+            parts["structural"] = structural.detach()
+            each = each + weight * structural
         kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(dim=1)
         parts["kl"] = kl.detach()
         total = each + self.config.vae.kl_weight * kl
@@ -129,15 +134,6 @@ class VAERecipe(Recipe):
         parts["adversarial"] = losses.detach()
         scale = adaptive_weight(each.mean(), losses.mean(), self.model.vae.decoder.conv_out.weight)
         return self.config.vae.adversarial_weight * scale * losses
-
-    def _reconstruction_losses(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        each = (reconstruction - images).abs().flatten(1).mean(dim=1)
-        parts = {"l1": each.detach()}
-        if weight := self.config.vae.structural_weight:
-            structural = structural_losses(images, reconstruction)
-            parts["structural"] = structural.detach()
-            each = each + weight * structural
-        return each, parts
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         real, fake = network(torch.cat([inputs, outputs])).chunk(2)
