@@ -36,8 +36,8 @@ WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
 class TextImageRecipe(DiffusionRecipe):
     """Training of a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    That run's networks are frozen but for the prior over maps (:meth:`fit_prior`). The maps are stored latents; in each
-    step, the condition is the embedding of one caption of each image.
+    That run's networks are frozen but for the prior over maps, which is trained before the first step. The maps are
+    stored latents; in each step, the condition is the embedding of one caption of each image.
 
     Args:
         config: the run.
@@ -76,24 +76,15 @@ class TextImageRecipe(DiffusionRecipe):
         encoder = self.networks.text_encoder
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
-    def fit_prior(self, data: LoadedData, quiet: bool = True) -> float:
-        """Train the prior over maps and features given embeddings; return its error, see :func:`prior.fit_prior`.
-
-        Args:
-            data: what the run trains on, images or their stored latents.
-            quiet: show no progress.
-        """
-        known = known_embeddings(self.networks, self.captions, data, self.codec)
-        with progress_tasks(quiet) as task:
-            return fit_prior(self.codec, *known, progress=task("training the prior", STEPS))
-
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
     ) -> tuple[LoadedData, list[str]]:
         """Encode the images, and train the prior, which resumed runs have in their checkpoint."""
         data, notes = super().before_training(config, data, hosts, begins, quiet)
         if begins:
-            error = self.fit_prior(data, quiet or hosts.rank > 0)
+            known = known_embeddings(self.networks, self.captions, data, self.codec)
+            with progress_tasks(quiet or hosts.rank > 0) as task:
+                error = fit_prior(self.codec, *known, progress=task("training the prior", STEPS))
             notes = [*notes, f"prior over maps: {error:.2f} of the mean map's squared error on held-out images"]
         return data, notes
 
