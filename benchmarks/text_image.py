@@ -46,9 +46,9 @@ def default_pipeline() -> TextImagePipeline:
     codec = ImageCodec(feature_channels=FEATURE_CHANNELS).eval()
     encoder = TextEncoder(len(tokenizer), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).eval()
     captioner = Captioner(len(tokenizer)).eval()
-    guess_channels = 256 + FEATURE_CHANNELS
+    prior_channels = 256 + FEATURE_CHANNELS
     unet = create_model(
-        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=guess_channels
+        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=prior_channels
     ).eval()
     pipeline = TextImagePipeline(
         codec, encoder, tokenizer, captioner, unet, training_scheduler(DiffusionConfig(), False)

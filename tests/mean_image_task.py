@@ -25,7 +25,7 @@ from heterodiff.report.metrics import Metric, MetricTable, Value
 from heterodiff.tasks import Task
 from heterodiff.training.preflight.memory_costs import Cost, MemoryTerms
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Losses
+from heterodiff.training.recipes.base import Draws, Losses, Recipe
 
 WEIGHTS = "mean/model.safetensors"
 
@@ -41,24 +41,13 @@ class MeanImage(nn.Module):
         return self.image.expand_as(images)
 
 
-class Nothing:
-    """The random numbers of a step: none."""
-
-    def rows(self, part: slice) -> "Nothing":
-        return self
-
-
-class MeanImageRecipe:
-    adversary = codec = None
+class MeanImageRecipe(Recipe):
     warnings = ("the mean of images is not an image",)
     summary = "one image"
 
     def __init__(self, config: RunConfig, data: LoadedData):
         spec = data.spec
         self.model = MeanImage((spec.channels, spec.height, spec.width))
-
-    def to(self, device: torch.device) -> None:
-        pass
 
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
@@ -68,39 +57,25 @@ class MeanImageRecipe:
     def prepare(self, images: Tensor) -> Tensor:
         return images
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Nothing:
-        return Nothing()
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+        return Draws()  # no random numbers
 
-    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Nothing) -> Losses:
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
         return Losses((network(inputs) - inputs).square().mean(dim=(1, 2, 3)))
 
-    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise AssertionError("no adversary")
-
-    def judges(self, draws: Nothing) -> bool:
-        return False
-
-    def observe(self, draws: Nothing, losses: Tensor, left_out: Tensor) -> None:
-        pass
-
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
-        return {
-            "val_loss": float(torch.cat([self.losses(self.model, x, y, Nothing()).each for x, y in batches]).mean())
-        }
+        return {"val_loss": float(torch.cat([self.losses(self.model, x, y, Draws()).each for x, y in batches]).mean())}
 
     def preview(self, seed: int) -> Image:
         return image_grid(self.model.image.detach()[None].clamp(0, 1).cpu())
+
+    def pipeline(self) -> "MeanImagePipeline":
+        return MeanImagePipeline(self.model.image)
 
     def save(self, folder: Path) -> None:
         (folder / WEIGHTS).parent.mkdir(parents=True)
         save_file({"image": self.model.image.detach().cpu().contiguous()}, folder / WEIGHTS)
         (folder / "model_index.json").write_text(json.dumps({"_class_name": MeanImagePipeline.__name__}))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 class MeanImagePipeline:

@@ -23,8 +23,8 @@ from heterodiff.config import CodecConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.training.recipes.alignment_networks import build_image_codec
 from heterodiff.training.recipes.base import store_scale
-from heterodiff.training.recipes.text_networks import build_image_codec
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights
 from tests.text_runs import text_config

@@ -99,7 +99,7 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
 
 
 def test_the_networks_are_those_of_the_alignment(shapes_run: Path) -> None:
-    """But for the guess of maps, which the denoiser is trained beside."""
+    """But for the prior over maps, which the denoiser is trained beside."""
     changed = set()
     for name in ("image_codec", "text_encoder", "captioner"):
         before, after = (

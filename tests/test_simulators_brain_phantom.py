@@ -192,7 +192,7 @@ def test_patients_are_kept_by_name() -> None:
         part(config.model_copy(update={"test_patients": ("nobody",)}), "test")
     with pytest.raises(DataError, match=r"all of the images of .* would be kept for testing"):
         load_data(config.model_copy(update={"test_patients": tuple(known)}))
-    with pytest.raises(ValueError, match="by name or as a share; leave one out"):
+    with pytest.raises(ValueError, match="both choose the test set; leave one out"):
         DataConfig(source="brain-phantom", test_patients=("p",), test_fraction=0.1)
 
 

@@ -35,8 +35,8 @@ class FiLMUNet(Backbone):
         latent_channels: channels of the latents.
         latent_size: intended height and width (or one number), also ``config.sample_size``; other sizes run too.
         condition_dim: width of the condition vector, for example a text embedding; None for none.
-        guess_channels: channels of the prior that follows the latents in the input. Together they are
-            ``config.in_channels``.
+        guess_channels: channels of the prior that follows the latents in the input, such as a text's prior over the
+            map. Together they are ``config.in_channels``. Saved configurations have this name.
         out_channels: twice latent_channels with a learned variance; default: latent_channels.
         model_channels: channels of the first convolution; the embedding has four times as many.
         channel_mult: level i has model_channels * channel_mult[i] channels.
