@@ -25,7 +25,7 @@ from heterodiff.metrics.captions import caption_likeness, unigram_f1
 from heterodiff.metrics.intervals import proportion
 from heterodiff.metrics.retrieval import recall
 from heterodiff.metrics.scenes import caption_truth, draw_asked, following, sharpness
-from heterodiff.metrics.shapes_classifier import TEST_SEED, TRAIN_SEED, ShapesReader, blur, draw_renders
+from heterodiff.metrics.shapes_classifier import TEST_SEED, TRAIN_SEED, ShapesClassifier, blur, draw_renders
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.report import captions as report_captions
@@ -47,13 +47,13 @@ RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 
 
 @pytest.fixture(scope="module")
-def reader() -> ShapesReader:
+def reader() -> ShapesClassifier:
     torch.set_num_threads(1)
-    return ShapesReader(*SIZE).fit(steps=240, renders=5000)
+    return ShapesClassifier(*SIZE).fit(steps=240, renders=5000)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, reader: ShapesReader) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, reader: ShapesClassifier) -> Path:
     """A run of recipe text-image on 32x32 shapes, its alignment inside; both with the reader that is trained here."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("text") / "run"
@@ -171,7 +171,7 @@ def test_recall_of_images_of_one_caption_is_perfect() -> None:
 # ---- the reader -----------------------------------------------------------------------------------------------------
 
 
-def test_reader_reads_fresh_renders_sharp_blurred_and_noisy(reader: ShapesReader) -> None:
+def test_reader_reads_fresh_renders_sharp_blurred_and_noisy(reader: ShapesClassifier) -> None:
     assert reader.accuracy(300) > 0.9  # 0.998 when trained for as long as an evaluation trains it
     scenes, images = draw_renders((77,), 300, SIZE, pairs=0.5)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -189,18 +189,18 @@ def test_reader_is_trained_and_tested_on_other_scenes_than_each_other() -> None:
     assert {thing for scene in draw_renders(TRAIN_SEED, 500, (16, 16))[0] for thing in scene.things} == set(ALL_THINGS)
 
 
-def test_reader_weights_come_back_for_this_size_only(reader: ShapesReader, tmp_path: Path) -> None:
+def test_reader_weights_come_back_for_this_size_only(reader: ShapesClassifier, tmp_path: Path) -> None:
     path = tmp_path / "deep" / READER_FILE
-    assert not ShapesReader(*SIZE).load(path)
+    assert not ShapesClassifier(*SIZE).load(path)
     reader.save(path)
     assert [p.name for p in path.parent.iterdir()] == [READER_FILE]
-    again = ShapesReader(*SIZE)
+    again = ShapesClassifier(*SIZE)
     images = draw_renders((3,), 20, SIZE)[1] / 255
     assert again.load(path)
     assert again.read(images) == reader.read(images)
-    assert not ShapesReader(32, 48).load(path)
+    assert not ShapesClassifier(32, 48).load(path)
     path.write_bytes(path.read_bytes()[:-100])
-    assert not ShapesReader(*SIZE).load(path)
+    assert not ShapesClassifier(*SIZE).load(path)
 
 
 def test_reader_takes_large_and_oblong_pictures_and_leaves_the_random_state_alone() -> None:
@@ -208,7 +208,7 @@ def test_reader_takes_large_and_oblong_pictures_and_leaves_the_random_state_alon
     expected = torch.rand(3)
     torch.manual_seed(5)
     for size, inner in (((224, 224), (64, 64)), ((100, 200), (64, 128)), ((16, 24), (16, 24))):
-        reader = ShapesReader(*size).fit(steps=1, renders=64)
+        reader = ShapesClassifier(*size).fit(steps=1, renders=64)
         assert reader.size == inner
         for scene in reader.read(draw_renders((3,), 2, size)[1] / 255):
             assert len(scene.things) == (1 if scene.place in PLACES else 2)
@@ -271,7 +271,7 @@ def test_scenes_asked_for_have_no_unseen_thing_or_always_one() -> None:
     assert asked.scenes != [scene_of(SHAPES, k) for k in range(60)]
 
 
-def test_pictures_are_judged_by_things_and_by_places(reader: ShapesReader) -> None:
+def test_pictures_are_judged_by_things_and_by_places(reader: ShapesClassifier) -> None:
     asked = draw_asked(SHAPES, 100, SIZE, 0)
     real = following(asked, asked.real, reader, 0)
     assert real["sharpness"] == pytest.approx(1)

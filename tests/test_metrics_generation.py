@@ -143,7 +143,7 @@ def test_same_seed_same_numbers_and_no_trace_in_the_random_state(parts):
 
 def test_readers_never_see_held_out_or_generated_images(parts, monkeypatch):
     seen = []
-    for kind in (classifiers.SvmReader, classifiers.ConvReader):
+    for kind in (classifiers.SvmClassifier, classifiers.ConvClassifier):
 
         def fit(self, images, labels, original=kind.fit):
             seen.append(images)

@@ -25,7 +25,7 @@ from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_da
 from heterodiff.evaluation.vae import spread
 from heterodiff.metrics.captions import caption_likeness
 from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, following, scenes_of
-from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesReader
+from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesClassifier
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_to_image import TextImagePipeline, text_notes
@@ -166,9 +166,9 @@ def _of_shapes(
     measuring: _Measuring, config: DataConfig, size: tuple[int, int], number: int, path: Path, notes: list[str]
 ) -> dict[str, Any]:
     """Judge pictures of scenes with an independent classifier, and captions of combinations that were never seen."""
-    shapes, reader = config.shapes, ShapesReader(*size)
+    shapes, reader = config.shapes, ShapesClassifier(*size)
     if not reader.load(path):
-        reader = ShapesReader(*size).fit(progress=measuring.task("training the classifier", STEPS))
+        reader = ShapesClassifier(*size).fit(progress=measuring.task("training the classifier", STEPS))
         reader.save(path)
     accuracy = reader.accuracy()
     if accuracy < GOOD_READER:
@@ -188,7 +188,7 @@ def _of_shapes(
     return found
 
 
-def _followed(measuring: _Measuring, asked: Asked, reader: ShapesReader, what: str) -> dict[str, Any]:
+def _followed(measuring: _Measuring, asked: Asked, reader: ShapesClassifier, what: str) -> dict[str, Any]:
     pictures = {**measuring.pictures(asked.prompts, what), "real": asked.real}
     found = {name: following(asked, images, reader, measuring.seed) for name, images in pictures.items()}
     return {"n": len(asked.prompts), **found}

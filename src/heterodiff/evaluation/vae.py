@@ -12,7 +12,7 @@ from heterodiff.devices import Device
 from heterodiff.errors import DataError
 from heterodiff.evaluation.held_out import held_out_images, images_of
 from heterodiff.evaluation.runs import Evaluation, Request, run_data
-from heterodiff.metrics.classifiers import ConvReader, SvmReader
+from heterodiff.metrics.classifiers import ConvClassifier, SvmClassifier
 from heterodiff.metrics.reconstruction import psnr, ssim
 from heterodiff.pipelines.load import load_reconstruction
 from heterodiff.pipelines.reconstruct import comparison_picture
@@ -84,9 +84,9 @@ def reading(
     known = labels >= 0
     if len(train[1][train[1] >= 0].unique()) < 2 or not bool(known.any()):
         return {}
-    readers: dict[str, Sequence[SvmReader | ConvReader]] = {
-        "svm": [SvmReader(seed).fit(*train)],
-        "cnn": [ConvReader(seed + k).fit(*train) for k in range(CNN_SEEDS)],
+    readers: dict[str, Sequence[SvmClassifier | ConvClassifier]] = {
+        "svm": [SvmClassifier(seed).fit(*train)],
+        "cnn": [ConvClassifier(seed + k).fit(*train) for k in range(CNN_SEEDS)],
     }
     sets = {"original": originals[known], "reconstruction": reconstructed[known]}
     found: dict[str, Any] = {"n": int(known.sum())}

@@ -14,8 +14,8 @@ from heterodiff.metrics.classifiers import (
     CONV_MAX_SIDE,
     MAX_TRAIN_IMAGES,
     Classifier,
-    ConvReader,
-    SvmReader,
+    ConvClassifier,
+    SvmClassifier,
     conv_steps,
     shrink,
 )
@@ -40,7 +40,7 @@ def augmentation_study(
 ) -> dict[str, Any]:
     """Train a classifier on real, on generated and on both kinds of images; compare its accuracy on real ones.
 
-    The three conditions share the architecture (:class:`heterodiff.metrics.classifiers.ConvReader`), the batch
+    The three conditions share the architecture (:class:`heterodiff.metrics.classifiers.ConvClassifier`), the batch
     size, the number of optimiser steps and the seeds; the training images alone differ. With "generated only" this
     is the classification accuracy score of Ravuri and Vinyals 2019, also called train on synthetic, test on real.
 
@@ -73,7 +73,7 @@ def augmentation_study(
           per true class and a column per predicted class.
         - ``ratio``: interval of the accuracy on generated only over that on real only; None if the latter is 0.
         - ``difference``: interval of the accuracy on both minus that on real only.
-        - ``svm``: a second opinion by :class:`heterodiff.metrics.classifiers.SvmReader` with the first seed:
+        - ``svm``: a second opinion by :class:`heterodiff.metrics.classifiers.SvmClassifier` with the first seed:
           ``accuracy`` (interval by condition), ``ratio``, ``difference``.
         - ``verdict``: effect of adding generated images: "better" or "worse" (the interval of the difference lies
           above or below 0), "not worse" (it holds 0 and ends above -0.05), else "cannot tell", as from fewer than 30
@@ -108,7 +108,7 @@ def augmentation_study(
                 progress(next(done))
         return found
 
-    predicted = predictions(lambda seed: ConvReader(seed, batch_size), seeds)
+    predicted = predictions(lambda seed: ConvClassifier(seed, batch_size), seeds)
     truth = held_out[1].numpy()
     outcome = _outcome(predicted == truth)
     accuracies = outcome.pop("accuracy")
@@ -131,7 +131,7 @@ def augmentation_study(
             for key, found in zip(CONDITIONS, predicted, strict=True)
         },
         **outcome,
-        "svm": _outcome(predictions(SvmReader, seeds[:1]) == truth),
+        "svm": _outcome(predictions(SvmClassifier, seeds[:1]) == truth),
         "verdict": verdict_of(outcome["difference"], accuracies["real"], chance, len(truth)),
     }
     if len(seeds) == 1:

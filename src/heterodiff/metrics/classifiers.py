@@ -36,7 +36,7 @@ def shrink(images: Tensor, max_side: int) -> Tensor:
 
 
 def conv_steps(batch_size: int, pixels: int) -> int:
-    """Return the number of optimiser steps :class:`ConvReader` takes on images of ``pixels`` pixels a channel."""
+    """Return the number of optimiser steps :class:`ConvClassifier` takes on images of ``pixels`` pixels a channel."""
     return min(CONV_MAX_STEPS, max(CONV_MIN_STEPS, CONV_PIXEL_BUDGET // (batch_size * pixels)))
 
 
@@ -117,7 +117,7 @@ class Classifier:
         return (shrink(images.detach().cpu(), self.max_side) - self.mean) / self.std
 
 
-class SvmReader(Classifier):
+class SvmClassifier(Classifier):
     """Support vector machine with an RBF kernel on pixels (scikit-learn's ``SVC``).
 
     Images are averaged down to at most 32x32 and each channel is standardised; vectors of more than 128
@@ -126,7 +126,7 @@ class SvmReader(Classifier):
 
     max_side = SVM_MAX_SIDE
 
-    def fit(self, images: Tensor, labels: Tensor) -> "SvmReader":
+    def fit(self, images: Tensor, labels: Tensor) -> "SvmClassifier":
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
@@ -185,7 +185,7 @@ class _ConvNet(nn.Module):
         return self.head(self.features(images))
 
 
-class ConvReader(Classifier):
+class ConvClassifier(Classifier):
     """Small convolutional network, trained from scratch on the default device; its features compare distributions.
 
     Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the data, the seed
@@ -210,7 +210,7 @@ class ConvReader(Classifier):
         self.device = default_device()
         self.trained = False
 
-    def fit(self, images: Tensor, labels: Tensor) -> "ConvReader":
+    def fit(self, images: Tensor, labels: Tensor) -> "ConvClassifier":
         self.classes = labels[labels >= 0].unique().cpu()
         self.trained = len(self.classes) >= 2
         # Callers may sit in no_grad or inference_mode; only this classifier trains here. `default_generator`

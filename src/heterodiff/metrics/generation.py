@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.errors import DataError
-from heterodiff.metrics.classifiers import ConvReader, SvmReader
+from heterodiff.metrics.classifiers import ConvClassifier, SvmClassifier
 from heterodiff.metrics.distances import KID_SUBSETS, frechet_distance, kernel_distance, mean_pairwise_rmse
 from heterodiff.metrics.intervals import wilson_share
 from heterodiff.metrics.memorising import NOISY_RATIO, memorising, nearest_picture
@@ -81,7 +81,7 @@ def evaluate_generation(
     refuse_other_shape("training images", images["train"], "generated", images["generated"])
     refuse_other_shape("held-out images", images["val"], "generated", images["generated"])
 
-    reader = ConvReader(seed).fit(*sets["train"])
+    reader = ConvClassifier(seed).fit(*sets["train"])
     skipped: dict[str, str] = {}
     result: dict[str, Any] = {
         "sizes": {**{kind: len(part) for kind, part in images.items()}, "image": list(images["generated"].shape[1:])},
@@ -142,7 +142,7 @@ def _proportion(hits: Tensor) -> dict[str, Any]:
 
 
 def _fidelity(
-    reader: ConvReader,
+    reader: ConvClassifier,
     generated: Labelled,
     train: Labelled,
     val: Labelled,
@@ -162,7 +162,7 @@ def _fidelity(
         kind: (images[labels >= 0], labels[labels >= 0])
         for kind, (images, labels) in (("generated", generated), ("real", val))
     }
-    for name, classifier in (("svm", SvmReader(seed).fit(*train)), ("cnn", reader)):
+    for name, classifier in (("svm", SvmClassifier(seed).fit(*train)), ("cnn", reader)):
         found = {kind: classifier.predict(images) == labels for kind, (images, labels) in labelled.items()}
         hits |= {f"{name}_{kind}": values for kind, values in found.items()}
         fidelity[name] = {kind: _proportion(values) for kind, values in found.items()}
@@ -191,7 +191,7 @@ def _equal_sets(first: Tensor, second: Tensor, generator: torch.Generator) -> tu
 
 
 def _distribution(
-    reader: ConvReader, generated: Labelled, train: Labelled, val: Labelled, seed: int, skipped: dict[str, str]
+    reader: ConvClassifier, generated: Labelled, train: Labelled, val: Labelled, seed: int, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """Fréchet distance and KID of generated and of held-out images to the same training images."""
     generator = torch.Generator().manual_seed(seed)

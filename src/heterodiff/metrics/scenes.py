@@ -8,7 +8,7 @@ from torch import Tensor
 
 from heterodiff.config import ShapesConfig
 from heterodiff.metrics.intervals import proportion, seed_words
-from heterodiff.metrics.shapes_classifier import ShapesReader, draw_renders
+from heterodiff.metrics.shapes_classifier import ShapesClassifier, draw_renders
 from heterodiff.simulators.shapes import scene_of
 from heterodiff.simulators.shapes.scenes import Scene, matches, unseen_things
 from heterodiff.simulators.shapes.words import complete_caption, read_caption
@@ -57,7 +57,7 @@ def _same_things(scene: Scene, seen: Scene) -> bool:
     return matches(Scene(scene.things, None), seen)
 
 
-def following(asked: Asked, pictures: Tensor, reader: ShapesReader, seed: int) -> dict[str, Any]:
+def following(asked: Asked, pictures: Tensor, reader: ShapesClassifier, seed: int) -> dict[str, Any]:
     """Measure how well pictures (N, 3, H, W) follow their prompts.
 
     Returns:

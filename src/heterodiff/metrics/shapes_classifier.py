@@ -120,7 +120,7 @@ class _Network(nn.Module):
         ]
 
 
-class ShapesReader:
+class ShapesClassifier:
     """Small convolutional network, trained from scratch on renders of scenes that no run has drawn.
 
     It is trained on all combinations of colour and shape, also those that a run leaves out, and on slightly blurred and
@@ -143,7 +143,7 @@ class ShapesReader:
 
     def fit(
         self, steps: int = STEPS, renders: int = TRAIN_RENDERS, progress: Callable[[int], None] = lambda done: None
-    ) -> "ShapesReader":
+    ) -> "ShapesClassifier":
         """Train on ``renders`` pictures; about a minute at 64x64 on a CPU core.
 
         Args:
