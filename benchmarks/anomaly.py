@@ -23,17 +23,18 @@ import numpy as np
 
 from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.config import SegmentationConfig
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.sources import load_test
-from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies, segmentation_summary
-from heterodiff.evaluation.class_images import image_config, run_data
+from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies
+from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.memory import keep_freed_memory
 from heterodiff.metrics.segmentation import overlap, patient_interval
 from heterodiff.pipelines.anomaly_masks import calibrate
 from heterodiff.pipelines.load import load_generation
 from heterodiff.pipelines.segment import Segmenter
+from heterodiff.report.writing import summary_lines
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.preflight.trial import trial
 
@@ -54,7 +55,7 @@ def _found(run: Path, overrides: list[str], name: str, picture: str | None = Non
     for line in calibrate_run(run):
         print(line)
     found = evaluate_anomalies(run)
-    for line in segmentation_summary(found.metrics):
+    for line in summary_lines(found.metrics):
         print(line, flush=True)
     if picture:
         shutil.copy(found.picture, ROOT / "docs" / "images" / f"{picture}.png")
@@ -72,7 +73,7 @@ def others(runs: Path, data: Path) -> dict[str, Any]:
     config = load_config(runs / "phantom" / "config.yaml").data
     drawn = config.brain_phantom.model_copy(update={"seed": OTHER_SEED, "patients": OTHER_PATIENTS})
     found = evaluate_anomalies(runs / "phantom", config.model_copy(update={"brain_phantom": drawn}))
-    for line in segmentation_summary(found.metrics):
+    for line in summary_lines(found.metrics):
         print(line, flush=True)
     return found.metrics
 

@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.measure import write_results
 from benchmarks.runs import to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.config.file import load_config
-from heterodiff.evaluation.class_images import images_of, run_data
+from heterodiff.config.shipped import shipped_configs
+from heterodiff.evaluation.held_out import images_of
+from heterodiff.evaluation.runs import run_data
 from heterodiff.metrics.generation import evaluate_generation
 from heterodiff.pipelines.image_files import all_classes, draw_classes
 from heterodiff.pipelines.load import load_generation

@@ -107,7 +107,7 @@ def count_sampling(run: Path, sampler: str) -> dict[str, float]:
 def main() -> int:
     register()
     from heterodiff.config.file import load_config, parse_config
-    from heterodiff.diffusion import list_samplers
+    from heterodiff.diffusion.samplers import list_samplers
 
     training: dict[str, dict[str, int]] = {}
     sampling: dict[str, dict[str, float]] = {}

@@ -7,18 +7,20 @@ which holds other recordings, and writes benchmarks/results/radar_gestures.json 
 """
 
 import argparse
+import itertools
 import os
 import shutil
 from pathlib import Path
 
 from benchmarks.measure import write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.config.file import load_config
-from heterodiff.evaluation.augmentation_run import study_run
-from heterodiff.evaluation.augmentation_summary import summary_lines as study_lines
-from heterodiff.evaluation.class_images import evaluate_run, summary_lines
-from heterodiff.evaluation.vae import evaluate_vae, vae_summary
+from heterodiff.config.shipped import shipped_configs
+from heterodiff.evaluation.augmentation import augmentation_summary, evaluate_augmentation
+from heterodiff.evaluation.class_images import evaluate_run
+from heterodiff.evaluation.vae import evaluate_vae
+from heterodiff.report.writing import summary_lines
+from heterodiff.run_folder import RunFolder
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "radar_gestures" / "png"
 SEEDS = range(3)
@@ -38,13 +40,13 @@ def main() -> None:
 
     reconstruction = evaluate_vae(vae, data_path=unseen)
     generation = evaluate_run(run, PER_CLASS, data_path=unseen)
-    study = study_run(run, unseen, seeds=SEEDS)
-    for line in (*vae_summary(reconstruction.metrics), *summary_lines(generation.metrics), *study_lines(study.study)):
-        print(line)
+    study = evaluate_augmentation(run, unseen, seeds=SEEDS)
+    lines = (*map(summary_lines, (reconstruction.metrics, generation.metrics)), augmentation_summary(study))
+    print(*itertools.chain(*lines), sep="\n")
     for picture, name in (
         (reconstruction.picture, "radar_reconstructions"),
         (generation.picture, "radar_samples"),
-        (study.picture, "radar_augmentation"),
+        (RunFolder(run).augmentation_picture, "radar_augmentation"),
     ):
         shutil.copy(picture, ROOT / "docs" / "images" / f"{name}.png")
     content = {
@@ -53,7 +55,7 @@ def main() -> None:
         "fidelity": generation.metrics["fidelity"],
         "frechet_distance": generation.metrics["frechet_distance"],
         "nearest": generation.metrics["nearest"]["verdict"],
-        "study": {k: v for k, v in study.study.items() if k != "held_out"},
+        "study": {k: v for k, v in study.items() if k != "held_out"},
     }
     print(f"wrote {write_results('radar_gestures', content)}")
 

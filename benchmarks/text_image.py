@@ -19,15 +19,16 @@ import torch
 
 from benchmarks.measure import MATRIX_GFLOP, interleaved, machine, matrix_product, ratio, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
-from heterodiff.cli import shipped_configs
 from heterodiff.codecs.cnn import FEATURE_CHANNELS, ImageCodec
 from heterodiff.config import DiffusionConfig, TextConfig
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.diffusion.schedule import training_scheduler
-from heterodiff.evaluation.captions import evaluate_text_image, text_image_summary
+from heterodiff.evaluation.captions import evaluate_text_image
 from heterodiff.memory import keep_freed_memory
 from heterodiff.models.variants import create_model
 from heterodiff.pipelines.text_to_image import TextImagePipeline
+from heterodiff.report.writing import summary_lines
 from heterodiff.text.captioner import Captioner
 from heterodiff.text.encoder import TextEncoder
 from heterodiff.text.tokenizer import tokenizer_fingerprint, train_tokenizer
@@ -45,9 +46,9 @@ def default_pipeline() -> TextImagePipeline:
     codec = ImageCodec(feature_channels=FEATURE_CHANNELS).eval()
     encoder = TextEncoder(len(tokenizer), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).eval()
     captioner = Captioner(len(tokenizer)).eval()
-    guess_channels = 256 + FEATURE_CHANNELS
+    prior_channels = 256 + FEATURE_CHANNELS
     unet = create_model(
-        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=guess_channels
+        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=prior_channels
     ).eval()
     pipeline = TextImagePipeline(
         codec, encoder, tokenizer, captioner, unet, training_scheduler(DiffusionConfig(), False)
@@ -114,7 +115,7 @@ def measure_run(name: str, runs: Path, data: Path) -> dict[str, Any]:
     to_the_end(config)
     assert config.codec.path is not None
     found = evaluate_text_image(run)
-    for line in text_image_summary(found.metrics):
+    for line in summary_lines(found.metrics):
         print(line)
     for picture in sorted((run / "evaluation").glob("*.png")):
         shutil.copy(picture, ROOT / "docs" / "images" / f"{name}_{picture.name}")

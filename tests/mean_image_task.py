@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.evaluation.class_images import Evaluation, Request, images_of, run_data
+from heterodiff.evaluation.held_out import images_of
+from heterodiff.evaluation.runs import Evaluation, Request, run_data
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import Placing
-from heterodiff.report import page
-from heterodiff.report.writing import RunFiles, write_report
+from heterodiff.report.content import Card, Section, Text
+from heterodiff.report.files import RunFiles
+from heterodiff.report.formatting import number, part_of
+from heterodiff.report.metrics import Metric, MetricTable, Value
 from heterodiff.tasks import Task
 from heterodiff.training.preflight.memory_costs import Cost, MemoryTerms
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Losses
+from heterodiff.training.recipes.base import Draws, Losses, Recipe
 
 WEIGHTS = "mean/model.safetensors"
 
@@ -38,24 +41,13 @@ class MeanImage(nn.Module):
         return self.image.expand_as(images)
 
 
-class Nothing:
-    """The random numbers of a step: none."""
-
-    def rows(self, part: slice) -> "Nothing":
-        return self
-
-
-class MeanImageRecipe:
-    adversary = codec = None
+class MeanImageRecipe(Recipe):
     warnings = ("the mean of images is not an image",)
     summary = "one image"
 
     def __init__(self, config: RunConfig, data: LoadedData):
         spec = data.spec
         self.model = MeanImage((spec.channels, spec.height, spec.width))
-
-    def to(self, device: torch.device) -> None:
-        pass
 
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
@@ -65,39 +57,25 @@ class MeanImageRecipe:
     def prepare(self, images: Tensor) -> Tensor:
         return images
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Nothing:
-        return Nothing()
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+        return Draws()  # no random numbers
 
-    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Nothing) -> Losses:
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
         return Losses((network(inputs) - inputs).square().mean(dim=(1, 2, 3)))
 
-    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise AssertionError("no adversary")
-
-    def judges(self, draws: Nothing) -> bool:
-        return False
-
-    def observe(self, draws: Nothing, losses: Tensor, left_out: Tensor) -> None:
-        pass
-
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
-        return {
-            "val_loss": float(torch.cat([self.losses(self.model, x, y, Nothing()).each for x, y in batches]).mean())
-        }
+        return {"val_loss": float(torch.cat([self.losses(self.model, x, y, Draws()).each for x, y in batches]).mean())}
 
     def preview(self, seed: int) -> Image:
         return image_grid(self.model.image.detach()[None].clamp(0, 1).cpu())
+
+    def pipeline(self) -> "MeanImagePipeline":
+        return MeanImagePipeline(self.model.image)
 
     def save(self, folder: Path) -> None:
         (folder / WEIGHTS).parent.mkdir(parents=True)
         save_file({"image": self.model.image.detach().cpu().contiguous()}, folder / WEIGHTS)
         (folder / "model_index.json").write_text(json.dumps({"_class_name": MeanImagePipeline.__name__}))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 class MeanImagePipeline:
@@ -117,29 +95,35 @@ def doubts(config: RunConfig, data: LoadedData) -> list[str]:
     return ["one label would do"] if data.spec.class_names else []
 
 
-def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
+def evaluate(run: Path, request: Request) -> Evaluation:
     image = load_file(run / WEIGHTS)["image"]
     images, _ = images_of(run_data(run).val)
     metrics = {"mean_image": {"n": len(images), "error": float((images - image).abs().mean())}}
     (run / "evaluation.json").write_text(json.dumps(metrics))
     image_grid(image[None].clamp(0, 1)).save(run / "samples.png")
-    return Evaluation(metrics, run / "samples.png", write_report(run)), [
-        f"error    {metrics['mean_image']['error']:.4f}"
-    ]
+    return Evaluation(metrics, run / "samples.png")
 
 
-def cards(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
-    found = evaluation.get("mean_image")
-    return [("Error of the mean image", f"{found['error']:.4f}", f"{found['n']} images")] if found else []
+def metrics(evaluation: dict[str, Any]) -> list[MetricTable]:
+    found = part_of(evaluation, "mean_image")
+    error = Value(number(found.get("error"), "{:.4f}"), n=found.get("n"))
+    return [MetricTable("Metric", ("Held out",), [Metric("Error of the mean image", [error], tag="error")])]
 
 
-def report(files: RunFiles) -> list[str]:
-    found = files.evaluation.get("mean_image")
-    return [page.section("The mean image", page.paragraph(f"off by {found['error']:.4f}" if found else ""))]
+def cards(evaluation: dict[str, Any]) -> list[Card]:
+    found = "mean_image" in evaluation
+    return [row.card("held-out images") for table in metrics(evaluation) for row in table.rows if found]
+
+
+def report(files: RunFiles) -> list[Section]:
+    if "mean_image" not in files.evaluation:
+        return []
+    tables = [table.table() for table in metrics(files.evaluation)]
+    return [Section("The mean image", [Text("It is no image."), *tables])]
 
 
 def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
-    print(*evaluate(out, Request(seed=seed))[1], sep="\n")
+    print(evaluate(out, Request(seed=seed)).metrics)
     return [f"shown    {shlex.quote(str(out))}"]
 
 
@@ -162,6 +146,7 @@ TASK = Task(
     evaluate="tests.mean_image_task:evaluate",
     doubts=("tests.mean_image_task:doubts",),
     next_steps=("look at {run}/samples.png",),
+    metrics="tests.mean_image_task:metrics",
     cards="tests.mean_image_task:cards",
     report="tests.mean_image_task:report",
     reproduce=("look at {run}",),

@@ -55,8 +55,8 @@ def test_pictures_of_each_prompt_with_a_grid_and_a_list(
     assert call("text2image", shapes_run, *prompts, "-n", "3", *STEPS, "--out", out) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert captured.out.startswith("drawn    6 pictures in ")
-    assert f"pictures 6 in {out}\ngrid     {out / 'grid.png'}\n" in captured.out
+    assert captured.out.startswith("drawn    6 images in ")
+    assert f"images   6 in {out}\ngrid     {out / 'grid.png'}\n" in captured.out
     names = [f"{k:04d}_{name}.png" for k, name in enumerate(["a_red_circle"] * 3 + ["a_blue_square_in_the_centre"] * 3)]
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png", "prompts.jsonl", "settings.json"])
     assert [row["file_name"] for row in prompts_of(out)] == names
@@ -134,7 +134,7 @@ def test_prompts_that_are_no_good_file_names(
         read.extend(texts)
         return encode_texts(tokenizer, texts, max_tokens)
 
-    monkeypatch.setattr("heterodiff.pipelines.text_to_image.encode_texts", encode)
+    monkeypatch.setattr("heterodiff.pipelines.embeddings.encode_texts", encode)
     prompt = {
         "words": "a red circle " * 8000,
         "one word": "x" * 100_000,

@@ -23,8 +23,8 @@ from heterodiff.config import CodecConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, HeterodiffError
+from heterodiff.training.recipes.alignment_networks import build_image_codec
 from heterodiff.training.recipes.base import store_scale
-from heterodiff.training.recipes.text_networks import build_image_codec
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights
 from tests.text_runs import text_config
@@ -332,8 +332,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         "NaN",
     ),
-    "a BERT": (write_bert, {}, "take a network of RGB pictures, such as a ResNet"),
-    "a map of another size": (lambda folder: None, {"alignment__block_out_channels": [8, 16]}, "as many levels as"),
+    "a BERT": (write_bert, {}, "take a network for RGB images, such as a ResNet"),
+    "a map of another size": (
+        lambda folder: None,
+        {"alignment__block_out_channels": [8, 16]},
+        "one level for each halving",
+    ),
 }
 
 
@@ -359,7 +363,7 @@ def test_other_pictures_than_those_of_three_channels(resnet: Path, tmp_path: Pat
     grey.encoder.load_state_dict(colours.encoder.state_dict())
     images = pictures(2, 1, 32, 32)
     torch.testing.assert_close(grey.encode(images), colours.encode(images.repeat(1, 3, 1, 1)))
-    with pytest.raises(ConfigError, match="take a network of RGB pictures"):
+    with pytest.raises(ConfigError, match="take a network for RGB images"):
         build_image_codec(config, ImageSpec(32, 32, 2, (), (0.0, 255.0), "uint8"))
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import heterodiff as hd
-from heterodiff.compat.guided_diffusion import NETWORKS, HAEUNetModelV2, UNetModel
+from heterodiff.compat.guided_diffusion import EarlierNetwork, HAEUNetModelV2, UNetModel
 from heterodiff.errors import ConfigError
 
+NETWORKS = EarlierNetwork.__subclasses__()
 ARGUMENTS = {
     "image_size": 16,
     "in_channels": 1,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from heterodiff.cli import shipped_configs
 from heterodiff.config import RunConfig
 from heterodiff.config.file import dump_config, load_config, parse_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.errors import ConfigError
 
 SHIPPED = sorted(shipped_configs().glob("*.yaml"))

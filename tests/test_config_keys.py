@@ -158,13 +158,13 @@ def test_a_key_is_taken_by_who_reads_it_and_refused_elsewhere(key: str) -> None:
         ),
         (
             {"model.variant": "unet", "model.sparsity": 0.5},
-            "model.sparsity=0.5 is read only by the hybrid blocks of model.variant hae, hae-lite, hae-v2, "
-            "hae-v2-conservative, not with model.variant=unet; leave it out, or change that",
+            "model.sparsity=0.5 is read only with model.variant=hae, hae-lite, hae-v2 or hae-v2-conservative (hybrid "
+            "blocks), not with model.variant=unet; leave it out, or change that",
         ),
         (
             {**TEXTS, "model.attention_resolutions": [2], "model.resblock_updown": True},
-            "model.attention_resolutions=[2], model.resblock_updown=true are read only by model.variant unet, hae, "
-            "hae-lite, hae-v2, hae-v2-conservative, not with model.variant=film-unet; leave them out, or change that",
+            "model.attention_resolutions=[2], model.resblock_updown=true are read only with model.variant=unet, hae, "
+            "hae-lite, hae-v2 or hae-v2-conservative, not with model.variant=film-unet; leave them out, or change that",
         ),
     ],
 )

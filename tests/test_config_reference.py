@@ -88,6 +88,10 @@ def test_sections_and_keys_are_found_by_name() -> None:
     for wrong, near in (("trainning", "'training'"), ("training.step", "'training.steps'")):
         with pytest.raises(ConfigError, match=f"did you mean {near}"):
             find_keys(wrong)
+    with pytest.raises(ConfigError, match="'guidance_scale' or 'guidance_interval'") as error:
+        find_keys("guidance")
+    assert max(map(len, str(error.value).splitlines())) <= 120
+    assert "segmentation" in str(error.value)
 
 
 def test_command_prints_a_section(capsys: pytest.CaptureFixture) -> None:

@@ -14,7 +14,7 @@ from heterodiff.data.assemble import LoadedData, with_captions
 from heterodiff.data.captions import clean_caption, open_captions
 from heterodiff.data.check import check_data
 from heterodiff.data.dataset import ImageSpec, MemoryStore
-from heterodiff.data.sources import image_captions, list_sources, load_data
+from heterodiff.data.sources import image_captions, list_sources, load_data, open_source
 from heterodiff.errors import DataError
 from heterodiff.latents.reading import LatentDataset
 
@@ -215,7 +215,7 @@ def test_very_long_captions_stay_whole(tmp_path, kind):
 
 def test_nothing_to_open(tmp_path):
     with pytest.raises(DataError, match=r"'captions' needs data.path"):
-        open_captions(DataConfig(source="captions"))
+        open_source(DataConfig(source="captions"))
     with pytest.raises(DataError, match="absent: no such folder; expected a folder of images and their captions"):
         open_captions(settings(tmp_path / "absent"))
     picture(tmp_path / "a.png")
@@ -342,7 +342,7 @@ def test_wrong_lines_of_tables(tmp_path, name, content, message):
         ([{"id": 2}], [], r"images\[1\]: expected an object with id and file_name"),
         ([{"id": [2], "file_name": "b.png"}], [], r"images\[1\]: expected an object with id"),
         ([7], [], r"images\[1\]: expected an object with id and file_name, found 7"),
-        ([{"id": 1, "file_name": "b.png"}], [], r"images\[1\]: id 1 is that of another image, too"),
+        ([{"id": 1, "file_name": "b.png"}], [], r"images\[1\]: id 1 is also that of another image"),
         ([], [{"image_id": 9, "caption": "x"}], r"annotations\[1\]: image_id 9 is not among the images"),
         ([], [{"image_id": {}, "caption": "x"}], r"annotations\[1\]: image_id {} is not among"),
         ([], [{"image_id": 1, "bbox": []}], r"annotations\[1\]: expected an object with image_id and caption"),

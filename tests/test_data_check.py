@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from heterodiff.config import DataConfig
-from heterodiff.data import inspection as survey
+from heterodiff.data import inspection
 from heterodiff.data.check import DataFinding, check_data
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError
@@ -134,6 +134,6 @@ def test_huge_png_needs_no_memory(tmp_path):
 
 
 def test_progress_bar_for_many_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(survey, "PROGRESS_FROM", 5)
+    monkeypatch.setattr(inspection, "PROGRESS_FROM", 5)
     load_data(DataConfig(path=make_folder(tmp_path)))
     assert capsys.readouterr().out == ""

@@ -91,7 +91,7 @@ def test_loose_images_have_no_label_and_empty_folders_are_no_class(tmp_path):
     assert data.spec.class_names == ("a", "b")
     assert data.train.labels[data.train.names.index("loose.png")] == -1
     assert any("1 images lie beside" in warning for warning in data.warnings)
-    assert any("no classes: empty" in warning for warning in data.warnings)
+    assert any("not classes: empty" in warning for warning in data.warnings)
 
 
 def test_class_with_a_single_image_is_a_warning(tmp_path):
@@ -179,7 +179,7 @@ def test_lazy_is_the_same_as_in_memory(tmp_path, size, limit):
 def test_file_lost_after_loading_is_named(tmp_path):
     data = load_data(DataConfig(path=make_folder(tmp_path), memory_limit_gb=0))
     (tmp_path / data.train.names[2]).unlink()
-    with pytest.raises(DataError, match=f"{data.train.names[2]} was readable before.*restore"):
+    with pytest.raises(DataError, match=f"{data.train.names[2]} can no longer be read.*restore"):
         data.train[2]
     Image.fromarray(noise(3, 3)).save(tmp_path / data.train.names[2])
     with pytest.raises(DataError, match=f"{data.train.names[2]} has changed"):
@@ -238,7 +238,7 @@ def test_mixed_colour_modes_convert_when_channels_are_given(tmp_path):
 
 def test_channels_given_and_not_found(tmp_path):
     np.save(tmp_path / "x.npy", noise(2, 6, 9))
-    with pytest.raises(DataError, match=r"x.npy: 2 channels, data.channels says 5"):
+    with pytest.raises(DataError, match=r"x.npy: 2 channels, data.channels is 5"):
         load_data(DataConfig(path=tmp_path, channels=5))
 
 

@@ -119,7 +119,7 @@ def test_labels_of_other_types_are_refused(tmp_path, label):
         ("jsonl", b"\n", "no rows"),
         ("jsonl", b'{"file_name": "a.npy", "label": "x"}\n{"file_name"', "metadata.jsonl line 2: not readable as JSON"),
         ("jsonl", b"[" * 100_000, "line 1: not readable as JSON"),
-        ("jsonl", b"[1]", "line 1: no file_name and no label"),
+        ("jsonl", b"[1]", r"line 1: expected an object with file_name and label, found \[1\]"),
         ("jsonl", b'{"file_name": "a.npy"}', "line 1: no label"),
     ],
 )

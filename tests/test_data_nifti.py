@@ -70,7 +70,7 @@ def test_layouts_tell_t1_from_t1ce(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no \.nii.*expected a folder for each patient with \*_flair\.nii\[\.gz\] \(flair\)"
+        DataError, match=r"no \.nii.*expected one folder per patient with \*_flair\.nii\[\.gz\] \(flair\)"
     ):
         find_patients(tmp_path, TWO)
 
@@ -106,7 +106,7 @@ def test_scans_of_a_patient_belong_together(tmp_path: Path) -> None:
     scan(tmp_path / "R001" / "sub-r001s001", "sub-r001s001", "ses-1")
     scan(tmp_path / "R001" / "sub-r001s001", "sub-r001s001", "ses-2")
     scan(tmp_path / "R002" / "sub-r002s001", "sub-r002s001", "ses-1")
-    found = find_patients(tmp_path, LAYOUTS["atlas"], needs_mask=True)
+    found = find_patients(tmp_path, LAYOUTS["atlas"])
     assert [one.name for one in found] == ["sub-r001s001/ses-1", "sub-r001s001/ses-2", "sub-r002s001/ses-1"]
     assert [one.patient for one in found] == ["sub-r001s001", "sub-r001s001", "sub-r002s001"]
 
@@ -134,11 +134,13 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert [one.name for one in find_patients(tmp_path / "data", TWO)] == ["a", "b"]
 
 
-def test_masks_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
-    patient(tmp_path, mask=False)
+def test_a_mask_may_be_missing_but_not_there_twice(tmp_path: Path) -> None:
+    folder = patient(tmp_path, mask=False)
     assert find_patients(tmp_path, TWO)[0].mask is None
-    with pytest.raises(DataError, match=r"expected one mask \*_seg\.nii\[\.gz\], found none"):
-        find_patients(tmp_path, TWO, needs_mask=True)
+    for kind in ("a_seg", "b_seg"):
+        write(folder / f"{kind}.nii.gz", voxels())
+    with pytest.raises(DataError, match=r"expected one mask \*_seg\.nii\[\.gz\], found a_seg\.nii\.gz, b_seg\.nii\.gz"):
+        find_patients(tmp_path, TWO)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_a_real_patient(real_data: Path) -> None:
     ending = "_N4_noneck_reduced_winsor_regtoFLAIR"
     modalities = {"flair": f"FLAIR{ending}_brain_N4_regtoMNI", "t1": f"T1{ending}_brain_N4_regtoMNI"}
     layout = Layout(modalities, f"GOLD_STANDARD{ending}_regtoMNI")
-    (files,) = find_patients(real_data / "ms_lesion_nifti", layout, needs_mask=True)
+    (files,) = find_patients(real_data / "ms_lesion_nifti", layout)
     found = read_patient(files)
     assert found.image.shape == (2, 182, 218, 182)
     assert found.mask is not None

@@ -95,7 +95,7 @@ def test_known_images_are_not_read_before_they_are_used(tmp_path):
     again = load_data(config, split=split, spec=spec)
     assert again.train.names == data.train.names
     assert again.val.names == data.val.names
-    with pytest.raises(DataError, match="was readable before and is not now"):
+    with pytest.raises(DataError, match="can no longer be read"):
         again.train.batch([0])
     for changes in ({"memory_limit_gb": 4.0}, {"image_size": (3, 3)}):  # to be held in memory; of another size
         with pytest.raises(DataError, match="none of 10 images can be used"):

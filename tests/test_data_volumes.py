@@ -14,7 +14,7 @@ from heterodiff.config import DataConfig
 from heterodiff.config.file import parse_config
 from heterodiff.data.decoding.nifti import Patient
 from heterodiff.data.findings import BadImage
-from heterodiff.data.sources import load_data, load_test
+from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.data.sources.slices import (
     from_pictures,
     resize_slices,
@@ -264,7 +264,7 @@ def test_some_masks_alone_are_an_error(tmp_path: Path) -> None:
 def test_no_folder(tmp_path: Path, path: str | None, message: str) -> None:
     config = DataConfig(source="volumes", path=None if path is None else tmp_path / path)
     with pytest.raises(DataError, match=message):
-        open_volumes(config)
+        open_source(config)
 
 
 def test_no_modality_is_a_wrong_setting() -> None:

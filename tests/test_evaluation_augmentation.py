@@ -12,15 +12,19 @@ from PIL import Image
 from scipy import stats
 
 from heterodiff.errors import ConfigError, DataError, RunError
-from heterodiff.evaluation import augmentation_picture as picture_module
-from heterodiff.evaluation.augmentation import augmentation_study
-from heterodiff.evaluation.augmentation_picture import augmentation_picture
-from heterodiff.evaluation.augmentation_run import study_run
-from heterodiff.evaluation.augmentation_sets import generated_counts
-from heterodiff.evaluation.augmentation_summary import summary_lines, verdict_of
-from heterodiff.evaluation.class_images import evaluate_run, held_out_images, images_of, run_data
+from heterodiff.evaluation import augmentation
+from heterodiff.evaluation.augmentation import (
+    augmentation_picture,
+    augmentation_summary,
+    evaluate_augmentation,
+    outcome_text,
+)
+from heterodiff.evaluation.class_images import evaluate_run
+from heterodiff.evaluation.held_out import held_out_images, images_of
+from heterodiff.evaluation.runs import run_data
 from heterodiff.metrics import classifiers
-from heterodiff.metrics.bootstrap import crossed_bootstrap, percentile_interval
+from heterodiff.metrics.augmentation import augmentation_study, generated_counts, verdict_of
+from heterodiff.metrics.intervals import crossed_bootstrap, percentile_interval
 from heterodiff.report.writing import write_report
 from heterodiff.training.start import train as train_run
 from tests.test_cli import call
@@ -77,7 +81,7 @@ def test_copies_of_real_images_are_worth_as_much(copies):
     assert copies["ratio"]["value"] == pytest.approx(1, abs=0.03)
     assert copies["ratio"]["low"] <= 1 <= copies["ratio"]["high"]
     assert copies["verdict"] == "not worse"
-    assert "not worse" in copies["summary"]
+    assert "not worse" in outcome_text(copies)
     assert copies["notes"] == []
     assert [copies["conditions"][key]["n_train"] for key in CONDITIONS] == [90, 90, 180]
     assert (copies["steps"], copies["batch_size"], copies["chance"]) == (60, 64, 0.4)
@@ -98,7 +102,7 @@ def test_many_wrong_labels_harm():
     found = study((images, (labels + 1) % 3), seeds=(0,), per_class=60)
     assert found["difference"]["high"] < 0
     assert found["verdict"] == "worse"
-    assert "worse" in found["summary"]
+    assert "worse" in outcome_text(found)
 
 
 def test_noise_teaches_nothing():
@@ -122,7 +126,7 @@ def test_a_classifier_at_chance_decides_nothing():
     random = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(1)), TRAIN[1]
     found = study(random, train=random)
     assert found["verdict"] == "cannot tell"
-    assert "commonest class" in found["summary"]
+    assert "most frequent class" in outcome_text(found)
 
 
 def test_numbers_fit_together(copies):
@@ -158,9 +162,9 @@ def test_same_seeds_same_numbers_and_no_trace_in_the_callers_random_state():
 
 def test_a_seed_named_twice_counts_once():
     calls = []
-    found = study(BRIEF, BRIEF, seeds=(1, 1), progress=lambda done, total: calls.append((done, total)))
+    found = study(BRIEF, BRIEF, seeds=(1, 1), progress=calls.append)
     assert found["seeds"] == [1]
-    assert calls == [(k, 6) for k in range(1, 7)]  # three networks, three support vector machines
+    assert calls == list(range(1, 7))  # three networks, three support vector machines
 
 
 def slow_bootstrap(hits, resamples, seed):
@@ -269,7 +273,7 @@ def test_what_is_left_out_is_said():
     assert found["n_held_out"] == 38
     assert found["conditions"]["real"]["per_class"][3] == {"name": "3", "n": 0, "value": None, "low": 0.0, "high": 1.0}
     json.dumps(found, allow_nan=False)
-    assert len(list(summary_lines(found))) == 5 + len(found["notes"])
+    assert len(augmentation_summary(found)) == 5 + len(found["notes"])
 
 
 @pytest.mark.parametrize(
@@ -317,8 +321,8 @@ def test_picture_is_a_png_that_grows_with_the_classes(copies):
 
 
 def test_names_in_the_picture_are_short():
-    assert picture_module._short("a\nb  c") == "a b c"
-    assert len(picture_module._short("x" * 99)) == picture_module.MAX_NAME_LENGTH
+    assert augmentation._short("a\nb  c") == "a b c"
+    assert len(augmentation._short("x" * 99)) == augmentation.MAX_NAME_LENGTH
 
 
 def write_images(folder: Path, counts, seed) -> Path:
@@ -359,22 +363,23 @@ def other_runs(folders, tmp_path_factory):
 
 
 def test_study_of_a_run_leaves_numbers_picture_and_report(run):
-    done = study_run(run, seeds=(0,))
-    assert json.loads(done.numbers.read_text()) == done.study
+    found = evaluate_augmentation(run, seeds=(0,))
+    assert json.loads((run / "augmentation.json").read_text()) == found
     data = run_data(run)
     real = np.bincount(data.train.labels).tolist()
-    assert sum(real) == done.study["conditions"]["real"]["n_train"] == done.study["conditions"]["generated"]["n_train"]
-    assert done.study["held_out"]["part"] == "validation split"
-    assert done.study["held_out"]["n"] == done.study["n_held_out"] == len(data.val)
-    assert done.study["sampling"]["num_inference_steps"] == 2
-    read_png(done.picture.read_bytes())
-    _, report = read_report(done.report)  # well-formed, nothing unescaped
+    assert sum(real) == found["conditions"]["real"]["n_train"] == found["conditions"]["generated"]["n_train"]
+    assert found["held_out"]["part"] == "validation split"
+    assert found["held_out"]["n"] == found["n_held_out"] == len(data.val)
+    assert found["sampling"]["num_inference_steps"] == 2
+    read_png((run / "augmentation.png").read_bytes())
+    page = write_report(run)
+    _, report = read_report(page)  # well-formed, nothing unescaped
     assert "Generated images as training data" in report
-    assert done.study["summary"].split(".")[0] in report
+    assert found["summary"].split(".")[0] in report
     for name in data.spec.class_names:
         assert escape(name) in report
     assert "<b>down" not in report
-    assert done.report.read_text().count("data:image/png") >= 1
+    assert page.read_text().count("data:image/png") >= 1
 
 
 @pytest.mark.parametrize(
@@ -396,7 +401,7 @@ def test_command_line_reads_unseen_images(run, folders, capsys):
     lines = [line.split()[0] for line in captured.out.splitlines()]
     assert lines[:5] == ["real", "generated", "both", "ratio", "difference"]
     assert lines[-3:] == ["numbers", "picture", "report"]
-    assert "of 40 held-out real images" in captured.out
+    assert "on 40 held-out real images" in captured.out
     assert "drawing images: 18 of 18" in captured.err  # no terminal here
     assert call(*arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -439,7 +444,7 @@ def test_training_images_given_as_held_out_are_noticed(run, folders):
 
 
 def test_a_large_set_is_sampled_from_all_classes(monkeypatch, run):
-    monkeypatch.setattr("heterodiff.evaluation.class_images.MAX_REAL_IMAGES", 9)
+    monkeypatch.setattr("heterodiff.evaluation.held_out.MAX_REAL_IMAGES", 9)
     images, labels = images_of(run_data(run).train)
     assert len(images) == 9
     assert set(labels.tolist()) == {0, 1, 2}
@@ -485,8 +490,8 @@ def test_unusable_held_out_folders_are_one_clear_message(how, expected, run, tmp
 
 def test_unusable_runs_are_refused(other_runs, tmp_path):
     with pytest.raises(ConfigError, match="without classes"):
-        study_run(other_runs["no classes"])
+        evaluate_augmentation(other_runs["no classes"])
     with pytest.raises(DataError, match=r"--data.*val_fraction"):
-        study_run(other_runs["no split"])
+        evaluate_augmentation(other_runs["no split"])
     with pytest.raises(RunError, match="no such run folder"):
-        study_run(tmp_path / "nowhere")
+        evaluate_augmentation(tmp_path / "nowhere")

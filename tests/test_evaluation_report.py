@@ -16,7 +16,7 @@ from heterodiff.config.file import dump_config
 from heterodiff.errors import RunError
 from heterodiff.pictures import image_grid
 from heterodiff.report.curves import _draw_loss, curves_svg, running_mean, series
-from heterodiff.report.writing import write_report
+from heterodiff.report.writing import summary_lines, write_report
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "img", "br"}
@@ -147,13 +147,31 @@ def test_full_report_is_well_formed_self_contained_and_escaped(run_dir):
     for expected in ("90.0 %", "95.0 %", "3.25", "1.12", "1,200", "1 min 34 s", "1.23 M", "variant: hae-v2"):
         assert expected in text
     assert "&lt;script&gt;" in text
-    assert "heterodiff train &#x27;" in text
+    assert "heterodiff train &lt;script&gt;alert(&#39;x" in text
     assert "Mode collapse" in text
     steps = re.findall(r"<figcaption>step ([\d,]+)</figcaption>", text)
     assert len(steps) == 6
     assert steps[0] == "0"
     assert steps[-1] == "1,000"
     assert not list(run_dir.glob(".*"))
+
+
+def test_terminal_and_report_show_the_same_rows(run_dir):
+    lines = summary_lines(EVALUATION | {"held_out": {"notes": ["too few"]}})
+    shares = ("90.0 % [45.0–100.0 %] of 50", "95.0 % [47.5–100.0 %] of 40"), ("80.0 % [40.0", "96.0 % [48.0")
+    for line, name, (generated, real) in zip(lines, ("SVM", "CNN"), shares, strict=False):
+        assert line.startswith(f"{name:8} class accuracy: generated {generated}")
+        assert f" images, real {real}" in line
+    assert lines[2:] == [
+        "Fréchet  distance: generated 3.25, real 1.12 (40 images each, trained convolution features)",
+        "copies   distance to training images: generated 0.200, real 0.210 (copies: none)",
+        "note     too few",
+        f"skipped  other: {EVIL}",
+    ]
+    _, text = read(write_report(run_dir))
+    for line in lines[:4]:
+        for number in re.findall(r"\d+\.\d+", line):
+            assert number in text
 
 
 def test_a_model_that_draws_noise_is_not_praised(tmp_path):
@@ -169,7 +187,7 @@ def test_a_model_that_draws_noise_is_not_praised(tmp_path):
     for expected in ("9.38e+12", "± 2.32e+12", "−0.00012", "12,346", "0.0123"):
         assert expected in text
     assert "far more varied than real: noise?" in text
-    assert "unlike the data: says nothing yet" in text
+    assert "unlike the data: not meaningful yet" in text
     assert 'class="notice good"' not in text
 
 
@@ -224,7 +242,7 @@ def leaves(content, path=()):
             yield from leaves(value, (*path, key))
 
 
-@pytest.mark.parametrize("value", [None, EVIL, -1, math.nan, 1e400, [], {}, [[]], True])
+@pytest.mark.parametrize("value", [None, EVIL, -1, math.nan, 1e400, [], {}, [[]], True, "removed"])
 def test_any_value_anywhere_in_the_json_files(tmp_path, value):
     for name, content in (("evaluation.json", EVALUATION), ("run.json", RUN)):
         for path in leaves(content):
@@ -233,8 +251,11 @@ def test_any_value_anywhere_in_the_json_files(tmp_path, value):
             for key in path[:-1]:
                 place = place[key]
             place[path[-1]] = value
+            if value == "removed":
+                del place[path[-1]]
             (tmp_path / name).write_text(json.dumps(changed))
             read(write_report(tmp_path))
+            assert all(isinstance(line, str) for line in summary_lines(changed))
         (tmp_path / name).unlink()
 
 

@@ -20,12 +20,12 @@ from heterodiff.evaluation.anomalies import (
     calibrate_run,
     evaluate_anomalies,
     finds_anomalies,
-    segmentation_summary,
 )
 from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.anomaly_masks import Calibration, drop_small, half_peak_mask, peak_score
 from heterodiff.pipelines.load import load_generation
 from heterodiff.pipelines.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
+from heterodiff.report.writing import summary_lines, write_report
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.start import train
 
@@ -80,14 +80,14 @@ def test_a_calibrated_run_is_evaluated_on_its_test_images(run: Path) -> None:
     assert json.loads((run / "evaluation.json").read_text()) == found.metrics
     with Image.open(found.picture) as picture:
         assert picture.width > 300
-    report = found.report.read_text("utf-8")
+    report = write_report(run).read_text("utf-8")
     dice = found.metrics["unhealthy"]["dice"]
     for words in ("Anomalies found in test images", f"{100 * dice['mean']:.1f} %", "segment", "data:image/png"):
         assert words in report
     for row in found.metrics["patients"]:
         assert f"<td>{row['patient']}</td>" in report
-    text = "\n".join(segmentation_summary(found.metrics))
-    for word in ("Dice", "AUROC", "best threshold", "12 of the network an image"):
+    text = "\n".join(summary_lines(found.metrics))
+    for word in ("Dice", "AUROC", "best threshold", "network calls an image: 12"):
         assert word in text
 
 
@@ -224,7 +224,7 @@ def test_limits_hold_for_the_settings_they_were_learned_with(run: Path) -> None:
     ("key", "value", "message"),
     [
         ("segmentation__depth", 2000, r"segmentation\.depth=2000: the run was trained on 1000 timesteps"),
-        ("segmentation__channels", [0, 4], r"segmentation\.channels: 4 is none of the run's 4 channels, 0\.\.3"),
+        ("segmentation__channels", [0, 4], r"segmentation\.channels: 4 is not one of the run's 4 channels, 0\.\.3"),
         ("segmentation__healthy", "well", r"segmentation\.healthy='well': the run's classes are healthy, unhealthy"),
     ],
 )
@@ -294,7 +294,7 @@ def test_other_patients_with_masks_are_measured_in_place_of_the_runs(
     note = "note     28 of these 40 images are training images too: they are not held out"
     known = evaluate_anomalies(run, config.data).metrics
     trained_on = json.loads((run / "run.json").read_text())["images"]["train"]
-    assert note.replace("28", str(trained_on)) in segmentation_summary(known)
+    assert note.replace("28", str(trained_on)) in summary_lines(known)
 
 
 def test_test_images_stay_those_of_the_training(run: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import heterodiff as hd
 from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.models.backbone import Denoiser
+from heterodiff.models.backbone import Backbone
 from heterodiff.models.comparison import model_table
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import NETWORKS, VARIANTS, create_model
@@ -26,7 +26,7 @@ WORDS: dict[str, tuple[int | tuple[int, int], dict[str, Any]]] = {
 }
 
 
-def described(network: Denoiser) -> tuple[dict[str, Any], dict[str, Any]]:
+def described(network: Backbone) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments, and shapes of all weights, of a network."""
     config = network.config
     size = config["sample_size"]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import heterodiff as hd
-from heterodiff.cli import shipped_configs
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import ResBlock, timestep_embedding
 from heterodiff.models.film_unet import FiLMUNet
@@ -96,17 +96,17 @@ def test_every_block_is_scaled_and_shifted_by_time_and_text():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_guess_beside_the_latents_is_seen_place_by_place(size):
+def test_a_prior_beside_the_latents_is_seen_place_by_place(size):
     """What it says at one place changes the prediction around there first, and the output has the latents' channels."""
     model, (x, condition) = make(guess_channels=3), inputs(size)
     assert model.config.in_channels == 9
-    guess = torch.zeros(3, 3, *size, dtype=x.dtype)
+    prior = torch.zeros(3, 3, *size, dtype=x.dtype)
     seen = []
     model.input_blocks[0].register_forward_hook(lambda stage, given, out: seen.append(out))
     with torch.no_grad():
-        plain = model(torch.cat([x, guess], dim=1), TIMES, condition=condition).sample
-        guess[:, 1, 0, 0] = 1
-        told = model(torch.cat([x, guess], dim=1), TIMES, condition=condition).sample
+        plain = model(torch.cat([x, prior], dim=1), TIMES, condition=condition).sample
+        prior[:, 1, 0, 0] = 1
+        told = model(torch.cat([x, prior], dim=1), TIMES, condition=condition).sample
     assert plain.shape == x.shape
     assert largest(told - plain) > 1e-6
     expected = F.pad(model.input_blocks[0][0].weight[:, 7], (size[1], size[1], size[0], size[0]))
@@ -350,5 +350,5 @@ def test_wrong_inputs():
 
 
 def test_film_unet_has_no_patches():
-    with pytest.raises(ConfigError, match=r"model\.patch_size=2 is read only by model\.variant unet, hae, "):
+    with pytest.raises(ConfigError, match=r"model\.patch_size=2 is read only with model\.variant=unet, hae, "):
         load_config(shipped_configs() / "shapes_small.yaml", ["model.patch_size=2"])

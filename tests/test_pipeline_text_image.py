@@ -25,7 +25,7 @@ from heterodiff.pictures import save_image
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.pipelines.text_files import read_usable
 from heterodiff.pipelines.text_to_image import TextImagePipeline, TextWarning, text_notes
-from heterodiff.text.aligned import load_networks
+from heterodiff.text.aligned import load_aligned_networks
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights
@@ -94,12 +94,12 @@ def test_a_saved_pipeline_draws_and_writes_the_same(pipe: TextImagePipeline, tmp
     assert largest(plain.generate_from_text(PROMPTS, **options).images - expected) < 1e-5
     assert (copy.defaults, copy.spec, copy.resize) == (pipe.defaults, pipe.spec, pipe.resize)
     copy.spec = None
-    with pytest.raises(RunError, match=r"no data\.json, which says how to read images"):
+    with pytest.raises(RunError, match=r"no data\.json, which describes how to read images"):
         copy.generate_from_image([tmp_path / "a.png"])
 
 
 def test_the_networks_are_those_of_the_alignment(shapes_run: Path) -> None:
-    """But for the guess of maps, which the denoiser is trained beside."""
+    """But for the prior over maps, which the denoiser is trained beside."""
     changed = set()
     for name in ("image_codec", "text_encoder", "captioner"):
         before, after = (
@@ -543,8 +543,8 @@ def test_folders_that_hold_no_run(tmp_path: Path, shapes_run: Path) -> None:
     with pytest.raises(RunError, match="no such run folder"):
         hd.load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no finished run of recipe alignment"):
-        load_networks(tmp_path)
+        load_aligned_networks(tmp_path)
     (tmp_path / "image_codec").mkdir()
     with pytest.raises(CheckpointError, match="incomplete, text_encoder, tokenizer, captioner missing"):
-        load_networks(tmp_path)
-    assert load_networks(shapes_run).captioner.config.vocabulary_size > 100
+        load_aligned_networks(tmp_path)
+    assert load_aligned_networks(shapes_run).captioner.config.vocabulary_size > 100

@@ -211,7 +211,7 @@ def test_a_calibration_of_other_channels_is_refused() -> None:
 
 def test_labels_the_wrong_way_round_are_found() -> None:
     divergence, score, unhealthy = validation()
-    with pytest.raises(DataError, match=r"unhealthy validation images score .* less than healthy .*wrong way round"):
+    with pytest.raises(DataError, match=r"unhealthy validation images score .* less than healthy .*labels are swapped"):
         calibrate(divergence, score, ~unhealthy)
 
 

@@ -80,8 +80,8 @@ def test_a_mask_goes_back_to_where_it_came_from(tmp_path: Path, name: str) -> No
     assert slices.mask is not None
     every = np.ones(len(slices.index), bool)
     found = Segmentation(slices.mask, every, slices.image[:, 0], every.astype(float))
-    volumes = to_volumes(found, slices.index, read.image.shape[1:])
-    save_like(tmp_path / "mask.nii.gz", volumes.mask.astype(np.uint8), load_nifti(files.volumes[0]))
+    mask, _ = to_volumes(found, slices.index, read.image.shape[1:])
+    save_like(tmp_path / "mask.nii.gz", mask.astype(np.uint8), load_nifti(files.volumes[0]))
     written = nibabel.load(tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), true)
     np.testing.assert_array_equal(written.affine, nibabel.load(path).affine)
@@ -285,7 +285,7 @@ def test_folders_are_looked_at_before_calibrating(
         ),
         (
             {"score_limit": float("nan")},
-            r"calibration\.json: saved calibration: expected finite limits.*calibrate again",
+            r"calibration\.json: saved calibration: expected finite thresholds.*calibrate again",
         ),
         ({"largest_divergence": [1.0]}, r"calibration\.json: .*expected 2 channels, found 1; calibrate again"),
     ],

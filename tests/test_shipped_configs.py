@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import heterodiff as hd
-from heterodiff.cli import shipped_configs
 from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config.file import load_config
+from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.decoding.nifti import Layout
 from heterodiff.data.sources.volumes import layout_of
 from heterodiff.training.preflight.trial import dry_run

@@ -25,7 +25,7 @@ from heterodiff.pipelines.load import load_generation
 from heterodiff.tasks import TASKS, task_of, task_of_codec, task_of_pipeline, task_of_recipe
 
 SOURCE = Path(heterodiff.__file__).parent
-NAMES = ("load", "try_out", "build", "memory", "evaluate", "cards", "report", "demo")
+NAMES = ("load", "try_out", "build", "memory", "evaluate", "defaults", "metrics", "cards", "report", "demo")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -68,7 +68,7 @@ def test_the_table_itself_imports_nothing_heavy() -> None:
 
 # ---- who asks which recipe it is -------------------------------------------------------------------------------------
 
-MAY_ASK = ("tasks.py", "training/recipes/", "config/")  # the configuration refuses what does not go together
+MAY_ASK = ("tasks.py", "training/recipes/")
 
 
 def questions(path: Path) -> Iterator[str]:
@@ -167,9 +167,9 @@ def test_a_new_task_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (learned - mean).abs().mean() < 0.1 * mean.abs().mean()
 
     assert "pass  mean       an image (1, 8, 8)" in says("check", run)
-    assert says("evaluate", run).startswith("error    0.")
+    assert says("evaluate", run).startswith("error    error of the mean image: held out 0.")
     written = (run / "report.html").read_text()
-    for part in ("Error of the mean image", "The mean image", "off by 0.", f"look at {run}\n"):
+    for part in ("Error of the mean image", "The mean image", "It is no image.", f"look at {run}\n"):
         assert part in written
     run_demo(file, run, 0)
     assert f"shown    {run}" in capsys.readouterr().out

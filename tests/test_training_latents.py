@@ -303,7 +303,7 @@ def test_latents_left_by_another_run_are_not_taken_for_ones_own(images: Path, va
     (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "first" / "latents", tmp_path / "run" / "latents")
     config = latent_config(tmp_path / "run", vae, **SHORT)  # of the digits
-    with pytest.raises(DataError, match=rf"{tmp_path}/run/latents: holds latents of something else .*delete this one"):
+    with pytest.raises(DataError, match=rf"{tmp_path}/run/latents: holds other latents .*delete this one"):
         train(config, quiet=True)
 
 
@@ -560,7 +560,8 @@ def test_a_run_goes_on_with_its_own_copy_when_its_vae_is_gone(digits_vae: Path, 
 
 
 def test_held_out_images_are_read_as_those_that_were_encoded(digits_vae: Path, tmp_path: Path) -> None:
-    from heterodiff.evaluation.class_images import held_out_images, run_data
+    from heterodiff.evaluation.held_out import held_out_images
+    from heterodiff.evaluation.runs import run_data
 
     rng = np.random.default_rng(0)
     for k in range(12):

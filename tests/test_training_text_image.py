@@ -39,7 +39,7 @@ from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_ch
 from heterodiff.training.loop import CHECKPOINTS, Trainer
 from heterodiff.training.preflight.memory_plan import advice, training_memory_bytes
 from heterodiff.training.preflight.trial import dry_run
-from heterodiff.training.recipes import alignment
+from heterodiff.training.recipes import alignment_networks
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.start import _doubts, build_recipe, train
@@ -233,8 +233,8 @@ def test_losses_teach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.Monk
         learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert {key.removeprefix("image_codec.").partition(".")[0] for key in learned} == expected, name
     of_captions = []
-    for share in (alignment.CAPTION_SHARE, 1.0):
-        monkeypatch.setattr(alignment, "CAPTION_SHARE", share)
+    for share in (alignment_networks.CAPTION_SHARE, 1.0):
+        monkeypatch.setattr(alignment_networks, "CAPTION_SHARE", share)
         found = model(recipe.prepare(images), tokens.ids, tokens.mask, draws.noise, draws.coin)
         weights = [*model.image_codec.encoder.parameters()]
         of_captions.append(torch.cat([g.flatten() for g in torch.autograd.grad(found["caption"].sum(), weights)]))
@@ -294,7 +294,7 @@ def test_3_another_prompt_is_another_prediction(trained: Trained) -> None:
         embeddings = pipeline.encode_text(["a red circle", "a green square above a blue cross"])
         z = torch.randn(1, 6, 4, 4).expand(2, -1, -1, -1)
         time_ = torch.tensor([500.0, 500.0])
-        expected = pipeline.codec.guess(embeddings)
+        expected = pipeline.codec.prior(embeddings)
         found = predict(trained.denoiser, z, time_, embeddings, expected)
         swapped = predict(trained.denoiser, z, time_, embeddings.flip(0), expected.flip(0))
     torch.testing.assert_close(swapped.flip(0), found, atol=1e-5, rtol=0)
@@ -329,9 +329,9 @@ def test_3_an_embedding_of_zeros_is_no_condition(variant: str, shapes_run: Path)
         z, time_, embeddings = torch.randn(3, 6, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.randn(3, WIDTH)
         beside = z.new_zeros(3, network.config.in_channels - 6, 4, 4)
         without = network(torch.cat([z, beside], dim=1), time_, condition=None).sample
-        zeros, expected = torch.zeros(3, WIDTH), recipe.codec.guess(embeddings)
+        zeros, expected = torch.zeros(3, WIDTH), recipe.codec.prior(embeddings)
         torch.testing.assert_close(
-            predict(network, z, time_, zeros, recipe.codec.guess(zeros)), without, atol=1e-5, rtol=1e-5
+            predict(network, z, time_, zeros, recipe.codec.prior(zeros)), without, atol=1e-5, rtol=1e-5
         )
         found = predict(network, z, time_, embeddings, expected)
         assert float((found - without).abs().amax(dim=(1, 2, 3)).min()) > 1e-3
@@ -646,7 +646,7 @@ def test_another_denoiser_is_trained_with_the_networks_of_an_existing_run(shapes
             assert found.keys() == expected.keys()
             kept = [
                 key for key in expected if part != "image_codec" or not key.startswith("projection.")
-            ]  # but for the guess of maps
+            ]  # but for the prior over maps
             assert all(torch.equal(found[key], expected[key]) for key in kept)
     assert before == {p: p.stat().st_mtime_ns for p in (shapes_run / "alignment").rglob("*")}
 
@@ -689,7 +689,7 @@ def test_texts_are_told_apart_in_the_same_parts_after_a_resume(joint: bool, tmp_
     first, alone = (rows_of(tmp_path / name)[0]["contrastive"] for name in ("run", "parts"))
     assert first > 0.5
     assert alone == 0
-    assert any("nothing to tell it from" in note for note in _doubts(parts, load_data(parts.data)))
+    assert any("nothing to compare it with" in note for note in _doubts(parts, load_data(parts.data)))
     assert advice(text_config(tmp_path / "run", **common), load_data(parts.data).spec, 1e6)[1].count("accumul") == 0
 
 
@@ -773,11 +773,11 @@ def test_a_run_that_has_begun_goes_on_with_its_own_copy(tmp_path: Path) -> None:
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "film-unet of classes": (
         {"recipe": "diffusion", "model": {"variant": "film-unet"}},
-        "film-unet is steered by texts; it is for recipe text-image",
+        "film-unet is conditioned on texts; it is for recipe text-image",
     ),
     "candidates without texts": (
         {"recipe": "diffusion", "sampling": {"candidates": 4}},
-        "sampling.candidates=4 is read only by recipe text-image, whose captioner judges them",
+        "sampling.candidates=4 is read only by recipe text-image, whose captioner ranks them",
     ),
     "cnn of classes": ({"recipe": "diffusion", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
     "cnn for a VAE": ({"recipe": "vae", "codec": {"kind": "cnn"}}, "kind cnn is for recipe text-image"),
@@ -795,7 +795,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "joint alignment": (
         {"recipe": "alignment", "alignment": {"joint": True}},
-        "recipe alignment trains no denoiser, so alignment.joint=true has none to join",
+        "recipe alignment trains no denoiser, which alignment.joint=true needs",
     ),
     "thresholds of latents": (
         {"recipe": "text-image", "sampling": {"dynamic_threshold": 0.9}},
@@ -830,7 +830,7 @@ WRONG_RUNS: dict[str, tuple[dict[str, Any], type[HeterodiffError], str]] = {
     "digits have no captions": (
         {"data__source": "digits", "data__image_size": 16, "data__shapes": {}},
         DataError,
-        "data.source=digits: no captions, which recipe alignment learns from",
+        "data.source=digits: recipe alignment needs captions",
     ),
     "stored latents": (
         {"data__source": "latents", "data__path": "LATENTS", "codec__path": "RUN", "data__image_size": None},

@@ -47,7 +47,7 @@ def _segment(config: "RunConfig") -> int:
     Raises:
         Unexpected: values that are not finite.
     """
-    from heterodiff.evaluation.class_images import run_data
+    from heterodiff.evaluation.runs import run_data
     from heterodiff.pipelines.anomaly_masks import Calibration
     from heterodiff.pipelines.load import load_generation
     from heterodiff.pipelines.segment import Segmenter

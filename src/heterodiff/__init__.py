@@ -1,6 +1,6 @@
 """heterodiff: train and use conditional diffusion models with HAE U-Nets on your own images.
 
-Names are imported when first used, so that ``import heterodiff`` itself costs next to nothing.
+Names are imported on first use, so that ``import heterodiff`` itself is quick.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""torch.compile of networks: where it pays, and in which way.
+"""torch.compile of networks: on which devices, and in which mode.
 
-It costs minutes before the first step, and only a measurement on the device tells what it gains. Until one is committed
-in ``measured.json``, nothing is compiled that nobody asked to.
+Compiling takes minutes before the first step, and only a measurement on the device tells what it gains. Devices without
+one in ``measured.json`` compile on request only.
 """
 
 import json
@@ -20,16 +20,15 @@ Compile = bool | Literal["graphs"]
 
 @cache
 def measured() -> dict[str, dict[str, Any]]:
-    """What ``python -m benchmarks.gpu`` has measured, by the name of the device; empty where nobody has.
+    """Read the measurements of ``python -m benchmarks.gpu``, by the name of the device.
 
-    ``compiling_pays_after_steps``: the length of a training run from which on compiling saves more than it costs, null
-    where it saves nothing.
+    ``compiling_pays_after_steps`` is the number of training steps from which compiling saves time; null for never.
     """
     return json.loads(files("heterodiff").joinpath("measured.json").read_text("utf-8"))
 
 
 def compiles(training: TrainingConfig) -> bool:
-    """Whether a run compiles its network: as the configuration says, or where a measurement says that it pays."""
+    """Decide if a run compiles its network: by the configuration, or by a measurement of the device."""
     if training.compile != "auto":
         return training.compile
     steps = measured().get(device_name(default_device()), {}).get("compiling_pays_after_steps")
@@ -37,19 +36,17 @@ def compiles(training: TrainingConfig) -> bool:
 
 
 def compile_for_drawing(network: Any, way: Compile, device: torch.device) -> None:
-    """Compile ``network`` in place, if ``way`` asks for it.
+    """Compile ``network`` in place, unless ``way`` is False.
 
     Args:
         way: True, or ``graphs`` for CUDA graphs, which replay the kernels of a step without launching them one by one.
 
     Raises:
-        ConfigError: an unknown way, or CUDA graphs elsewhere than on CUDA.
+        ConfigError: another ``way``, or CUDA graphs on another device than CUDA.
     """
     if way not in (True, False, "graphs"):
         raise ConfigError(f"compile={way!r}: expected True, False or 'graphs'")
     if way == "graphs" and device.type != "cuda":
-        raise ConfigError(
-            f"compile='graphs': CUDA graphs need CUDA, found {device.type}; take compile=True, or leave it"
-        )
+        raise ConfigError(f"compile='graphs': CUDA graphs need CUDA, found {device.type}; use compile=True, or omit it")
     if way:
         network.compile(dynamic=False, mode="reduce-overhead" if way == "graphs" else None)

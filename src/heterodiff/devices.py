@@ -1,4 +1,4 @@
-"""Where networks compute: every device is chosen, checked and described here, so that no other module names one."""
+"""Devices: chosen, checked and described here, so that no other module names one."""
 
 import os
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ from heterodiff.errors import ConfigError, reason, unknown_name
 
 Device = str | torch.device
 DType = str | torch.dtype
-# cuBLAS and torch read this once, at the first product on a GPU, which may be long before deterministic training.
+# Read once, at the first product on a GPU, which may be long before deterministic training.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_device() -> torch.device:
-    """Return the accelerator of this machine (cuda, mps, xpu, ...), or the CPU where there is none."""
+    """Return the accelerator of this machine (cuda, mps, xpu, ...), or else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def find_device(device: Device | None = None) -> torch.device:
-    """Return the device called ``device``; None means :func:`default_device`.
+    """Return the device named ``device``; None means :func:`default_device`.
 
     Raises:
-        ConfigError: no such device on this machine; the devices that are there are named.
+        ConfigError: no such device on this machine; the message lists those that exist.
     """
     if device is None:
         return default_device()
@@ -40,17 +40,14 @@ def find_device(device: Device | None = None) -> torch.device:
         raise ConfigError(f"device '{device}': not the name of a device; this machine has {known}") from None
     if found.type == "cpu" or f"{found.type}:{found.index or 0}" in _available():
         return found
-    raise ConfigError(f"device '{device}': not on this machine, which has {known}; leave it out for the best")
+    raise ConfigError(f"device '{device}': not on this machine, which has {known}; omit it for the best one")
 
 
 def process_state() -> Any:
-    """Return accelerate's view of the processes of this run, each with a device of its own.
-
-    Several processes, as torchrun starts them, share the accelerators of a machine by their local rank.
-    """
+    """Return accelerate's state of the processes of this run; each has the accelerator of its local rank."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=default_device().type == "cpu")  # said aloud, else CPU processes do not find each other
+    state = PartialState(cpu=default_device().type == "cpu")  # explicit, else CPU processes do not find each other
     if state.num_processes == 1:
         state.device = default_device()
     return state
@@ -64,12 +61,12 @@ def _available() -> list[str]:
 
 
 def _module(device: torch.device) -> Any:
-    """torch's module for a kind of device: ``torch.cuda``, ``torch.mps``, ..."""
+    """torch's module of a device type: ``torch.cuda``, ``torch.mps``, ..."""
     return getattr(torch, device.type, None)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bfloat16 without emulating it."""
+    """Return True if ``device`` computes in bfloat16 without emulation."""
     if device.type in ("cpu", "mps"):
         return device.type == "cpu"
     supported = getattr(_module(device), "is_bf16_supported", None)
@@ -77,12 +74,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def find_dtype(dtype: DType | None, device: torch.device) -> torch.dtype:
-    """Return the precision called ``dtype``; None means the best for drawing images on ``device``.
-
-    That is bfloat16 on CUDA where it is not emulated, else float32.
+    """Return the precision named ``dtype``; None means bfloat16 on CUDA where it is not emulated, else float32.
 
     Raises:
-        ConfigError: an unknown precision; the known ones are named.
+        ConfigError: an unknown precision; the message lists the known ones.
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
@@ -106,7 +101,7 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:
-    """Return the bytes that are free on ``device``, and what memory that is."""
+    """Return the free bytes on ``device``, and the name of that memory."""
     info = getattr(_module(device), "mem_get_info", None)
     if device.type == "cpu" or info is None:
         return psutil.virtual_memory().available, "memory"
@@ -114,23 +109,20 @@ def free_memory(device: torch.device) -> tuple[int, str]:
 
 
 def can_fuse_optimizer(device: torch.device) -> bool:
-    """Whether torch's optimisers have a fused form on ``device`` that can leave a step out without a wait.
-
-    That of mps takes the flag, but does not look at it.
-    """
+    """Return True if torch's fused optimisers can skip a step on ``device`` without a wait; mps ignores that flag."""
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
     return device.type != "mps" and device.type in _get_fused_kernels_supported_devices()
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether ``device`` has memory of its own, to which copies from pinned host memory run beside other work."""
+    """Return True if copies from pinned host memory to ``device`` are asynchronous."""
     return device.type not in ("cpu", "mps") and _can_pin()
 
 
 @cache
 def _can_pin() -> bool:
-    """Whether the accelerator brings an allocator of pinned memory, which some that come from outside torch lack."""
+    """Return True if the accelerator has an allocator of pinned memory; some outside torch have none."""
     try:
         torch.empty(1).pin_memory()
     except (NotImplementedError, RuntimeError):
@@ -139,8 +131,8 @@ def _can_pin() -> bool:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy ``tensor`` to ``device``, where it can without waiting for what is computed there."""
-    pins = pins_memory(device)  # a copy that is not waited for may read memory that is used anew, unless it is pinned
+    """Copy ``tensor`` to ``device``, if possible without waiting for its computations."""
+    pins = pins_memory(device)  # an asynchronous copy from other memory could read what is written there next
     if pins and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=pins)
@@ -153,10 +145,10 @@ def double_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Let every kernel give the same bits for the same input, at some cost of speed, if ``wanted``.
+    """If ``wanted``, use deterministic kernels, which are slower.
 
     Raises:
-        ConfigError: one of them cannot.
+        ConfigError: a kernel has no deterministic form.
     """
     if not wanted:
         yield
@@ -181,7 +173,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def any_kernels() -> Iterator[None]:
-    """Inside :func:`deterministic_kernels`, let also kernels work that have no such form."""
+    """Allow kernels without a deterministic form inside :func:`deterministic_kernels`."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -191,10 +183,10 @@ def any_kernels() -> Iterator[None]:
 
 
 def use_tf32(device: torch.device) -> None:
-    """Let GPUs round the factors of float32 products to TensorFloat-32, ten bits of fraction in place of 23.
+    """Let GPUs round the factors of float32 products to TensorFloat-32 (10 instead of 23 bits); sums stay float32.
 
-    Sums stay float32. Nothing changes on other devices. Training and every loaded pipeline call this, so that the
-    thresholds of ``segment`` are learned and applied with the same rounding.
+    Training and every loaded pipeline call this, so that the thresholds of ``segment`` are learned and applied with the
+    same rounding.
     """
     if device.type in ("cuda", "xpu"):
         torch.set_float32_matmul_precision("high")
@@ -202,6 +194,6 @@ def use_tf32(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has finished, so that a clock can be read."""
+    """Wait for ``device`` to finish, for timing."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

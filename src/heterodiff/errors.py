@@ -1,4 +1,4 @@
-"""Errors meant for the user: each says what was wrong, where, what was expected and the way out."""
+"""Errors for the user: each message says what was wrong, where, what was expected and the way out."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "_status_alloc_failed")
 
 
 class HeterodiffError(ValueError):
-    """A user's mistake or unusable input. The command line prints it as one message and exits with 1."""
+    """User's mistake or unusable input. The command line prints the message and exits with 1."""
 
 
 class ConfigError(HeterodiffError):
-    """A configuration that cannot be used."""
+    """Unusable configuration."""
 
 
 class DataError(HeterodiffError):
-    """Images, labels or folders that cannot be used."""
+    """Unusable images, labels or folders."""
 
 
 class CheckpointError(HeterodiffError):
@@ -23,13 +23,14 @@ class CheckpointError(HeterodiffError):
 
 
 class RunError(HeterodiffError):
-    """A run folder that cannot be used as asked."""
+    """Run folder that cannot be used as requested."""
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+def nearest_name(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Return `` (did you mean 'x'?)`` for at most ``count`` known names close to ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=count, cutoff=0.5)
+    names = " or ".join(f"'{found}'" for found in close)
+    return f" (did you mean {names}?)" if names else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
@@ -39,14 +40,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return what ``error`` says, on one line and not too long."""
+    """Return the message of ``error``, or else its type, on one line and not too long."""
     if "trust_remote_code" in str(error):  # how transformers refuses it, and how to allow it
         return "its auto_map asks for Python code of its own, and custom code is never run"
-    return f"{' '.join(str(error).split()):.300}"
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: that of the machine, or of a device, however its library says so."""
+    """Return True if the memory of the host or of a device ran out."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
@@ -56,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compile_error(error: Exception, setting: str) -> HeterodiffError | None:
-    """The message for a failure of ``torch.compile`` that ``setting`` asked for; None for any other error."""
+    """Return the error for a failure of ``torch.compile`` requested by ``setting``; None for any other failure."""
     if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

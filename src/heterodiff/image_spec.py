@@ -8,13 +8,13 @@ from heterodiff.errors import DataError
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Everything a run must remember about its images.
+    """Shape, classes and values of a run's images.
 
     Attributes:
-        height, width, channels: of every image after resizing.
+        height, width, channels: shape of every image after resizing.
         class_names: by label; () when unlabelled.
         value_range: stored values mapped to 0 and to 1.
-        dtype: of the stored values: bool, uint8, uint16, or float32 for all other number types.
+        dtype: type of the stored values: bool, uint8, uint16, or float32 for all other number types.
     """
 
     height: int

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what it has."""
+"""Settings of the C library's allocator."""
 
 import ctypes
 import sys
@@ -7,11 +7,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next allocation instead of giving it back to the system.
+    """Let glibc keep freed memory for the next allocation; does nothing without Linux and glibc.
 
-    By default every large tensor is mapped, zeroed page by page and unmapped again, at each step; on a CPU that costs
-    about a quarter of a training step (half of it with large batches). Elsewhere than on Linux with glibc this does
-    nothing.
+    By default every large tensor is mapped, zeroed page by page and unmapped again at each step, which costs about a
+    quarter of a training step on a CPU (half with large batches).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Tensors to pictures: one image, one file, one captioned grid."""
+"""Pictures of tensors: single images, image files, captioned grids."""
 
 import math
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ TINT = 0.6
 
 
 def tinted(images: Tensor, masks: Tensor, colour: tuple[float, float, float]) -> Tensor:
-    """RGB images (B, 3, H, W) in [0, 1] with a colour over the pixels of masks (B, H, W) bool."""
+    """Tint the pixels of masks (B, H, W) bool in RGB images (B, 3, H, W) in [0, 1]."""
     tint = torch.tensor(colour).view(1, 3, 1, 1)
     return torch.where(masks[:, None], (1 - TINT) * images + TINT * tint, images)
 
 
 def _cells(channels: int, mosaic: bool) -> tuple[int, int]:
-    """Return the rows and columns of cells that a picture of ``channels`` channels is made of."""
+    """Return the rows and columns of the mosaic of ``channels`` channels; (1, 1) for a plain picture."""
     if channels in PNG_MODES and not mosaic:
         return 1, 1
     columns = math.ceil(math.sqrt(channels))
@@ -44,10 +44,7 @@ def _cells(channels: int, mosaic: bool) -> tuple[int, int]:
 
 
 def _channel_mosaic(image: Tensor) -> Tensor:
-    """Lay the channels of a (C, H, W) image side by side, near-square, in a (1, rows (H + 1) - 1, columns (W + 1) - 1).
-
-    A line of one pixel parts the cells; spare cells are white.
-    """
+    """Tile the channels of an image, (C, H, W) -> (1, rows (H + 1) - 1, columns (W + 1) - 1), see :func:`to_pil`."""
     rows, columns = _cells(len(image), mosaic=True)
     lined = torch.nn.functional.pad(image, (0, 1, 0, 1), value=MOSAIC_LINE)
     channels, height, width = lined.shape
@@ -63,15 +60,15 @@ def _check_image(image: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor, mosaic: bool = False) -> Image.Image:
-    """Turn one image into a picture that can be looked at.
+    """Convert one image to a picture for viewing.
 
     Args:
         image: (C, H, W), values in [0, 1]; values outside are clipped, NaN is drawn black.
-        mosaic: show 3 or 4 channels as grey tiles too; right for modalities, wrong for colours.
+        mosaic: show 3 or 4 channels as grey tiles too, for modalities instead of colours.
 
     Returns:
-        Mode L, RGB or RGBA for 1, 3 or 4 channels; otherwise L, the channels as a near-square mosaic with a
-        light line of one pixel between its cells and white where it has more cells than channels.
+        Mode L, RGB or RGBA for 1, 3 or 4 channels; otherwise L, the channels as a near-square mosaic with light lines
+        of one pixel between the tiles and white spare tiles.
 
     Raises:
         ValueError: ``image`` does not have three non-empty dimensions.
@@ -91,14 +88,14 @@ def save_image(
 ) -> Path:
     """Write one image in the units of the data it was trained on.
 
-    8-bit data with 1, 3 or 4 channels become an 8-bit PNG and 16-bit data with one channel a 16-bit PNG;
-    everything else becomes a float32 ``.npy`` of shape (C, H, W), because PNG cannot hold it.
+    8-bit data with 1, 3 or 4 channels become an 8-bit PNG and 16-bit data with one channel a 16-bit PNG; everything
+    else becomes a float32 ``.npy`` of shape (C, H, W), because PNG cannot hold it.
 
     Args:
         image: (C, H, W), values in [0, 1]; values outside are clipped.
         path_stem: path without the suffix (dots in it are kept); missing folders are made.
         spec_dtype: type of the stored data: ``uint8``, ``uint16``, or any other name for float.
-        value_range: the stored values that 0 and 1 stand for.
+        value_range: stored values of 0 and 1.
 
     Returns:
         The path written.
@@ -127,7 +124,7 @@ def save_image(
 
 @lru_cache(maxsize=16)
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans out of matplotlib: the same letters on every machine, most alphabets covered."""
+    """DejaVu Sans from matplotlib: the same on every machine, with most alphabets."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -139,7 +136,7 @@ def _widest(texts: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return ``text`` on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
+    """Return ``text`` on one line, cut with an ellipsis if it is wider than ``width`` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
@@ -149,7 +146,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Return ``text`` in up to three lines of at most ``width`` pixels, the last one cut where it is longer."""
+    """Return ``text`` in up to three lines of at most ``width`` pixels; the last one is cut if necessary."""
     lines, words = [""], text.split()
     while words:
         longer = f"{lines[-1]} {words[0]}".strip()
@@ -165,9 +162,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _enlarge(image: Tensor, min_side: int, mosaic: bool) -> Tensor:
-    """Repeat the pixels of (C, H, W) so that the shorter side of its picture comes to ``min_side`` (bounded).
+    """Repeat the pixels of (C, H, W) so that the shorter side of its picture reaches ``min_side`` (bounded).
 
-    Done before a mosaic is laid out, so that its lines stay one pixel thin.
+    This precedes the mosaic, so that its lines stay one pixel thin.
     """
     channels, height, width = image.shape
     rows, columns = _cells(channels, mosaic)
@@ -194,9 +191,9 @@ def image_grid(
 
     Args:
         images: (B, C, H, W), values in [0, 1].
-        labels: one per image, drawn under it, or at the left of each row where all rows are of one label each;
-            or one per row, drawn at its left. Nothing is drawn where all are "none" or empty.
-        columns: images per row; by default the grid comes out near-square.
+        labels: one per image, drawn under it, or left of the row if each row has a single label; or one per row, drawn
+            left of it. Nothing is drawn if all are "none" or empty.
+        columns: images per row; default: a near-square grid.
         min_side: images with a shorter side are enlarged by an integer factor, nearest neighbour.
         title: one line above the grid.
         mosaic: show every channel as a grey tile, see :func:`to_pil`.
@@ -225,7 +222,7 @@ def image_grid(
 
 
 def _place_labels(names: list[str], images: int, columns: int) -> tuple[list[str], list[str]]:
-    """Return (captions of the images, names of the rows), one of them empty: what repeats is said once a row."""
+    """Return (captions of the images, names of the rows), one of them empty: a repeated label appears once a row."""
     if set(names) <= NO_LABELS:
         return [], []
     if len(names) != images:
@@ -239,10 +236,10 @@ def _place_labels(names: list[str], images: int, columns: int) -> tuple[list[str
 def _draw_grid(
     tiles: list[Image.Image], columns: int, captions: list[str], row_names: list[str], title: str | None
 ) -> Image.Image:
-    """Draw equally large tiles with a caption under each, or a name at the left of each row, or neither."""
+    """Draw tiles of one size with a caption under each, or a name left of each row, or neither."""
     tile_width, tile_height = tiles[0].size
     rows = math.ceil(len(tiles) / columns)
-    # Text keeps a readable size whatever the tiles are; cells widen for it, within limits.
+    # Text keeps a readable size; cells widen for it, within bounds.
     size = min(20, max(12, tile_height // 9))
     font, title_font = _font(size), _font(size + 3, bold=True)
     cell_width = max(tile_width, min(_widest(captions, font), MAX_CAPTION_WIDTH))

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, else a line now and then."""
+"""Progress of long work on stderr, a bar on a terminal, else a line now and then; and how long something took."""
 
 import sys
 import time
@@ -10,6 +10,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_SECONDS = 15.0
 """Between two lines where there is no terminal."""
+
+
+def duration(seconds: float) -> str:
+    """Format a length of time: ``0.035 s``, ``42 s``, ``3 min 20 s``, ``2 h 05 min`` or ``3 d 4 h``."""
+    if seconds < 9.95:
+        return f"{round(seconds, 4):.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    if minutes >= 10:
+        return f"{minutes} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 

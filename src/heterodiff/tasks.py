@@ -1,6 +1,6 @@
-"""The tasks: a row for each, with what every other room needs to know about it.
+"""Table of tasks: one row per task, with everything the rest of the package needs to know about it.
 
-A row names objects as ``module:name``, imported when asked for (:mod:`heterodiff.lazy`), so the table itself is light.
+A row names objects as ``module:name``, imported on demand (:mod:`heterodiff.lazy`), so that the table itself is light.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from heterodiff.config import RunConfig
 
 WITH_MASKS = ("brain-phantom", "volumes")
-"""Sources of images whose anomalies can be found."""
+"""Sources with masks of anomalies."""
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,28 @@ class Task:
 
     Attributes:
         recipe: value of the key ``recipe``.
-        sections: sections of the configuration that the run reads, beside ``data`` and ``training``.
-        pipeline: class of the pipeline that the run folder holds, as ``model_index.json`` names it.
+        sections: sections of the configuration that the run reads, besides ``data`` and ``training``.
+        pipeline: class name of the pipeline in the run folder, as in ``model_index.json``.
         load: (folder, :class:`heterodiff.pipelines.load.Placing`) -> the pipeline.
-        try_out: (pipeline, add) reports through ``add(passed, name, text)`` what a finished run makes of little input.
-        commands: what the run can be used for, beside ``evaluate``.
-        no_classes: what to say where images of classes are asked for in vain, with ``{run}``.
+        try_out: (pipeline, add) tests a finished run on little input, and reports through ``add(passed, name, text)``.
+        commands: commands for a finished run, besides ``evaluate``.
+        no_classes: end of the error message where the run cannot draw images of classes, with ``{run}``.
         build: (config, data) -> :class:`heterodiff.training.recipes.base.Recipe`.
         memory: the :class:`heterodiff.training.preflight.memory_costs.MemoryTerms`.
-        fits: which runs of ``recipe`` the row is for; None for all that no other row is for.
-        codec: kind of codec that the run trains for others, see ``codec.kind``.
-        contrastive: whether images of a batch are told apart, so that a batch in parts teaches something else.
-        doubts: each (config, data) -> notes on settings that work but hardly mean what they say.
-        evaluate: (run folder, :class:`heterodiff.evaluation.class_images.Request`) -> (evaluation, its main numbers).
-        next_steps: commands to use a finished run with, with ``{run}``.
-        cards: evaluation -> the numbers to read first, each (label, value, note).
-        report: :class:`heterodiff.report.writing.RunFiles` -> sections of the report that show the evaluation.
-        first_stage: the networks that a run of their own trains first, whose curves the report shows too.
-        scattered: whether single losses scatter, as noise levels are drawn at random.
-        reproduce: commands that use the run again, beside ``train`` and ``evaluate``, with ``{run}``.
-        demo: (config, run folder, seed) -> lines to end with; shows what a finished run can do.
+        fits: config -> whether the row applies; None for the row of all other runs of ``recipe``.
+        defaults: content of a configuration -> the same with the defaults of this recipe filled in.
+        codec: value of ``codec.kind`` for runs that use the network trained here.
+        contrastive: whether the loss compares the images of a batch, so that accumulation steps change it.
+        doubts: each (config, data) -> notes on valid settings that are hardly meant.
+        evaluate: (run folder, Request) -> Evaluation, see :mod:`heterodiff.evaluation.runs`.
+        next_steps: commands to suggest after training, with ``{run}``.
+        metrics: evaluation -> each :class:`heterodiff.report.metrics.MetricTable`, whose rows the terminal shows.
+        cards: evaluation -> the headline numbers, each a :class:`heterodiff.report.content.Card`.
+        report: :class:`heterodiff.report.files.RunFiles` -> each Section of the report that shows the evaluation.
+        first_stage: networks trained first, in a run of their own, whose curves the report shows, too.
+        scattered: whether losses scatter between steps, since noise levels are random.
+        reproduce: commands to reproduce results, besides ``train`` and ``evaluate``, with ``{run}``.
+        demo: (config, run folder, seed) -> last lines to print; demonstrates a finished run.
     """
 
     recipe: str
@@ -52,11 +54,13 @@ class Task:
     memory: str
     evaluate: str
     fits: "Callable[[RunConfig], bool] | None" = None
+    defaults: str | None = None
     codec: str | None = None
     contrastive: bool = False
     no_classes: str = "draws no images of classes"
     doubts: tuple[str, ...] = ()
     next_steps: tuple[str, ...] = ()
+    metrics: str | None = None
     cards: str | None = None
     report: str | None = None
     first_stage: str = ""
@@ -65,7 +69,7 @@ class Task:
     demo: str | None = None
 
     def next_lines(self, run: object) -> list[str]:
-        """The commands to use the finished run in folder ``run`` with, a line each."""
+        """Lines that suggest commands for the finished run in folder ``run``."""
         commands = [command.format(run=run) for command in self.next_steps]
         return [f"{'' if number else 'next':8} {command}" for number, command in enumerate(commands)]
 
@@ -78,26 +82,28 @@ CLASS_IMAGES = Task(
     sections=("codec", "model", "diffusion", "sampling"),
     pipeline="GenerationPipeline",
     load="heterodiff.pipelines.load:read_generation",
-    try_out="heterodiff.pipelines.try_out:generation",
+    try_out="heterodiff.pipelines.generate:try_out",
     commands=("sample", "segment"),
     build="heterodiff.training.recipes.diffusion:build",
     memory="heterodiff.training.preflight.memory_costs:DENOISER",
-    evaluate="heterodiff.evaluation.class_images:evaluate_images",
+    evaluate="heterodiff.evaluation.class_images:evaluate",
     doubts=(_DENOISER_DOUBTS,),
     next_steps=("heterodiff sample {run}", "heterodiff evaluate {run}"),
-    cards="heterodiff.report.class_images:headline_cards",
+    metrics="heterodiff.report.class_images:metrics",
+    cards="heterodiff.report.class_images:cards",
     report="heterodiff.report.class_images:sections",
     reproduce=("heterodiff sample {run} -n 16 --seed 0 --out samples",),
-    demo="heterodiff.evaluation.class_images:demo",
+    demo="heterodiff.demo:class_images",
 )
 ANOMALIES = replace(
     CLASS_IMAGES,
     fits=lambda config: config.data.source in WITH_MASKS,
     sections=(*CLASS_IMAGES.sections, "segmentation"),
     evaluate="heterodiff.evaluation.anomalies:evaluate",
-    cards="heterodiff.report.anomalies:segmentation_cards",
+    metrics="heterodiff.report.anomalies:metrics",
+    cards="heterodiff.report.anomalies:cards",
     report="heterodiff.report.anomalies:sections",
-    demo="heterodiff.evaluation.anomalies:demo",
+    demo="heterodiff.demo:find_anomalies",
     next_steps=("heterodiff segment {run} --calibrate", "heterodiff evaluate {run}"),
 )
 VAE = Task(
@@ -105,7 +111,7 @@ VAE = Task(
     sections=("vae",),
     pipeline="ReconstructionPipeline",
     load="heterodiff.pipelines.load:read_reconstruction",
-    try_out="heterodiff.pipelines.try_out:reconstruction",
+    try_out="heterodiff.pipelines.reconstruct:try_out",
     commands=("encode",),
     no_classes="a VAE, which reconstructs images but draws none; train a run with codec.kind=kl-vae codec.path={run}",
     build="heterodiff.training.recipes.vae:build",
@@ -114,7 +120,8 @@ VAE = Task(
     codec="kl-vae",
     doubts=("heterodiff.training.recipes.vae:doubts",),
     next_steps=("heterodiff evaluate {run}", "heterodiff train CONFIG.yaml codec.kind=kl-vae codec.path={run}"),
-    report="heterodiff.report.class_images:vae_sections",
+    metrics="heterodiff.report.vae:metrics",
+    report="heterodiff.report.vae:sections",
     scattered=False,
 )
 ALIGNMENT = Task(
@@ -122,7 +129,7 @@ ALIGNMENT = Task(
     sections=("text", "alignment"),
     pipeline="TextImagePipeline",
     load="heterodiff.pipelines.load:read_text_image",
-    try_out="heterodiff.pipelines.try_out:text_image",
+    try_out="heterodiff.pipelines.text_to_image:try_out",
     commands=("text2image", "caption"),
     no_classes='draws images of texts, not of classes; use `heterodiff text2image {run} "a prompt"`',
     build="heterodiff.training.recipes.alignment:AlignmentRecipe",
@@ -132,7 +139,8 @@ ALIGNMENT = Task(
     contrastive=True,
     doubts=(_ALIGNMENT_DOUBTS,),
     next_steps=("heterodiff caption {run} PICTURE.png", "heterodiff evaluate {run}"),
-    cards="heterodiff.report.captions:text_cards",
+    metrics="heterodiff.report.captions:metrics",
+    cards="heterodiff.report.captions:cards",
     report="heterodiff.report.captions:sections",
     scattered=False,
     reproduce=("heterodiff caption {run} PICTURE.png",),
@@ -143,6 +151,7 @@ TEXT_IMAGE = replace(
     sections=("codec", "text", "alignment", "model", "diffusion", "sampling"),
     build="heterodiff.training.recipes.text_image:TextImageRecipe",
     memory="heterodiff.training.preflight.memory_costs:DENOISER",
+    defaults="heterodiff.config.networks:text_image_defaults",
     codec=None,
     contrastive=False,
     doubts=("heterodiff.training.codec_stage:resting_keys", _DENOISER_DOUBTS),
@@ -150,7 +159,7 @@ TEXT_IMAGE = replace(
     first_stage="Image codec, text encoder and captioner",
     scattered=True,
     reproduce=('heterodiff text2image {run} "a prompt" --seed 0', *ALIGNMENT.reproduce),
-    demo="heterodiff.evaluation.captions:demo",
+    demo="heterodiff.demo:text_image",
 )
 JOINT = replace(
     TEXT_IMAGE,
@@ -172,28 +181,28 @@ TASKS: dict[str, Task] = {
 
 
 def recipes() -> list[str]:
-    """The values of the key ``recipe``."""
+    """Values of the key ``recipe``."""
     return list(dict.fromkeys(task.recipe for task in TASKS.values()))
 
 
 def task_of(config: "RunConfig") -> Task:
-    """The row of the run that ``config`` describes."""
+    """Return the row of the run that ``config`` describes."""
     rows = [task for task in TASKS.values() if task.recipe == config.recipe]
     special = (task for task in rows if task.fits is not None and task.fits(config))
     return next(special, None) or next(task for task in rows if task.fits is None)
 
 
 def task_of_recipe(recipe: str) -> Task:
-    """The row of runs of ``recipe`` where nothing else is known of them; that of class images for an unknown one."""
+    """Return the row of ``recipe`` where no more is known of a run, or that of class images for an unknown recipe."""
     rows = (task for task in TASKS.values() if task.recipe == recipe and task.fits is None)
     return next(rows, CLASS_IMAGES)
 
 
 def task_of_codec(kind: str) -> Task:
-    """The row of the runs that train codecs of ``kind``."""
+    """Return the row of the runs that train codecs of ``kind``."""
     return next(task for task in TASKS.values() if task.codec == kind)
 
 
 def task_of_pipeline(name: str) -> Task | None:
-    """The row of the folders that hold a pipeline of class ``name``."""
+    """Return the row of the run folders with a pipeline of class ``name``, if any."""
     return next((task for task in TASKS.values() if task.pipeline == name and task.fits is None), None)

@@ -35,8 +35,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifiers, "MAX_TRAIN_IMAGES", 150)
     monkeypatch.setattr(classifiers, "CONV_MAX_STEPS", 3)
     monkeypatch.setattr(classifiers, "CONV_MIN_STEPS", 2)
-    fit = shapes_reader.ShapesReader.fit
-    monkeypatch.setattr(shapes_reader.ShapesReader, "fit", lambda self, progress: fit(self, 3, 128, progress))
+    fit = shapes_reader.ShapesClassifier.fit
+    monkeypatch.setattr(shapes_reader.ShapesClassifier, "fit", lambda self, progress: fit(self, 3, 128, progress))
     monkeypatch.setattr(text_image_run, "TEST_RENDERS", 20)
 
 

@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """Maps images in [0, 1] to the space of the diffusion, in two halves, and back.
+    """Map between images in [0, 1] and the space of the diffusion.
 
-    The first half, :meth:`posterior`, can be computed once and stored; the second, :meth:`draw`, is cheap and is done
-    for every batch. It is the only place that scales.
+    Encoding has two halves: :meth:`posterior` can be computed once and stored; :meth:`draw`, the only place that
+    scales, is cheap and runs for every batch.
 
     Attributes:
-        clip_sample: whether encoded images lie in [-1, 1], so that predictions may be clipped to it.
-        random: whether :meth:`draw` uses noise.
-        factor: height and width of an image over those of its latent.
+        clip_sample: True if encoded images lie in [-1, 1], so that predictions may be clipped to it.
+        random: True if :meth:`draw` uses noise.
+        factor: height and width of an image relative to those of its latent.
     """
 
     clip_sample: bool
@@ -23,11 +23,11 @@ class Codec(Protocol):
     factor: int
 
     def posterior(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> what is to be known of their latents."""
+        """(B, C, H, W) in [0, 1] -> posterior parameters of the latents."""
         ...
 
     def draw(self, posterior: Tensor, noise: Tensor | None) -> Tensor:
-        """What :meth:`posterior` gave -> z of unit variance; without ``noise``, the most likely one."""
+        """Posterior parameters -> z of unit variance; without ``noise``, the most likely one."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The codec ``cnn``: a convolutional autoencoder whose map also gives an embedding, for text to image."""
+"""Codec ``cnn``: a convolutional autoencoder whose map also gives an embedding, for text to image."""
 
 import math
 from collections.abc import Mapping
@@ -11,25 +11,25 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from heterodiff.codecs.scaling import LatentCodec
-from heterodiff.errors import ConfigError
+from heterodiff.codecs.scaling import LatentCodec, halved
+from heterodiff.errors import ConfigError, reason
 from heterodiff.models.loading import load_network, read_network_config
 
 FOLDER = "image_codec"
 STAGES = (32, 64, 128, 256, 256)
-"""Default channels of the encoder's stages (224x224 to 7x7); fewer for smaller images, more of the last for larger."""
+"""Default channels of the encoder's stages (224x224 to 7x7); small images use fewer, large ones repeat the last."""
 LATENT_SIDE = 8
 HEAD_CHANNELS = 256
-MOST_PROJECTION_WIDTH = 512
+MAX_PROJECTION_WIDTH = 512
 MAX_GROUPS = 8
 FEATURE_CHANNELS = 16
-"""Of features that recipe `text-image` guesses beside the map."""
+"""Channels of the features that recipe `text-image` predicts beside the map."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and std of natural images, by which pretrained networks scale theirs."""
+"""Mean and std of natural images, by which pretrained networks scale their inputs."""
 
 
 def default_stages(height: int, width: int) -> tuple[int, ...]:
-    """Channels of as many halving stages as bring the longer side nearest to 8."""
+    """Channels of the halving stages that bring the longer side nearest to 8."""
     count = max(1, round(math.log2(max(height, width) / LATENT_SIDE)))
     return (STAGES + STAGES[-1:] * max(0, count - len(STAGES)))[:count]
 
@@ -47,7 +47,7 @@ def _up(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Residual(nn.Sequential):
-    """x + convolution(SiLU(norm(x))), twice as deep."""
+    """x + two layers of convolution(SiLU(norm(x)))."""
 
     def __init__(self, channels: int):
         layers = [(_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)]
@@ -57,12 +57,12 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class Backbone(nn.Module):
-    """A convolutional network of transformers as the encoder's stages, for pictures of three channels.
+class PretrainedStages(nn.Module):
+    """A convolutional network of transformers as the encoder's stages, for RGB images.
 
     Args:
-        config: of the network; its weights are loaded by whoever builds this.
-        channels: what its map is brought to.
+        config: configuration of the network; the caller loads its weights.
+        channels: channels of the projected map.
     """
 
     mean: Tensor
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
         settings = AutoConfig.for_model(**config)
         settings._attn_implementation = None  # transformers would fetch and run a kernel of that name
         network = AutoModel.from_config(settings, trust_remote_code=False)
-        self.network = network.float()  # whatever it is stored in
+        self.network = network.float()  # whatever its configuration says
         self.projection = nn.LazyConv2d(channels, 1)
         for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
@@ -91,15 +91,16 @@ class ImageCodec(ModelMixin, ConfigMixin):
     The map has an rms of 1 over each image, so that noise on it means the same for all.
 
     Args:
-        in_channels: of the images.
-        sample_size: their height and width.
-        block_out_channels: of the encoder's stages, each of which halves height and width; the decoder mirrors them.
-        latent_channels: of the map.
-        embedding_dim: of the embedding.
-        latents_mean, latents_std: of each channel of the map, over the training images.
-        scaling_factor, shift_factor: as in diffusers' autoencoders; not used where the two above are set.
+        in_channels: channels of the images.
+        sample_size: height and width of the images.
+        block_out_channels: channels of the encoder's stages, each of which halves height and width; the decoder mirrors
+            them.
+        latent_channels: channels of the map.
+        embedding_dim: width of the embedding.
+        latents_mean, latents_std: statistics of each channel of the map over the training images.
+        scaling_factor, shift_factor: as in diffusers' autoencoders; ignored if the two above are set.
         backbone: configuration of a network of transformers in place of the encoder's stages.
-        feature_channels: of what is guessed from an embedding beside the map, see :meth:`add_features`.
+        feature_channels: channels of the features predicted beside the map, see :meth:`add_features`.
 
     Raises:
         ConfigError: images whose sides the stages cannot halve, or a backbone that gives no map of the same size.
@@ -123,12 +124,12 @@ class ImageCodec(ModelMixin, ConfigMixin):
         super().__init__()
         self.latent_size = latent_shape(self.config, in_channels, *sample_size)[1:]
         widths = tuple(block_out_channels)
+        last = widths[-1]
         stages: nn.Module
         if backbone is None:
             stages = nn.Sequential(*(_down(a, b) for a, b in pairwise((in_channels, *widths))))
         else:
-            stages = Backbone(backbone, widths[-1])
-        last = widths[-1]
+            stages = PretrainedStages(backbone, last)
         self.encoder = nn.Sequential(stages, Residual(last), nn.Conv2d(last, latent_channels, 3, padding=1))
         if backbone is not None:
             self._check_backbone()
@@ -139,38 +140,36 @@ class ImageCodec(ModelMixin, ConfigMixin):
             nn.Flatten(),
             nn.Linear(HEAD_CHANNELS, embedding_dim),
         )
-        width = min(MOST_PROJECTION_WIDTH, 2 * embedding_dim)
-        self.projection = nn.Sequential(  # one linear layer could not tell where each of two things lies
+        width = min(MAX_PROJECTION_WIDTH, 2 * embedding_dim)
+        self.projection = nn.Sequential(  # a linear layer could not locate two objects
             nn.Linear(embedding_dim, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
             nn.Linear(width, (latent_channels + feature_channels) * math.prod(self.latent_size)),
         )
-        outwards = widths[::-1]
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, last, 3, padding=1),
             Residual(last),
-            *(_up(a, b) for a, b in pairwise(outwards)),
-            nn.ConvTranspose2d(outwards[-1], in_channels, 4, 2, 1),
+            *(_up(a, b) for a, b in pairwise(reversed(widths))),
+            nn.ConvTranspose2d(widths[0], in_channels, 4, 2, 1),
         )
 
     def _check_backbone(self) -> None:
-        """Run it once, which also fixes the shape of its projection."""
+        """Run the encoder once, which also sets the shape of its lazy projection."""
         try:
             with torch.no_grad():
                 found = tuple(self.encoder(torch.zeros(1, self.config.in_channels, *self.config.sample_size)).shape[2:])
         except (RuntimeError, AttributeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"alignment.backbone: cannot take these images ({reason}); take a network of RGB pictures, such as a "
-                "ResNet"
+                f"alignment.backbone: cannot take these images ({reason(error):.200}); take a network for RGB images, "
+                "such as a ResNet"
             ) from None
         if found != self.latent_size:
             raise ConfigError(
-                f"alignment.backbone: expected a network of RGB pictures with a map of "
+                f"alignment.backbone: expected a network for RGB images with a map of "
                 f"{self.latent_size[0]}x{self.latent_size[1]} as its last hidden state, found {found}; set "
-                "alignment.block_out_channels to as many levels as it halves the picture, or take a ResNet"
+                "alignment.block_out_channels to one level for each halving of the image, or take a ResNet"
             )
 
     def encode(self, images: Tensor) -> Tensor:
@@ -182,16 +181,16 @@ class ImageCodec(ModelMixin, ConfigMixin):
         return self.embedder(latents)
 
     def get_latent_from_embedding(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D), of images or texts and of any length but zero -> the map (B, c, h, w) to be expected."""
-        return self.guess(embeddings)[:, : self.config.latent_channels]
+        """Embeddings (B, D) of images or texts, of any nonzero length -> expected map (B, c, h, w)."""
+        return self.prior(embeddings)[:, : self.config.latent_channels]
 
-    def guess(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D) -> (B, c + features, h, w): the map to be expected, then the features to be expected."""
+    def prior(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> expected map and features (B, c + features, h, w)."""
         flat = self.projection(scaled(embeddings))
         return flat.unflatten(1, (self.config.latent_channels + self.config.feature_channels, *self.latent_size))
 
     def add_features(self, channels: int) -> None:
-        """Let :meth:`guess` guess so many channels of features, too; its last layer is a new one, to be trained."""
+        """Let :meth:`prior` predict ``channels`` of features, too; its last layer becomes a new one, to be trained."""
         last = self.projection[-1]
         assert isinstance(last, nn.Linear)
         if channels == self.config.feature_channels:
@@ -215,12 +214,12 @@ def unit_rms(latents: Tensor) -> Tensor:
 
 
 def scaled(embeddings: Tensor) -> Tensor:
-    """Embeddings (B, D) to a length of sqrt(D), so that a number is about 1; rows of zeros stay."""
+    """Scale embeddings (B, D) to an rms of 1; rows of zeros stay."""
     return nn.functional.normalize(embeddings, dim=-1) * math.sqrt(embeddings.shape[-1])
 
 
 def given_rows(embeddings: Tensor, maps: Tensor) -> Tensor:
-    """``maps`` (B, c, h, w), zeros where the embedding (B, D) is, which is "no condition"."""
+    """``maps`` (B, c, h, w) with zeros in rows without a condition, whose embedding (B, D) is zero."""
     return torch.where(embeddings.ne(0).any(dim=1)[:, None, None, None], maps, 0)
 
 
@@ -228,7 +227,7 @@ def latent_shape(config: Mapping[str, Any], channels: int, height: int, width: i
     """Shape of the maps that an :class:`ImageCodec` of ``config`` makes of images (channels, height, width).
 
     Raises:
-        ConfigError: other images than it is made for, or sides that its stages cannot halve.
+        ConfigError: images of another shape than its own, or sides that its stages cannot halve.
     """
     expected = (config["in_channels"], *config["sample_size"])
     if (channels, height, width) != expected:
@@ -237,28 +236,18 @@ def latent_shape(config: Mapping[str, Any], channels: int, height: int, width: i
             f"images of {channels}x{height}x{width}: the image codec takes {shape}; set data.channels={expected[0]} "
             f"data.image_size={list(expected[1:])}, or train another codec"
         )
-    factor = 2 ** len(config["block_out_channels"])
-    if height % factor or width % factor:
-        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
-        raise ConfigError(
-            f"images of {height}x{width}: the image codec needs sides divisible by {factor}; set "
-            f"data.image_size={near}, or fewer alignment.block_out_channels"
-        )
-    return config["latent_channels"], height // factor, width // factor
+    stages = len(config["block_out_channels"])
+    size = halved("image codec", height, width, stages, ", or fewer alignment.block_out_channels")
+    return config["latent_channels"], *size
 
 
 class CNNCodec(LatentCodec):
-    """The maps of an :class:`ImageCodec` as latents.
+    """Latents that are the maps of an :class:`ImageCodec`."""
 
-    Args:
-        codec: used as it is; nothing here trains it.
-    """
+    shape_for = staticmethod(latent_shape)
 
     def __init__(self, codec: ImageCodec):
         super().__init__(codec, 2 ** len(codec.config.block_out_channels))
-
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        return latent_shape(self.network.config, channels, height, width)
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.network.encode(images)
@@ -267,9 +256,9 @@ class CNNCodec(LatentCodec):
     def _decoded(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents)
 
-    def guess(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, D) -> z and features to be expected (B, c + features, h, w); zeros where the embedding is."""
-        found = self.network.guess(embeddings).float()
+    def prior(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, D) -> expected z and features (B, c + features, h, w); zeros where the embedding is zero."""
+        found = self.network.prior(embeddings).float()
         maps, features = found.split([self.latent_channels, found.shape[1] - self.latent_channels], dim=1)
         return given_rows(embeddings, torch.cat([self.scale(maps), features], dim=1))
 
@@ -280,7 +269,7 @@ def _folder(path: Path) -> Path:
 
 
 def read_codec_config(path: Path) -> dict[str, Any]:
-    """Configuration of the :class:`ImageCodec` of a run, or in its own folder, without its weights.
+    """Read the configuration of the :class:`ImageCodec` of a run, or in its own folder, without its weights.
 
     Raises:
         CheckpointError: none there.

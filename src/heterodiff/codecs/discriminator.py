@@ -1,4 +1,4 @@
-"""A judge of patches, against which a VAE's decoder learns to draw detail."""
+"""Patch discriminator, which makes a VAE's decoder learn detail."""
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 class PatchDiscriminator(nn.Module):
-    """Scores overlapping patches of an image: high for real ones, low for reconstructions (Isola et al. 2017).
+    """Scores of overlapping patches of an image: high for real ones, low for reconstructions (Isola et al. 2017).
 
-    Group norms instead of batch norms, so that the verdict on an image does not depend on the others of its batch.
+    Group norms instead of batch norms, so that the scores of an image do not depend on the others of its batch.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         width: channels of the first layer; each of ``layers`` halvings doubles them, up to eight times.
     """
 
@@ -30,7 +30,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_losses(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss of each pair (B,) from scores (B, patches): nothing beyond +1 for real, -1 for fake."""
+    """Discriminator loss (B,) of each pair from scores (B, patches): zero beyond +1 for real and -1 for fake."""
     return 0.5 * (F.relu(1 - real).mean(dim=1) + F.relu(1 + fake).mean(dim=1))
 
 
@@ -39,7 +39,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.
 
     Args:
         reconstruction, adversarial: scalar losses whose graphs are kept.
-        last_layer: of the decoder, where the gradients are compared.
+        last_layer: weight of the decoder's last layer, where the gradients are compared.
 
     Returns:
         A scalar between 0 and 1e4, without gradient.

@@ -1,4 +1,4 @@
-"""The codec ``kl-vae``: latents of diffusers' AutoencoderKL, brought to zero mean and unit variance."""
+"""Codec ``kl-vae``: latents of diffusers' AutoencoderKL, brought to zero mean and unit variance."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,47 +9,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from heterodiff.codecs.scaling import LatentCodec
+from heterodiff.codecs.scaling import LatentCodec, halved
 from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.models.loading import load_network, read_network_config
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
-"""As diffusers clamps the log variance of the posterior."""
+"""Bounds to which diffusers clamps the log variance of the posterior."""
 AGAIN = "train or copy the VAE again, or correct its path"
 _DEFAULTS = {name: p.default for name, p in inspect.signature(AutoencoderKL).parameters.items()}
-
-
-class KLVAECodec(LatentCodec):
-    """Latents of an AutoencoderKL, which itself works on images in [-1, 1].
-
-    Args:
-        vae: used as it is; nothing here trains it.
-    """
-
-    random = True
-    encoder_parts = ("encoder.", "quant_conv.")
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__(vae, 2 ** (len(vae.config.block_out_channels) - 1))
-
-    @property
-    def vae(self) -> AutoencoderKL:
-        return self.network
-
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of z for images (channels, height, width).
-
-        Raises:
-            ConfigError: another number of channels than the VAE was made for, or sides that its factor does not divide.
-        """
-        return latent_shape(self.vae.config, channels, height, width)
-
-    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.vae.encode(images).latent_dist.parameters.float().chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
-
-    def _decoded(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents).sample
 
 
 def latent_shape(vae_config: Mapping[str, Any], channels: int, height: int, width: int) -> tuple[int, int, int]:
@@ -64,29 +31,34 @@ def latent_shape(vae_config: Mapping[str, Any], channels: int, height: int, widt
             f"images of {channels} channels: the VAE takes {expected}; set data.channels={expected}, or train a VAE on "
             "these images (recipe: vae)"
         )
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    if height % factor or width % factor:
-        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
-        raise ConfigError(
-            f"images of {height}x{width}: the VAE needs sides divisible by {factor}; set data.image_size={near}"
-        )
-    return vae_config["latent_channels"], height // factor, width // factor
+    levels = len(vae_config["block_out_channels"]) - 1
+    return vae_config["latent_channels"], *halved("VAE", height, width, levels)
 
 
-def vae_folder(path: Path) -> Path:
-    """The folder of the AutoencoderKL that ``path`` means: a run folder's ``vae``, or itself.
+class KLVAECodec(LatentCodec):
+    """Latents of an AutoencoderKL, which itself works on images in [-1, 1]."""
 
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (folder := _find_vae(path)) is not None:
-        return folder
-    what = "holds no VAE (vae/config.json or config.json)" if path.is_dir() else "no such folder"
-    raise CheckpointError(f"{path}: {what}; train one with recipe `vae`, or correct the path of the VAE")
+    random = True
+    encoder_parts = ("encoder.", "quant_conv.")
+    shape_for = staticmethod(latent_shape)
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__(vae, 2 ** (len(vae.config.block_out_channels) - 1))
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.network
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.vae.encode(images).latent_dist.parameters.float().chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents).sample
 
 
 def holds_vae(path: Path) -> bool:
-    """Whether there is something at ``path`` that :func:`load_vae` would try to load."""
+    """Return True if :func:`load_vae` would find something to load at ``path``."""
     return _find_vae(path.expanduser()) is not None
 
 
@@ -94,13 +66,22 @@ def _find_vae(path: Path) -> Path | None:
     return next((folder for folder in (path / "vae", path) if (folder / "config.json").is_file()), None)
 
 
+def _vae_folder(path: str | Path) -> Path:
+    """Folder of the AutoencoderKL at ``path``: a run folder's ``vae``, or ``path`` itself."""
+    path = Path(path).expanduser()
+    if (folder := _find_vae(path)) is not None:
+        return folder
+    found = "holds no VAE (vae/config.json or config.json)" if path.is_dir() else "no such folder"
+    raise CheckpointError(f"{path}: {found}; train one with recipe `vae`, or correct the path of the VAE")
+
+
 def read_vae_config(path: str | Path) -> dict[str, Any]:
-    """Configuration of the AutoencoderKL that ``path`` means, without its weights; defaults filled in.
+    """Read the configuration of an AutoencoderKL, without its weights; defaults filled in.
 
     Raises:
         CheckpointError: no VAE there, or another kind of network.
     """
-    return _DEFAULTS | read_network_config(AutoencoderKL, vae_folder(Path(path).expanduser()), AGAIN)
+    return _DEFAULTS | read_network_config(AutoencoderKL, _vae_folder(path), AGAIN)
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:
@@ -109,4 +90,4 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     Raises:
         CheckpointError: no VAE there, another kind of network, or damaged, incomplete or NaN weights.
     """
-    return load_network(AutoencoderKL, vae_folder(Path(path).expanduser()), AGAIN).requires_grad_(False)
+    return load_network(AutoencoderKL, _vae_folder(path), AGAIN).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From the configuration of a codec to the codec."""
+"""Making codecs from configurations and run folders."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from heterodiff.config import CodecConfig
 
 
 def make_codec(config: CodecConfig) -> Codec:
-    """The codec that ``config`` describes.
+    """Make the codec that ``config`` describes.
 
     Raises:
         CheckpointError: a network that cannot be loaded.
@@ -23,7 +23,7 @@ def make_codec(config: CodecConfig) -> Codec:
 
 
 def latent_shape(config: CodecConfig, channels: int, height: int, width: int) -> tuple[int, int, int]:
-    """Shape of the latents of images (channels, height, width), found without loading weights.
+    """Shape of the latents of images (channels, height, width), without loading weights.
 
     Raises:
         CheckpointError: no network there.
@@ -38,7 +38,7 @@ def latent_shape(config: CodecConfig, channels: int, height: int, width: int) ->
 
 
 def load_saved_codec(run: Path) -> LatentCodec | None:
-    """The codec of latents that a run folder holds a copy of; None if it holds none.
+    """Load the codec of latents of which a run folder holds a copy; None if it holds none.
 
     Raises:
         CheckpointError: it cannot be loaded.

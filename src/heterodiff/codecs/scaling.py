@@ -1,18 +1,34 @@
-"""What codecs of latents share: the scale that brings latents to unit variance, and its measuring."""
+"""Base class of latent codecs, and measuring the scale that brings latents to unit variance."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heterodiff.errors import CheckpointError, DataError
+from heterodiff.errors import CheckpointError, ConfigError, DataError
 
 PIXELS_AT_ONCE = 2**20
 """Pixels encoded or decoded at once: an encoder's activations are far larger than those of a network on its latents."""
 LEAST_STD, MOST_STD = 0.8, 1.25
-"""Bounds of the std of latents that are said to have unit variance."""
+"""Bounds of the std of latents that count as having unit variance."""
+
+
+def halved(network: str, height: int, width: int, times: int, way_out: str = "") -> tuple[int, int]:
+    """Return height and width after ``times`` halvings.
+
+    Raises:
+        ConfigError: sides that cannot be halved as often; ``way_out`` ends the message.
+    """
+    factor = 2**times
+    if height % factor or width % factor:
+        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
+        raise ConfigError(
+            f"images of {height}x{width}: the {network} needs sides divisible by {factor}; set "
+            f"data.image_size={near}{way_out}"
+        )
+    return height // factor, width // factor
 
 
 class LatentCodec:
@@ -22,14 +38,18 @@ class LatentCodec:
     configuration lacks the first two (then ``shift_factor`` is the mean).
 
     Args:
-        network: used as it is; nothing here trains it.
-        factor: height and width of an image over those of its latent.
+        network: network, which is not trained here.
+        factor: height and width of an image relative to those of its latent.
+
+    Attributes:
+        encoder_parts: prefixes of the weights on which the latents of an image depend.
+        shape_for: function that gives the shape of latents from a network's configuration.
     """
 
     clip_sample = False
     random = False
     encoder_parts: tuple[str, ...] = ("encoder.",)
-    """Prefixes of the weights that decide what latents an image has."""
+    shape_for: Callable[[Any, int, int, int], tuple[int, int, int]]
 
     def __init__(self, network: Any, factor: int):
         self.network = network
@@ -51,16 +71,15 @@ class LatentCodec:
         Raises:
             ConfigError: another number of channels than the network was made for, or sides that it cannot take.
         """
-        raise NotImplementedError
+        return self.shape_for(self.network.config, channels, height, width)
 
     @property
     def per_channel(self) -> bool:
-        """Whether the network brings a mean and std of each channel, rather than one factor for all."""
+        """True if the network has a mean and std for each channel, rather than one factor for all."""
         return self.network.config.get("latents_std") is not None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device) -> "LatentCodec":
@@ -109,7 +128,7 @@ class LatentCodec:
         return ((decoded.float() + 1) / 2).clamp(0, 1)
 
     def fingerprint(self) -> str:
-        """Hash of the encoder's weights; latents of two networks of one fingerprint are the same."""
+        """Hash of the encoder's weights; networks with equal fingerprints give equal latents."""
         parts = {k: v for k, v in self.network.state_dict().items() if k.startswith(self.encoder_parts)}
         digest = hashlib.sha256()
         for name in sorted(parts):
@@ -119,7 +138,7 @@ class LatentCodec:
         return digest.hexdigest()[:16]
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Scale by ``mean`` and ``std`` (c,) of the latents from now on, and store them in the configuration."""
+        """Scale by ``mean`` and ``std`` (c,) from now on, and store them in the network's configuration."""
         self.network.register_to_config(
             latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0, shift_factor=None
         )
@@ -127,7 +146,7 @@ class LatentCodec:
 
 
 def _statistics(config: Any) -> tuple[Tensor, Tensor]:
-    """Mean to take off and factor to multiply with, each (c, 1, 1)."""
+    """Mean to subtract and factor to multiply with, each (c, 1, 1)."""
     channels = config["latent_channels"]
     mean, std = config.get("latents_mean"), config.get("latents_std")
     mean = [config.get("shift_factor") or 0.0] * channels if mean is None else mean
@@ -141,7 +160,7 @@ def _statistics(config: Any) -> tuple[Tensor, Tensor]:
 
 
 class LatentMoments:
-    """Running mean and variance of latents, a channel each; posterior variance included (law of total variance)."""
+    """Running mean and variance of each channel of latents, posterior variance included (law of total variance)."""
 
     def __init__(self, channels: int):
         self.count = 0
@@ -149,7 +168,7 @@ class LatentMoments:
         self._square = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, mean: Tensor, std: Tensor) -> None:
-        """Take in mean and std (B, c, h, w) of posteriors."""
+        """Add posteriors of mean and std (B, c, h, w)."""
         mean, std = mean.cpu().double(), std.cpu().double()
         self.count += mean.numel() // mean.shape[1]
         self._sum += mean.sum(dim=(0, 2, 3))
@@ -172,25 +191,23 @@ def measure(posteriors: Iterable[Tensor], channels: int) -> tuple[Tensor, Tensor
     """
     moments = LatentMoments(channels)
     for posterior in posteriors:
-        mean, std = posterior.chunk(2, dim=1)
-        moments.add(mean, std)
-    if not bool(torch.isfinite(moments.std).all()):
+        moments.add(*posterior.chunk(2, dim=1))
+    std = moments.std
+    if not bool(torch.isfinite(std).all()):
         raise DataError("the encoder gives NaN or infinite latents; train it again with a lower training.learning_rate")
-    if float(moments.std.min()) < 1e-6:
-        channel = int(moments.std.argmin())
+    if float(std.min()) < 1e-6:
         raise DataError(
-            f"channel {channel} of the latents never varies (std {float(moments.std.min()):.2g}): the images are "
+            f"channel {int(std.argmin())} of the latents never varies (std {float(std.min()):.2g}): the images are "
             "constant, or the encoder is not trained"
         )
-    return moments.mean, moments.std
+    return moments.mean, std
 
 
 def check_scale(codec: LatentCodec, mean: Tensor, std: Tensor) -> None:
     """Compare measured ``mean`` and ``std`` (c,) of unscaled latents with the codec's scale.
 
     Raises:
-        DataError: scaled latents have a std outside 0.8 to 1.25, of a channel where the VAE brings a std of each, else
-            over all.
+        DataError: scaled latents have a std outside 0.8 to 1.25, see :func:`scaled_std`.
     """
     found = scaled_std(codec, mean, std)
     if not (float(found.min()) >= LEAST_STD and float(found.max()) <= MOST_STD):  # NaN too
@@ -198,12 +215,12 @@ def check_scale(codec: LatentCodec, mean: Tensor, std: Tensor) -> None:
         raise DataError(
             f"latents of the training images have a std of {listed} after scaling, expected 1 ({LEAST_STD} to "
             f"{MOST_STD}): the codec's scale is that of other images; set codec.statistics=measured to scale by these "
-            "images, or train a codec on them (recipe: vae; of texts, alignment)"
+            "images, or train a codec on them (recipe: vae, or alignment for images with captions)"
         )
 
 
 def scaled_std(codec: LatentCodec, mean: Tensor, std: Tensor) -> Tensor:
-    """Std after scaling: of each channel (c,), or over all (1,) where the VAE brings one factor for all."""
+    """Std after scaling: of each channel (c,), or over all (1,) where the network has one factor for all."""
     scale = codec._scale.flatten().to(std)
     if codec.per_channel:
         return std * scale

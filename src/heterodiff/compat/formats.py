@@ -1,32 +1,27 @@
-"""The kinds of checkpoint that can be imported: one row each, every difference a column."""
+"""The formats of checkpoint that can be imported: one row each, every difference a column."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from heterodiff.models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """What the weights of one family of checkpoints mean beyond their names and shapes.
+    """Meaning of the weights of a family of checkpoints beyond their names and shapes.
 
     Attributes:
-        origin: for messages.
-        variants: that checkpoints of the format can belong to.
-        activations: variant -> activation of the norms, where it is not SiLU, and why.
-        condition_tokens: whether attention blocks may have an ``encoder_kv``.
-        unused_tokens: whether unconditional networks store ``encoder_kv`` weights that they never apply.
+        origin: name of the family for messages.
+        variants: variants of network that its checkpoints can belong to.
+        without: part of tensor names that the family does not have -> its name for messages.
+        identity_norms: variants whose norms ignored their activation; the others have SiLU.
         qkv_orders: whether the rows of ``qkv`` may be in the new order, [q; k; v] over all heads at once.
     """
 
     origin: str
     variants: tuple[str, ...]
-    activations: Mapping[str, str] = field(default_factory=dict)
-    condition_tokens: bool = False
-    unused_tokens: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
+    identity_norms: tuple[str, ...] = ()
     qkv_orders: bool = False
 
 
@@ -34,36 +29,12 @@ FORMATS: dict[str, CheckpointFormat] = {
     "guided-diffusion": CheckpointFormat(
         origin="OpenAI guided-diffusion (ADM)",
         variants=("unet",),
+        without={".encoder_kv.": "condition tokens (encoder_kv)", ".transformer_branch.": "hybrid blocks"},
         qkv_orders=True,
     ),
     "anofpdm": CheckpointFormat(
         origin="AnoFPDM and the earlier HAE networks",
         variants=tuple(VARIANTS),
-        activations={"unet": "identity", "hae": "identity"},
-        condition_tokens=True,
-        unused_tokens=True,
+        identity_norms=("unet", "hae"),
     ),
 }
-
-
-def to_legacy_order(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return ``tensors`` with the rows of each ``qkv`` moved from the new order to the legacy one.
-
-    New: all heads' q, then all k, then all v. Legacy: [q; k; v] of one head after the other.
-
-    Args:
-        config: holds ``num_heads`` or ``num_head_channels``, and perhaps ``num_heads_upsample``.
-    """
-    moved = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith((".qkv.weight", ".qkv.bias")):
-            channels = tensor.shape[0] // 3
-            if config.get("num_head_channels"):
-                heads = channels // config["num_head_channels"]
-            elif name.startswith("output_blocks.") and config.get("num_heads_upsample"):
-                heads = config["num_heads_upsample"]
-            else:
-                heads = config["num_heads"]
-            rows = tensor.unflatten(0, (3, heads, channels // heads))
-            moved[name] = rows.transpose(0, 1).flatten(0, 2).contiguous()
-    return moved

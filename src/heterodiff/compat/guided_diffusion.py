@@ -1,4 +1,4 @@
-"""Drop-in network classes: the class names, arguments and call signature of earlier guided-diffusion code.
+"""Drop-in network classes with the names, arguments and call signature of earlier guided-diffusion code.
 
     model = HAEUNetModelV2(image_size=128, in_channels=4, model_channels=128, out_channels=4, num_res_blocks=2,
                            attention_resolutions=(8, 16), num_classes=2, num_heads=4)
@@ -36,7 +36,7 @@ class EarlierNetwork(HAEUNet):
         use_new_attention_order: only False; the weights of these networks are in the legacy order.
         clf_free: True: class embedding through an MLP and condition tokens; False: one table of the block
             embedding's width and no condition tokens (OpenAI's class-conditional networks).
-        activation: of the norms; default: what the earlier checkpoints of the class were trained with.
+        activation: activation of the norms; default: that of the class's earlier checkpoints.
         attention_pattern, sparsity, max_keys, pattern_seed: as in :class:`HAEUNet`; the default pattern is the
             earlier ``sequence``.
 
@@ -47,7 +47,7 @@ class EarlierNetwork(HAEUNet):
     """
 
     variant: ClassVar[str]
-    default_activation: ClassVar[str]
+    default_activation: ClassVar[str] = "silu"
 
     @register_to_config
     def __init__(
@@ -82,7 +82,16 @@ class EarlierNetwork(HAEUNet):
         max_keys: int = 1024,
         pattern_seed: int = 0,
     ):
-        _refuse_unsupported(use_fp16, use_new_attention_order)
+        if use_fp16:
+            raise ConfigError(
+                "use_fp16=True is not offered: weights stay float32 and the caller chooses the precision; leave it out "
+                "and run the network under torch.autocast(device, torch.bfloat16) or torch.float16"
+            )
+        if use_new_attention_order:
+            raise ConfigError(
+                "use_new_attention_order=True: these networks hold their weights in the legacy order; import such a "
+                "checkpoint with `heterodiff import CHECKPOINT --format guided-diffusion use_new_attention_order=true`"
+            )
         arguments = {name: value for name, value in locals().items() if name not in _NOT_PASSED_ON}
         arguments["activation"] = activation or self.default_activation
         if not clf_free:
@@ -108,8 +117,7 @@ class EarlierNetwork(HAEUNet):
             threshold: > 0: training; each label is dropped with this probability (drawn from torch's global
                 generator, as before). -1: no dropping.
             null: predict without a condition.
-            clf_free: says that this is sampling with classifier-free guidance; with it, as without it, the
-                condition is ``y``, or none if ``null``.
+            clf_free: accepted and ignored; with it, as without it, the condition is ``y``, or none if ``null``.
 
         Returns:
             (B, out_channels, H, W), a plain tensor.
@@ -121,37 +129,25 @@ class EarlierNetwork(HAEUNet):
         if threshold != NO_THRESHOLD and not 0 < threshold <= 1:
             raise ConfigError(f"threshold: expected a probability in (0, 1], or -1 for no dropping, found {threshold}")
         if self.config.num_classes is not None:
-            y = self._labels(y, threshold, null)
+            y = _labels(y, threshold, null)
         return super().forward(x, timesteps, y, return_dict=False)[0]
 
-    def _labels(self, y: Tensor | None, threshold: float, null: bool) -> Tensor | None:
-        training = threshold != NO_THRESHOLD
-        if null and training:
-            raise ConfigError(f"null=True and threshold={threshold}: null is for sampling; leave one of them out")
-        if null:
-            return None
-        if y is None:
-            raise ConfigError(
-                "this network is class-conditional: pass the labels y, or null=True (with clf_free=True) "
-                "for a prediction without a condition"
-            )
-        return drop_condition(y, threshold) if training else y
+
+def _labels(y: Tensor | None, threshold: float, null: bool) -> Tensor | None:
+    training = threshold != NO_THRESHOLD
+    if null and training:
+        raise ConfigError(f"null=True and threshold={threshold}: null is for sampling; leave one of them out")
+    if null:
+        return None
+    if y is None:
+        raise ConfigError(
+            "this network is class-conditional: pass the labels y, or null=True (with clf_free=True) "
+            "for a prediction without a condition"
+        )
+    return drop_condition(y, threshold) if training else y
 
 
 _NOT_PASSED_ON = ("self", "__class__", "use_fp16", "use_new_attention_order", "clf_free")
-
-
-def _refuse_unsupported(use_fp16: bool, use_new_attention_order: bool) -> None:
-    if use_fp16:
-        raise ConfigError(
-            "use_fp16=True is not offered: weights stay float32 and the caller chooses the precision; leave it out and "
-            "run the network under torch.autocast(device, torch.bfloat16) or torch.float16"
-        )
-    if use_new_attention_order:
-        raise ConfigError(
-            "use_new_attention_order=True: these networks hold their weights in the legacy order; import such a "
-            "checkpoint with `heterodiff import CHECKPOINT --format guided-diffusion use_new_attention_order=true`"
-        )
 
 
 def _drop_unused_token_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -179,27 +175,15 @@ class HAEUNetModelLite(EarlierNetwork):
     """``hae-lite``."""
 
     variant = "hae-lite"
-    default_activation = "silu"
 
 
 class HAEUNetModelV2(EarlierNetwork):
     """``hae-v2``."""
 
     variant = "hae-v2"
-    default_activation = "silu"
 
 
 class HAEUNetModelV2Conservative(EarlierNetwork):
     """``hae-v2-conservative``."""
 
     variant = "hae-v2-conservative"
-    default_activation = "silu"
-
-
-NETWORKS: tuple[type[EarlierNetwork], ...] = (
-    UNetModel,
-    HAEUNetModel,
-    HAEUNetModelLite,
-    HAEUNetModelV2,
-    HAEUNetModelV2Conservative,
-)

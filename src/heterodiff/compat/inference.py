@@ -1,4 +1,4 @@
-"""What the names and shapes of a guided-diffusion state dict say about the network they belong to."""
+"""Configuration of a guided-diffusion network from the names and shapes of its weights."""
 
 import re
 from collections.abc import Mapping
@@ -19,49 +19,26 @@ class Inferred:
     hybrid: HybridSpec | None
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """The resolution levels: width and attention of each, and how they are joined."""
-
-    layers_per_block: int
-    widths: list[int]
-    attended: list[bool]
-    resblock_updown: bool
-    conv_resample: bool | None
-
-
 def infer(shapes: Shapes) -> Inferred:
-    """Read the whole configuration that names and shapes determine.
+    """Infer everything that names and shapes determine.
 
-    The number of attention heads, the image size, dropout and activations leave no trace in them.
+    They do not determine the number of attention heads, the image size, dropout and activations.
 
     Raises:
         CheckpointError: they are not those of a guided-diffusion U-Net.
     """
-    model_channels = _dim(shapes, "time_embed.0.weight", 1)
-    levels = _infer_levels(shapes)
+    hybrid, ratio = _infer_hybrid(shapes)
     config: dict[str, Any] = {
         "in_channels": _dim(shapes, "input_blocks.0.0.weight", 1),
         "out_channels": _dim(shapes, "out.2.weight", 0),
-        "model_channels": model_channels,
-        "layers_per_block": levels.layers_per_block,
-        "channel_mult": tuple(_multiple(width, model_channels) for width in levels.widths),
-        "attention_resolutions": tuple(2**i for i, attended in enumerate(levels.attended) if attended),
+        "model_channels": _dim(shapes, "time_embed.0.weight", 1),
+        **_infer_levels(shapes),
         "use_scale_shift_norm": _dim(shapes, "middle_block.0.emb_layers.1.weight", 0)
         == 2 * _dim(shapes, "middle_block.0.out_layers.0.weight", 0),
-        "resblock_updown": levels.resblock_updown,
         **_infer_classes(shapes),
+        **ratio,
     }
-    if levels.conv_resample is not None:
-        config["conv_resample"] = levels.conv_resample
-    hybrid, ratio = _infer_hybrid(shapes)
-    if ratio is not None:
-        config["bottleneck_ratio"] = ratio
     return Inferred(config, hybrid)
-
-
-def has_condition_tokens(shapes: Shapes) -> bool:
-    return any(".encoder_kv." in name for name in shapes)
 
 
 def _dim(shapes: Shapes, name: str, axis: int) -> int:
@@ -72,47 +49,46 @@ def _dim(shapes: Shapes, name: str, axis: int) -> int:
     return max(1, shape[axis])
 
 
-def _infer_levels(shapes: Shapes) -> _Levels:
-    blocks = _count(shapes, "output_blocks")
+def _infer_levels(shapes: Shapes) -> dict[str, Any]:
+    """Infer width and attention of each resolution level, and how levels are joined."""
     if len(shapes.get("input_blocks.0.0.weight", ())) > 4:
         raise CheckpointError("a network of volumes (3-d convolutions); expected one of images")
-    occupied = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d{1,6})\.", name))}
+    blocks = _count(shapes, "output_blocks")
+    occupied = _numbers(shapes, "input_blocks")
     # A downsampling is a convolution `op`, or average pooling, which leaves a gap in the numbering.
     downs = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in shapes or i not in occupied]
     # A residual block after the first layer of a decoder stage can only be an upsampling one.
     ups = [i for i in range(blocks) if any(f"output_blocks.{i}.{j}.in_layers.0.weight" in shapes for j in (1, 2, 3))]
-    conv_resample = None
-    if downs:
-        layers_per_block = downs[0] - 1
-        conv_resample = f"input_blocks.{downs[0]}.0.op.weight" in shapes
-    else:
-        layers_per_block = ups[0] if ups else blocks - 1
-    stride = layers_per_block + 1
-    if layers_per_block < 1 or blocks % stride:
+    stride = [*downs, *(up + 1 for up in ups), blocks][0]  # layers of a level and its resampling
+    if stride < 2 or blocks % stride:
         raise CheckpointError(
             f"not a guided-diffusion U-Net: {blocks} decoder blocks, resampling in encoder blocks {downs[:4]} "
             f"and decoder blocks {ups[:4]}"
         )
+    base = _dim(shapes, "time_embed.0.weight", 1)
     firsts = range(1, blocks, stride)
-    return _Levels(
-        layers_per_block,
-        [_dim(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in firsts],
-        [f"input_blocks.{i}.1.qkv.weight" in shapes for i in firsts],
-        bool(ups),
-        conv_resample,
-    )
+    widths = [_dim(shapes, f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in firsts]
+    config = {
+        "layers_per_block": stride - 1,
+        "channel_mult": tuple(width / base if width % base else width // base for width in widths),
+        "attention_resolutions": tuple(
+            2**level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in shapes
+        ),
+        "resblock_updown": bool(ups),
+    }
+    return {**config, "conv_resample": f"input_blocks.{downs[0]}.0.op.weight" in shapes} if downs else config
 
 
 def _count(shapes: Shapes, group: str) -> int:
-    numbers = [int(match[1]) for name in shapes if (match := re.match(rf"{group}\.(\d{{1,6}})\.", name))]
+    numbers = _numbers(shapes, group)
     # Each block has several tensors, so a larger number can only be made up.
     if not numbers or max(numbers) >= len(shapes):
         raise CheckpointError(f"not a guided-diffusion U-Net: '{group}.*': {'out of range' if numbers else 'missing'}")
     return max(numbers) + 1
 
 
-def _multiple(width: int, model_channels: int) -> int | float:
-    return width // model_channels if width % model_channels == 0 else width / model_channels
+def _numbers(shapes: Shapes, group: str) -> set[int]:
+    return {int(match[1]) for name in shapes if (match := re.match(rf"{group}\.(\d{{1,6}})\.", name))}
 
 
 def _infer_classes(shapes: Shapes) -> dict[str, Any]:
@@ -121,30 +97,31 @@ def _infer_classes(shapes: Shapes) -> dict[str, Any]:
     return {
         "num_classes": _dim(shapes, "label_emb.weight", 0),
         "class_embedding": "mlp" if "class_emb.0.weight" in shapes else "direct",
-        "condition_tokens": has_condition_tokens(shapes),
+        "condition_tokens": any(".encoder_kv." in name for name in shapes),
     }
 
 
-def _infer_hybrid(shapes: Shapes) -> tuple[HybridSpec | None, float | None]:
-    """The hybrid block and, of a bottleneck MLP, its ratio."""
+def _infer_hybrid(shapes: Shapes) -> tuple[HybridSpec | None, dict[str, float]]:
+    """Infer the hybrid block, and the ``bottleneck_ratio`` of one with a bottleneck MLP."""
     blocks = sorted({name.split(".transformer_branch.")[0] for name in shapes if ".transformer_branch." in name})
     if not blocks:
-        return None, None
+        return None, {}
     first = f"{blocks[0]}.transformer_branch"
+    fusion = f"{blocks[0]}.fusion_conv.weight"
     spec = HybridSpec(
         linear_patches=f"{first}.patch_projections.0.weight" in shapes,
         bottleneck_mlp=f"{first}.mlp.mlp.0.weight" in shapes,
-        concat_fusion=_dim(shapes, f"{blocks[0]}.fusion_conv.weight", 1)
-        == 2 * _dim(shapes, f"{blocks[0]}.fusion_conv.weight", 0),
+        concat_fusion=_dim(shapes, fusion, 1) == 2 * _dim(shapes, fusion, 0),
     )
     if not spec.bottleneck_mlp:
-        return spec, None
+        return spec, {}
     weights = [f"{block}.transformer_branch.mlp.mlp.0.weight" for block in blocks]
-    return spec, _bottleneck_ratio({_dim(shapes, name, 1): _dim(shapes, name, 0) for name in weights})
+    ratio = _bottleneck_ratio({_dim(shapes, name, 1): _dim(shapes, name, 0) for name in weights})
+    return spec, {"bottleneck_ratio": ratio}
 
 
 def _bottleneck_ratio(hidden: Mapping[int, int]) -> float:
-    """A ratio r with int(r C) = ``hidden[C]`` for every width C; the quotients are rounded down to whole channels."""
+    """Return a ratio r with int(r C) = ``hidden[C]`` for every width C; the hidden widths were rounded down."""
     candidates = [0.25, *(h / c for c, h in hidden.items()), *((h + 0.5) / c for c, h in hidden.items())]
     for ratio in candidates:
         if all(max(1, int(c * ratio)) == h for c, h in hidden.items()):

@@ -1,16 +1,13 @@
-"""Settling a network's configuration: what the weights say, what was given, and what the format implies."""
+"""The whole configuration of a network: what its weights determine, what was given, what the format implies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from heterodiff.compat.formats import CheckpointFormat
-from heterodiff.compat.inference import Inferred, Shapes, has_condition_tokens, infer
+from heterodiff.compat.inference import Shapes, infer
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
 from heterodiff.models.unet import check_size
-from heterodiff.models.variants import VARIANTS
+from heterodiff.models.variants import VARIANTS, HybridSpec
 
 IMPORT_ARGUMENTS: dict[str, Any] = {
     "learn_sigma": bool,
@@ -19,123 +16,108 @@ IMPORT_ARGUMENTS: dict[str, Any] = {
     "noise_schedule": Literal["linear", "cosine"],
     "diffusion_steps": int,
 }
-"""Arguments of earlier training scripts that are no arguments of the network itself."""
-SHAPES_DECIDE = ("bottleneck_ratio", "use_hae")
-"""Given values of these are not compared with the inferred ones: several of them fit the same weights."""
+"""Types of the arguments of earlier training scripts that are not arguments of the network itself."""
+MOST_STEPS = 1_000_000
+NOT_COMPARED = ("bottleneck_ratio", "use_hae")
+"""Arguments of which several values fit the same weights, so that a given one is not compared with the inferred one."""
 
 
-@dataclass(frozen=True)
-class Settled:
-    """The network's ``config``, the import's own ``options``, and ``reasons`` for values the weights do not tell."""
+def complete_config(
+    shapes: Shapes, row: CheckpointFormat, given: Mapping[str, Any], variant: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the arguments of the network that weights of these shapes belong to, and reasons for some of them.
 
-    config: dict[str, Any]
-    options: dict[str, Any]
-    reasons: dict[str, str]
-
-
-def settle(
-    tensors: Mapping[str, Tensor], row: CheckpointFormat, given: Mapping[str, Any], variant: str | None
-) -> Settled:
-    """Settle what ``tensors`` of a format are, with the ``given`` arguments (today's names, checked types).
+    Args:
+        given: arguments of the network and :data:`IMPORT_ARGUMENTS`, under today's names and of the right type.
 
     Raises:
-        ConfigError, CheckpointError: arguments that do not fit the format, the weights or each other, or a lack of
-            those that weights cannot tell.
+        ConfigError, CheckpointError: arguments that do not fit the format, the weights or each other; missing ones
+            that weights do not determine.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     inferred = infer(shapes)
-    _check_format(row, shapes, inferred)
-    options = {name: given[name] for name in IMPORT_ARGUMENTS if name in given}
-    given = {name: value for name, value in given.items() if name not in IMPORT_ARGUMENTS}
-    _check_options(row, options, inferred.config)
+    for part, meaning in row.without.items():
+        if any(part in name for name in shapes):
+            raise CheckpointError(f"{meaning} found, which {row.origin} does not have; use --format anofpdm")
+    _check_options(row, given, inferred.config)
     _check_against_weights(given, inferred.config)
     reasons = {} if variant is None else {"variant": "given"}
-    variant = _choose_variant(inferred, row, variant)
-    config: dict[str, Any] = {"variant": variant, **inferred.config, "activation": row.activations.get(variant, "silu")}
-    reasons["activation"] = f"{row.origin}: {_why(config['activation'])}"
+    variant = _choose_variant(inferred.hybrid, row, variant)
+    identity = variant in row.identity_norms
+    config = {"variant": variant, **inferred.config, "activation": "identity" if identity else "silu"}
+    reasons["activation"] = (
+        f"{row.origin}: {'its norms ignored their activation' if identity else 'SiLU after the norms'}"
+    )
     if inferred.hybrid is not None:
         config["attention_pattern"] = "sequence"
         reasons["attention_pattern"] = "the earlier pattern; its random keys are now drawn once, from pattern_seed"
     elif VARIANTS[variant].hybrid is not None:
         config["use_hae"] = False
-    config |= {name: value for name, value in given.items() if name not in inferred.config or name in SHAPES_DECIDE}
-    _check_unknowable(config)
-    return Settled(config, options, reasons)
+    compared = (inferred.config.keys() - NOT_COMPARED) | IMPORT_ARGUMENTS.keys()
+    config |= {name: value for name, value in given.items() if name not in compared}
+    _check_complete(config)
+    return config, reasons
 
 
-def _check_against_weights(given: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
-    for name in [name for name in given if name in inferred and name not in SHAPES_DECIDE]:
-        if not _same(name, inferred[name], given[name], len(inferred["channel_mult"])):
-            found = f"the weights say {short(inferred[name])}, given {short(given[name])}"
-            raise CheckpointError(f"{name}: {found}; leave it out")
-
-
-def _why(activation: str) -> str:
-    return "its norms ignored their activation" if activation == "identity" else "SiLU after the norms"
-
-
-def _check_format(row: CheckpointFormat, shapes: Shapes, inferred: Inferred) -> None:
-    if has_condition_tokens(shapes) and not row.condition_tokens:
-        raise CheckpointError(
-            f"condition tokens (encoder_kv) found, which {row.origin} does not have; use --format anofpdm"
-        )
-    if inferred.hybrid is not None and row.variants == ("unet",):
-        raise CheckpointError(f"hybrid blocks found, which {row.origin} does not have; use --format anofpdm")
-
-
-def _choose_variant(inferred: Inferred, row: CheckpointFormat, wanted: str | None) -> str:
-    """The wanted variant if the weights fit it, else the first that they fit."""
-    if wanted is not None and wanted not in VARIANTS:
-        raise ConfigError(unknown_name("model variant", wanted, VARIANTS))
-    fitting = [name for name in row.variants if inferred.hybrid in (None, VARIANTS[name].hybrid)]
-    if not fitting:
-        raise CheckpointError(f"hybrid blocks of no known variant: {inferred.hybrid}")
-    if wanted is not None and wanted not in fitting:
-        raise CheckpointError(f"variant: the weights belong to {' or '.join(fitting)}, given {wanted}")
-    return wanted or fitting[0]
-
-
-def _check_options(row: CheckpointFormat, options: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
-    if options.get("use_fp16"):
+def _check_options(row: CheckpointFormat, given: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
+    if given.get("use_fp16"):
         raise ConfigError("use_fp16: imported weights are float32; leave it out and choose the precision when running")
-    if options.get("use_new_attention_order") and not row.qkv_orders:
+    if given.get("use_new_attention_order") and not row.qkv_orders:
         raise ConfigError(f"use_new_attention_order: {row.origin} always used the legacy order; leave it out")
-    if not 1 <= options.get("diffusion_steps", 1000) <= 1_000_000:
-        raise ConfigError(f"diffusion_steps: expected at least 1, found {options['diffusion_steps']}")
+    if not 1 <= given.get("diffusion_steps", 1) <= MOST_STEPS:
+        raise ConfigError(f"diffusion_steps: expected 1 to {MOST_STEPS:,}, found {given['diffusion_steps']}")
     learned = _learned_variance(inferred)
-    if options.get("learn_sigma", learned) != learned:
+    if given.get("learn_sigma", learned) != learned:
         channels = f"{inferred['in_channels']} channels in, {inferred['out_channels']} out"
-        raise CheckpointError(f"learn_sigma: the weights say {learned} ({channels}); leave it out")
+        raise CheckpointError(f"learn_sigma: the weights imply {learned} ({channels}); leave it out")
 
 
 def _learned_variance(config: Mapping[str, Any]) -> bool:
     return config["out_channels"] == 2 * config["in_channels"]
 
 
-def _same(name: str, inferred: Any, given: Any, levels: int) -> bool:
-    if name == "attention_resolutions":  # the order says nothing, and neither do factors that are never reached
-        return set(inferred) == {factor for factor in given if factor < 2**levels}
-    return tuple(inferred) == tuple(given) if isinstance(inferred, tuple) else inferred == given
+def _check_against_weights(given: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in inferred or name in NOT_COMPARED:
+            continue
+        expected = inferred[name]
+        if name == "attention_resolutions":  # in any order; factors that are never reached make no difference
+            same = set(expected) == {factor for factor in value if factor < 2 ** len(inferred["channel_mult"])}
+        else:
+            same = tuple(expected) == tuple(value) if isinstance(expected, tuple) else expected == value
+        if not same:
+            raise CheckpointError(f"{name}: the weights imply {short(expected)}, given {short(value)}; leave it out")
 
 
-def _check_unknowable(config: Mapping[str, Any]) -> None:
-    missing = []
+def _choose_variant(hybrid: HybridSpec | None, row: CheckpointFormat, wanted: str | None) -> str:
+    """Return the wanted variant if the weights fit it, else the first that they fit."""
+    if wanted is not None and wanted not in VARIANTS:
+        raise ConfigError(unknown_name("model variant", wanted, VARIANTS))
+    fitting = [name for name in row.variants if hybrid in (None, VARIANTS[name].hybrid)]
+    if not fitting:
+        raise CheckpointError(f"hybrid blocks of no known variant: {hybrid}")
+    if wanted is not None and wanted not in fitting:
+        raise CheckpointError(f"variant: the weights belong to {' or '.join(fitting)}, given {wanted}")
+    return wanted or fitting[0]
+
+
+def _check_complete(config: Mapping[str, Any]) -> None:
+    size = config.get("sample_size")
+    missing = ["image_size=N"] if size is None else []
     if config.get("num_heads") is None and config.get("num_head_channels") is None:
-        missing.append("num_heads=N (or num_head_channels=N)")
-    if config.get("sample_size") is None:
-        missing.append("image_size=N")
-    if missing:
-        raise CheckpointError(f"weights cannot tell these; give them as in the earlier training: {' '.join(missing)}")
-    size = config["sample_size"]
+        missing.insert(0, "num_heads=N (or num_head_channels=N)")
+    if size is None or missing:
+        raise CheckpointError(
+            f"weights do not determine these; give them as in the earlier training: {' '.join(missing)}"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ConfigError(f"image_size: expected at least 1, found {short(size)}")
     check_size(height, width, 2 ** (len(config["channel_mult"]) - 1))
 
 
-def scheduler_arguments(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Arguments of the DDPM scheduler, and the remark that tells them."""
-    steps, schedule = options.get("diffusion_steps", 1000), options.get("noise_schedule", "linear")
+def scheduler_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the arguments of the DDPM scheduler, and a note that tells them."""
+    steps, schedule = given.get("diffusion_steps", 1000), given.get("noise_schedule", "linear")
     learned = _learned_variance(config)
     arguments = {
         "num_train_timesteps": steps,
@@ -152,4 +134,4 @@ def scheduler_arguments(config: Mapping[str, Any], options: Mapping[str, Any]) -
 
 
 def short(value: Any) -> str:
-    return ",".join(str(part) for part in value) if isinstance(value, tuple | list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

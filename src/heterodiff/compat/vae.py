@@ -41,7 +41,7 @@ class VAEInterface:
         if images.ndim != 4 or len(images) == 0:
             channels = self.codec.vae.config.in_channels
             raise ConfigError(f"images {tuple(images.shape)}: the VAE encodes (B, {channels}, H, W), B above 0")
-        self.codec.latent_shape(images.shape[1], images.shape[2], images.shape[3])
+        self.codec.latent_shape(*images.shape[1:])
         low, high = float(images.min()), float(images.max())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise DataError(f"images to encode hold values {low:g} to {high:g}; expected [0, 1]: scale them first")
@@ -66,10 +66,9 @@ class VAEInterface:
         Raises:
             ConfigError: a side that the VAE's factor does not divide.
         """
-        channels = self.codec.vae.config.in_channels
-        return self.codec.latent_shape(channels, image_size, image_size)[1]
+        return self.codec.latent_shape(self.codec.vae.config.in_channels, image_size, image_size)[1]
 
     def test_roundtrip(self, images: Tensor, max_mse: float = ROUND_TRIP_MSE) -> bool:
-        """Whether images (B, C, H, W) in [0, 1] come back with a mean squared error below ``max_mse``."""
+        """Check that images (B, C, H, W) in [0, 1] are reconstructed with a mean squared error below ``max_mse``."""
         decoded = self.decode_batch(self.encode_batch(images)).cpu()
         return float((decoded - torch.as_tensor(images).cpu()).square().mean()) < max_mse

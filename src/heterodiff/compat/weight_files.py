@@ -1,6 +1,5 @@
-"""Reading weights from files that others made: never more than tensors, whatever the file holds."""
+"""Reading weights from untrusted files: never more than tensors, whatever the file holds."""
 
-import json
 import pickle
 import re
 import warnings
@@ -15,19 +14,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError
+from heterodiff.models.loading import refuse_nonfinite
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 MAX_HEADER_BYTES = 4 * 2**20
 """A network of this family has at most a few thousand tensors: a header of a few hundred kilobytes."""
 WRAPPERS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
 """Keys under which training scripts nest a state dict, the best weights first."""
+ANCHOR = "time_embed.0.weight"
+"""A parameter that every network of the family has; what stands before its name is a prefix."""
+PREFIXES = re.compile(r"((module|_orig_mod|weight|model)\.)*")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TENSORS_ALONE = "where you trust the file, save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
+TENSORS_ALONE = "if you trust the file, save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
 
 
 @dataclass
 class WeightFile:
-    """What a file held: tensors by name, metadata (safetensors only), and remarks for the user."""
+    """Contents of a file: tensors by name, metadata (safetensors only), and notes for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -49,8 +52,28 @@ def read_weights(path: Path) -> WeightFile:
     raise CheckpointError(f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)}, found '{path.suffix}'")
 
 
+def strip_prefix(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the network's tensors without what wrappers put before their names, and notes.
+
+    Raises:
+        CheckpointError: no such network, or several.
+    """
+    prefixes = [name.removesuffix(ANCHOR) for name in tensors if name.endswith(ANCHOR)]
+    prefixes = [prefix for prefix in prefixes if PREFIXES.fullmatch(prefix)]
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} networks: {some(prefixes)}" if prefixes else f"tensors {some(sorted(tensors))}"
+        raise CheckpointError(f"{path}: expected one guided-diffusion U-Net (with '{ANCHOR}'), found {found}")
+    prefix = prefixes[0]
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    outside = [name for name in tensors if not name.startswith(prefix)]
+    notes = [f"names: prefix '{prefix}' removed"] if prefix else []
+    if outside:
+        notes.append(f"names: {len(outside)} tensors outside '{prefix}' ignored: {some(outside)}")
+    return inside, notes
+
+
 def tidy_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return ``tensors`` as contiguous float32 with memory of their own, and remarks.
+    """Return ``tensors`` as contiguous float32 with memory of their own, and notes.
 
     Raises:
         CheckpointError: a tensor that is sparse, not of floats, or not finite.
@@ -66,33 +89,14 @@ def tidy_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         tidy[name] = tensor
-    if bad := [name for name, tensor in tidy.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: NaN or infinite values in {len(bad)} of {len(tidy)} tensors ({some(bad)}); "
-            "use an earlier checkpoint of that run"
-        )
+    refuse_nonfinite(tidy, path, "use an earlier checkpoint of that run")
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}
     return tidy, [f"weights: converted from {', '.join(sorted(kinds))} to float32"] if kinds else []
 
 
-def some(names: list[str], limit: int = 4) -> str:
+def some(names: list[str], count: int = 4) -> str:
     """Return the first few of ``names`` in one line."""
-    return ", ".join(names[:limit]) + (f", … {len(names) - limit} more" if len(names) > limit else "")
-
-
-def read_json_metadata(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Return the JSON object under ``key`` of safetensors metadata; empty if there is none.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    try:
-        content = json.loads(metadata.get(key, "{}"))
-    except (json.JSONDecodeError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: metadata '{key}': expected a JSON object, found {metadata[key][:80]!r}")
-    return content
+    return ", ".join(names[:count]) + (f", … {len(names) - count} more" if len(names) > count else "")
 
 
 def _read_safetensors(path: Path) -> WeightFile:
@@ -135,7 +139,7 @@ def _read_torch(path: Path) -> WeightFile:
 
 
 def _check_archive(path: Path) -> None:
-    """torch stores tensors uncompressed, so that what is read is no larger than the file."""
+    """Refuse compressed archives, which could unpack to far more than the file; torch stores tensors uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -151,8 +155,7 @@ def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}; {TENSORS_ALONE}")
     notes = []
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if wrapper is not None:
+    if wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
         others = [str(key) for key in content if key != wrapper]
         notes.append(f"weights: taken from '{wrapper}'" + (f", not from: {some(others)}" if others else ""))
         content = content[wrapper]

@@ -1,4 +1,4 @@
-"""The typed configuration of a run: its sections, their keys, defaults and limits."""
+"""Typed configuration of a run: sections, keys, defaults and bounds."""
 
 from heterodiff.config.base import Section
 from heterodiff.config.data import (

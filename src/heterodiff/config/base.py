@@ -1,30 +1,39 @@
-"""What all sections of the configuration are made of."""
+"""Types that the sections of the configuration share."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _pair(value: Any) -> Any:
-    """Read one integer as a square (height, width)."""
+    """Expand one integer to a square (height, width)."""
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("expected [lowest, highest], the lower number first")
+    return bounds
+
+
+Number = TypeVar("Number")
+Range = Annotated[tuple[Number, Number], AfterValidator(_ascending)]
+"""Lowest and highest value."""
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-Positive = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=16_384)]
-"""Channels, or pixels of a side: above it, no machine has the memory for a single layer or image."""
+"""Channels or pixels per side, bounded by the memory that a single layer or image needs."""
 Depth = Annotated[int, Field(gt=0, le=64)]
 BatchSize = Annotated[int, Field(gt=0, le=1_048_576)]
 Timesteps = Annotated[int, Field(gt=0, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Levels = Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
 Size = Annotated[tuple[Width, Width], BeforeValidator(_pair)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after reading."""
+    """Base of every section: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -1,19 +1,12 @@
-"""Section ``data``: where images come from, and the images that are made here."""
+"""Section ``data``: sources of images, simulated ones included."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
-from heterodiff.config.base import Fraction, Section, Seed, Size, UserPath, Width
+from heterodiff.config.base import Fraction, Range, Section, Seed, Share, Size, UserPath, Width
 from heterodiff.config.names import SOURCES, known_name
-
-
-def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
-    if limits[0] > limits[1]:
-        raise ValueError("expected [lowest, highest], the lower number first")
-    return limits
-
 
 Speed = Annotated[float, Field(ge=0, le=300)]
 WalkingSpeed = Annotated[float, Field(ge=0.3, le=2.2)]
@@ -26,121 +19,107 @@ Elevation = Annotated[float, Field(ge=0, le=80)]
 
 
 class MicrodopplerSpeeds(Section):
-    """Speeds in m/s from which each simulated target draws its own; the limits are those of the motion models."""
+    """Ranges of speeds in m/s, from which each simulated target draws its own; bounded by the motion models."""
 
-    walking: Annotated[tuple[WalkingSpeed, WalkingSpeed], AfterValidator(_ascending)] = Field(
-        (0.8, 1.8), description="of a walking person"
-    )
-    running: Annotated[tuple[RunningSpeed, RunningSpeed], AfterValidator(_ascending)] = Field(
-        (2.5, 4.5), description="of a running person"
-    )
-    quadrotor: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
-        (1.0, 8.0), description="of a quadrotor's flight"
-    )
-    helicopter: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
-        (5.0, 30.0), description="of a helicopter's flight"
-    )
-    bird: Annotated[tuple[Speed, Speed], AfterValidator(_ascending)] = Field(
-        (4.0, 9.0), description="of a bird's flight"
-    )
-    pendulum: Annotated[tuple[PendulumSpeed, PendulumSpeed], AfterValidator(_ascending)] = Field(
-        (0.5, 1.5), description="of the bob at its lowest point"
-    )
+    walking: Range[WalkingSpeed] = Field((0.8, 1.8), description="walking person")
+    running: Range[RunningSpeed] = Field((2.5, 4.5), description="running person")
+    quadrotor: Range[Speed] = Field((1.0, 8.0), description="flight of a quadrotor")
+    helicopter: Range[Speed] = Field((5.0, 30.0), description="flight of a helicopter")
+    bird: Range[Speed] = Field((4.0, 9.0), description="flight of a bird")
+    pendulum: Range[PendulumSpeed] = Field((0.5, 1.5), description="bob of a pendulum at its lowest point")
 
 
 class MicrodopplerConfig(Section):
-    """The simulated radar of the built-in source ``microdoppler`` and what it looks at."""
+    """Simulated radar and targets of the built-in source ``microdoppler``."""
 
-    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
-        200, description="simulated pictures of each class"
-    )
-    seed: Seed = Field(0, description="picture k of a class depends on seed, class and k alone")
+    images_per_class: Annotated[int, Field(gt=0, le=1_000_000)] = Field(200, description="number of images per class")
+    seed: Seed = Field(0, description="random seed; image k of a class depends on seed, class and k alone")
     carrier_frequency_hz: Annotated[float, Field(ge=1e8, le=3e11)] = Field(
         10e9, description="carrier frequency of the radar"
     )
     prf_hz: Annotated[float, Field(ge=16, le=1e7)] | None = Field(
-        None, description="pulses a second, for all classes; default: per class, so that its fastest part cannot alias"
+        None, description="pulse repetition frequency; default: per class, high enough to avoid aliasing"
     )
     duration_s: Annotated[float, Field(gt=0, le=600)] | None = Field(
-        None, description="length of a recording, for all classes; default: a few cycles of each class"
+        None, description="length of a recording; default: a few motion cycles of each class"
     )
     window_s: Annotated[float, Field(gt=0, le=60)] | None = Field(
         None, description="window of the short-time Fourier transform; default: per class"
     )
-    snr_db: Annotated[tuple[Decibels, Decibels], AfterValidator(_ascending)] = Field(
+    snr_db: Range[Decibels] = Field(
         (10.0, 25.0), description="mean signal power over noise power, before the transform"
     )
     dynamic_range_db: Annotated[float, Field(ge=1, le=200)] = Field(
-        45.0, description="range of a picture below its strongest pixel"
+        45.0, description="dynamic range of an image, below its strongest pixel"
     )
-    aspect_deg: Annotated[tuple[Aspect, Aspect], AfterValidator(_ascending)] = Field(
-        (0.0, 30.0), description="angle between the heading and the direction to the radar, seen from above"
+    aspect_deg: Range[Aspect] = Field((0.0, 30.0), description="horizontal angle between heading and line of sight")
+    elevation_deg: Range[Elevation] = Field(
+        (10.0, 40.0), description="elevation of flying targets; the others are level with the radar"
     )
-    elevation_deg: Annotated[tuple[Elevation, Elevation], AfterValidator(_ascending)] = Field(
-        (10.0, 40.0), description="angle of flying targets above the radar; the others are level with it"
-    )
-    receding: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="share of the targets turned around, which move away"
-    )
+    receding: Share = Field(0.5, description="fraction of targets that move away from the radar")
     speeds_m_s: MicrodopplerSpeeds = MicrodopplerSpeeds()
 
 
 class ShapesConfig(Section):
-    """The drawn pictures of the built-in source ``shapes``: one or two coloured shapes, with true captions."""
+    """Drawings of the built-in source ``shapes``: one or two coloured shapes, with captions."""
 
-    images: Annotated[int, Field(gt=1, le=10_000_000)] = Field(4000, description="number of pictures")
-    seed: Seed = Field(0, description="picture k depends on seed and k alone")
-    pairs: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the pictures with two shapes")
+    images: Annotated[int, Field(gt=1, le=10_000_000)] = Field(4000, description="number of images")
+    seed: Seed = Field(0, description="random seed; image k depends on seed and k alone")
+    pairs: Share = Field(0.5, description="fraction of images with two shapes")
     unseen: tuple[str, ...] = Field(
-        (), description="combinations such as `purple triangle` that no picture shows, to ask for them later"
+        (), description="held-out combinations, such as `purple triangle`, to test generalisation"
     )
 
 
 class BrainPhantomConfig(Section):
-    """The simulated heads of the built-in source ``brain-phantom``, and how hard their lesions are to see."""
+    """Simulated heads and lesions of the built-in source ``brain-phantom``."""
 
     patients: Annotated[int, Field(gt=1, le=100_000)] = Field(120, description="number of simulated patients")
-    slices_per_patient: Annotated[int, Field(gt=0, le=1000)] = Field(16, description="slices of each patient")
-    seed: Seed = Field(0, description="slice k of a patient depends on seed, patient and k alone")
-    unhealthy: Annotated[float, Field(ge=0, le=1)] = Field(0.4, description="share of the slices that show a lesion")
-    lesion_radius: Annotated[tuple[LesionRadius, LesionRadius], AfterValidator(_ascending)] = Field(
+    slices_per_patient: Annotated[int, Field(gt=0, le=1000)] = Field(16, description="slices per patient")
+    seed: Seed = Field(0, description="random seed; slice k of a patient depends on seed, patient and k alone")
+    unhealthy: Share = Field(0.4, description="fraction of the slices that show a lesion")
+    lesion_radius: Range[LesionRadius] = Field(
         (0.10, 0.24),
-        description="radius in the lesion's middle slice, in units of half the shorter side of the picture",
+        description="radius in the middle slice of a lesion, relative to half the shorter side of the image",
     )
     contrast: Annotated[float, Field(ge=0, le=3)] = Field(
-        1.0, description="contrast of lesions against white matter; 1: on FLAIR and T2 little brighter than grey matter"
+        1.0,
+        description="contrast between lesion and white matter; 1: slightly brighter than grey matter on FLAIR and T2",
     )
     bias: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.1, description="strength of the smooth field that brightens one side of a modality"
+        0.1, description="strength of the smooth intensity bias field of each modality"
     )
     noise: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.03, description="std of the noise; scalp and fluid reach about 0.8"
+        0.03, description="standard deviation of the noise; scalp and fluid are at about 0.8"
     )
 
 
 class VolumesConfig(Section):
-    """NIfTI volumes of patients, of which source ``volumes`` makes slices."""
+    """NIfTI volumes of patients, which source ``volumes`` slices."""
 
     layout: Literal["brats", "atlas"] = Field(
         "brats", description="file names; brats: `*_flair *_t1 *_t1ce *_t2 [*_seg]`; atlas: `*_T1w [*_mask]`"
     )
     modalities: dict[str, str] | None = Field(
         None,
-        description="own file name patterns without .nii.gz, a channel each, such as `{flair: '*FLAIR*', t1: '*T1*'}`",
+        description="file name pattern of each channel, without .nii.gz, such as `{flair: '*FLAIR*', t1: '*T1*'}`; "
+        "default: of layout",
     )
-    mask: str | None = Field(None, description="own pattern of the mask's file name")
-    cache: UserPath | None = Field(None, description="where slices are kept; default: data.path with _slices appended")
-    least_brain: Fraction = Field(0.02, description="share of its area that a slice must show of the brain to count")
+    mask: str | None = Field(None, description="file name pattern of the masks; default: of layout")
+    cache: UserPath | None = Field(
+        None, description="folder of the cached slices; default: data.path with _slices appended"
+    )
+    least_brain: Fraction = Field(0.02, description="minimum brain area of a slice, as a fraction of its area")
 
     @model_validator(mode="after")
-    def _modalities_are_some(self) -> "VolumesConfig":
+    def _has_modalities(self) -> "VolumesConfig":
         if self.modalities is not None and not self.modalities:
-            raise ValueError("modalities: expected at least one pattern; leave it out for those of the layout")
+            raise ValueError("modalities: expected at least one pattern; leave it out to use those of the layout")
         return self
 
 
 class DataConfig(Section):
-    """Where images and their labels or captions come from."""
+    """Images and their labels or captions."""
 
     source: Annotated[str, known_name("source", lambda: SOURCES)] = Field(
         "images",
@@ -149,66 +128,58 @@ class DataConfig(Section):
     )
     path: Path | None = Field(
         None,
-        description="folder of images (class subfolders or metadata.csv/jsonl), of images with captions, or of latents",
+        description="folder of images (class subfolders or metadata.csv/jsonl), images with captions, volumes, or "
+        "latents",
     )
     captions_file: Path | None = Field(
         None,
-        description="captions of source `captions`, relative to data.path; default: annotations/captions_*.json, "
-        "results.csv, captions.txt, or metadata.csv/jsonl, whichever is there",
+        description="captions, relative to data.path; default: annotations/captions_*.json, results.csv, captions.txt "
+        "or metadata.csv/jsonl",
     )
-    file_column: str = Field("file_name", description="column or key of the file name in metadata.csv/jsonl")
-    text_column: str = Field("text", description="column or key of the caption in metadata.csv/jsonl")
+    file_column: str = Field("file_name", description="column or key of file names in metadata.csv/jsonl")
+    text_column: str = Field("text", description="column or key of captions in metadata.csv/jsonl")
     image_size: Size | None = Field(
         None, description="height and width after resizing, or one number for both; default: as stored"
     )
     channels: Width | None = Field(
-        None,
-        description="expected channels; 8-bit pictures are converted to 1, 3 or 4; default: those of the first image",
+        None, description="number of channels; 8-bit images are converted to 1, 3 or 4; default: of the first image"
     )
     labels: Literal["auto", "required", "none"] = Field(
-        "auto", description="auto: labels if there are any; required: an error without; none: ignore them"
+        "auto", description="auto: use labels if there are any; required: fail without labels; none: ignore labels"
     )
     value_range: tuple[float, float] | None = Field(
         None,
-        description="stored values mapped to 0 and 1; default: 0..255 for 8 bits, else measured on the training images",
+        description="stored values mapped to 0 and 1; default: 0 and 255 for 8 bits, else those of training images",
     )
     resize: Literal["crop", "stretch"] = Field(
-        "crop", description="crop: keep the aspect ratio and cut the centre; stretch: both sides to image_size"
+        "crop", description="crop: keep the aspect ratio and crop the centre; stretch: resize both sides independently"
     )
     val_fraction: Fraction = Field(
-        0.1, description="share of images held out, drawn per class; of source `brain-phantom`, of the patients"
+        0.1, description="fraction of images, stratified by class, or patients for validation"
     )
     test_fraction: Fraction = Field(
         0.0,
-        description="share of images, or patients, that training never reads, kept for the last measurement; "
-        "val_fraction is of the others",
+        description="fraction of images or patients for the test set, unused in training; val_fraction is of the rest",
     )
     test_patients: tuple[str, ...] | None = Field(
-        None, description="patients kept for the last measurement by name, in place of a share of them"
+        None, description="patients of the test set, in place of test_fraction"
     )
     split_by: Literal["patient", "image"] = Field(
-        "patient",
-        description="what val_fraction is a share of, where images belong to patients; with very few patients: image, "
-        "so that all of them are learned from",
+        "patient", description="unit of the split, if images belong to patients; image: if there are too few patients"
     )
-    split_seed: Seed = Field(0, description="seed of the draw of held-out and test images")
+    split_seed: Seed = Field(0, description="random seed of the split")
     train_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None,
-        description="classes that are trained on, such as [healthy]; others are only validated and tested with; "
-        "default: all",
+        None, description="classes to train on, such as [healthy]; others are for validation and test; default: all"
     )
-    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
-    random_crop: Annotated[int, Field(ge=0)] = Field(
-        0, description="pixels by which images are padded (replicated) and then cropped back at a random position"
+    horizontal_flip: bool = Field(False, description="flip training images left to right with probability 0.5")
+    random_crop: NonNegativeInt = Field(
+        0, description="pad by this number of pixels (edge replication), then crop at random"
     )
-    on_bad: Literal["error", "skip"] = Field("error", description="what to do with images that cannot be used")
-    memory_limit_gb: Annotated[float, Field(ge=0)] = Field(
-        4.0, description="decode all images once into memory when they need at most this"
-    )
+    on_bad: Literal["error", "skip"] = Field("error", description="action for images that cannot be used")
+    memory_limit_gb: NonNegativeFloat = Field(4.0, description="keep decoded images in memory if all fit in this size")
     keep_on_device: bool | Literal["auto"] = Field(
         "auto",
-        description="keep all training images on the GPU as they are stored; auto: where they take at most a tenth "
-        "of its free memory",
+        description="keep training images on the GPU, as stored; auto: if they take at most 10 % of its free memory",
     )
     microdoppler: MicrodopplerConfig = Field(MicrodopplerConfig(), description="settings of source `microdoppler`")
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
@@ -216,7 +187,7 @@ class DataConfig(Section):
     brain_phantom: BrainPhantomConfig = Field(BrainPhantomConfig(), description="settings of source `brain-phantom`")
 
     @model_validator(mode="after")
-    def _test_images_are_chosen_in_one_way(self) -> "DataConfig":
+    def _has_one_test_set(self) -> "DataConfig":
         if self.test_patients and self.test_fraction:
-            raise ValueError("test_patients and test_fraction: patients are kept by name or as a share; leave one out")
+            raise ValueError("test_patients and test_fraction: both choose the test set; leave one out")
         return self

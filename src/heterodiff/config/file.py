@@ -1,4 +1,4 @@
-"""Configurations as files: one YAML file, ``key.path=value`` overrides, nothing unknown accepted."""
+"""Reading and writing configurations: one YAML file, ``key.path=value`` overrides, unknown keys refused."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -14,11 +14,11 @@ from heterodiff.errors import ConfigError, nearest_name
 
 MAX_CONFIG_BYTES = 1_000_000
 BESIDE_SAVED = ("run.json", "model_index.json")
-"""Files of a run folder, beside which a configuration is that of the run."""
+"""Files that mark a run folder; the configuration beside them is that of the run."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (an alias bomb grows exponentially) and without duplicate keys."""
+    """YAML without aliases (an alias bomb grows exponentially) or duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -81,7 +81,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at ``location`` accepts."""
+    """Keys of the section at ``location``."""
     section: type[BaseModel] = RunConfig
     for part in location:
         field = section.model_fields.get(str(part))
@@ -116,7 +116,7 @@ def parse_config(
     """Check ``content`` against :class:`RunConfig`.
 
     Args:
-        where: what the content is from, for messages.
+        where: origin of the content, for messages.
         tolerated: keys that may differ from their default though the run does not read them; None: all.
 
     Raises:
@@ -164,7 +164,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _remove(content: dict[str, Any], key: list[str]) -> None:
-    """Take the key out of nested ``content``, and sections that are empty then."""
+    """Delete the key from nested ``content``, and sections that become empty."""
     if len(key) > 1:
         _remove(content[key[0]], key[1:])
     if len(key) == 1 or not content[key[0]]:

@@ -1,4 +1,4 @@
-"""Names that a configuration may give; listed apart from what they name, so that reading one imports nothing heavy."""
+"""Names that are valid in a configuration, listed apart from the objects so that reading one imports nothing heavy."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,11 +11,11 @@ SOURCES = ("images", "captions", "volumes", "digits", "microdoppler", "shapes", 
 SAMPLERS = ("ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "flow-euler")
 
 UNKNOWN_NAME = "unknown_name"
-"""Type of the error for a name that is not known; its message already shows the name."""
+"""Error type of unknown names, whose message already shows the name."""
 
 
 def known_name(kind: str, known: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A validator that accepts the names of some ``kind`` alone; others are refused with the nearest one."""
+    """A validator that refuses unknown names of a ``kind`` and suggests the nearest known one."""
 
     def check(name: str) -> str:
         if name not in known():

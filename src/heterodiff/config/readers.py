@@ -1,16 +1,19 @@
-"""Who reads a key of the configuration: a table, so that a key that a run does not read is refused, not ignored."""
+"""Table of which runs read a key, so that a key that a run does not read is refused, not ignored."""
 
 import json
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from heterodiff.config.base import Section
 from heterodiff.models.variants import VARIANTS
+from heterodiff.tasks import task_of
 
 if TYPE_CHECKING:
     from heterodiff.config.run import RunConfig
 
+DENOISERS = "by recipes diffusion and text-image, which train a denoiser"
 HYBRIDS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid is not None)
 
 
@@ -33,21 +36,39 @@ class Reader:
     always: bool = False
 
     def covers(self, key: str) -> bool:
-        """Whether ``key`` is one of the keys, or in one of the sections."""
+        """Return whether ``key`` is one of the keys, or in one of the sections."""
         return any(key == own or key.startswith(f"{own}.") for own in self.keys.split())
 
 
-def _from(*sources: str) -> Callable[["RunConfig"], bool]:
-    """Runs on one of ``sources``, or on latents, which compare the keys with those their images were read with."""
-    return lambda run: run.data.source in (*sources, "latents")
+def _shown(value: Any) -> str:
+    """A value as in YAML, not too long."""
+    if isinstance(value, Section):
+        return "{...}"
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{text.strip(chr(34)):.100}"
 
 
-def _with_texts(run: "RunConfig") -> bool:
-    return run.recipe in ("text-image", "alignment")
+def _with(keys: str, decided_by: str, *values: Any, note: str = "") -> Reader:
+    """The row of keys that are read where ``decided_by`` has one of ``values``."""
+    names = ", ".join(map(_shown, values))
+    return Reader(
+        keys,
+        f"with {decided_by}={' or '.join(names.rsplit(', ', 1))}{note}",
+        decided_by,
+        lambda run: attrgetter(decided_by)(run) in values,
+    )
 
 
-def _denoises(run: "RunConfig") -> bool:
-    return run.recipe in ("diffusion", "text-image")
+def _without(keys: str, decided_by: str, note: str) -> Reader:
+    """The row of keys that are read where ``decided_by`` is not set."""
+    return Reader(keys, f"without {decided_by}{note}", decided_by, lambda run: attrgetter(decided_by)(run) is None)
+
+
+def _in_task(section: str) -> Callable[["RunConfig"], bool]:
+    return lambda run: section in task_of(run).sections
+
+
+_with_texts = _in_task("text")
 
 
 def _on_pixels(run: "RunConfig") -> bool:
@@ -60,7 +81,7 @@ def _on_codec(run: "RunConfig") -> bool:
 
 
 def _trains_vae(run: "RunConfig") -> bool:
-    return run.recipe == "vae" or (run.codec.kind == "kl-vae" and run.codec.training is not None)
+    return _in_task("vae")(run) or (run.codec.kind == "kl-vae" and run.codec.training is not None)
 
 
 def _sees_images(run: "RunConfig") -> bool:
@@ -70,9 +91,10 @@ def _sees_images(run: "RunConfig") -> bool:
 
 def _conditional(run: "RunConfig") -> bool:
     unlabelled = run.data.labels == "none" or run.data.source in ("captions", "shapes")
-    return run.recipe == "text-image" or not unlabelled
+    return _with_texts(run) or not unlabelled
 
 
+# Rows of a source are those of its stored latents too, which compare these keys with those of their images.
 READERS = (
     Reader(
         "recipe output training data.source data.image_size data.channels data.labels data.value_range data.resize "
@@ -82,33 +104,21 @@ READERS = (
         "recipe",
         lambda run: True,
     ),
-    Reader(
-        "data.path",
-        "by data.source images, captions, volumes and latents",
-        "data.source",
-        _from("images", "captions", "volumes"),
-    ),
+    _with("data.path", "data.source", "images", "captions", "volumes", "latents"),
     Reader(
         "data.captions_file data.file_column data.text_column",
         "by data.source captions and by recipes text-image and alignment",
         "data.source recipe",
-        lambda run: _from("captions")(run) or _with_texts(run),  # evaluate --data reads captions for any of these
+        lambda run: run.data.source in ("captions", "latents") or _with_texts(run),  # evaluate --data reads captions
     ),
-    Reader(
-        "data.test_patients data.split_by",
-        "by data.source volumes and brain-phantom, whose images belong to patients",
-        "data.source",
-        _from("volumes", "brain-phantom"),
+    _with(
+        "data.test_patients data.split_by", "data.source", "volumes", "brain-phantom", "latents", note=" (of patients)"
     ),
-    Reader("data.microdoppler", "by data.source microdoppler", "data.source", _from("microdoppler")),
-    Reader("data.shapes", "by data.source shapes", "data.source", _from("shapes")),
-    Reader("data.brain_phantom", "by data.source brain-phantom", "data.source", _from("brain-phantom")),
-    Reader(
-        "data.volumes",
-        "by data.source volumes and brain-phantom",
-        "data.source",
-        _from("volumes", "brain-phantom"),  # evaluate --data takes volumes of patients for both
-    ),
+    _with("data.microdoppler", "data.source", "microdoppler", "latents"),
+    _with("data.shapes", "data.source", "shapes", "latents"),
+    _with("data.brain_phantom", "data.source", "brain-phantom", "latents"),
+    # evaluate --data takes volumes of patients for the phantom as well
+    _with("data.volumes", "data.source", "volumes", "brain-phantom", "latents"),
     Reader(
         "data.horizontal_flip data.random_crop",
         "where training sees images, not stored latents: on pixels, or with codec.cache=false, which encodes every "
@@ -117,10 +127,8 @@ READERS = (
         _sees_images,
         always=True,
     ),
-    Reader(
-        "model diffusion sampling", "by recipes diffusion and text-image, which train a denoiser", "recipe", _denoises
-    ),
-    Reader("codec", "by recipes diffusion and text-image, which train a denoiser", "recipe", _denoises, always=True),
+    Reader("model diffusion sampling", DENOISERS, "recipe", _in_task("model")),
+    Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",
         "with codec.kind=kl-vae and by recipe text-image",
@@ -140,18 +148,17 @@ READERS = (
         "codec.kind alignment.joint",
         _on_codec,
     ),
-    Reader("codec.posterior", "with codec.kind=kl-vae", "codec.kind", lambda run: run.codec.kind == "kl-vae"),
+    _with("codec.posterior", "codec.kind", "kl-vae"),
     Reader(
         "vae",
         "where a VAE is trained: by recipe vae, or with codec.kind=kl-vae and codec.training",
         "recipe codec.kind codec.training",
         _trains_vae,
     ),
-    Reader(
+    _without(
         "vae.latent_channels vae.block_out_channels vae.layers_per_block vae.mid_block_attention",
-        "without vae.init_from, whose architecture the VAE has",
         "vae.init_from",
-        lambda run: run.vae.init_from is None,
+        ", whose architecture the VAE has",
     ),
     Reader(
         "vae.adversarial_start",
@@ -162,53 +169,24 @@ READERS = (
     Reader("text alignment", "by recipes text-image and alignment", "recipe", _with_texts),
     Reader(
         "text.frozen",
-        "with text.encoder, whose weights stay as they are",
+        "with text.encoder, whose weights it freezes",
         "text.encoder",
         lambda run: run.text.encoder is not None,
     ),
-    Reader(
-        "text.vocabulary_size text.width text.layers",
-        "without text.encoder, which brings its own",
-        "text.encoder",
-        lambda run: run.text.encoder is None,
-    ),
-    Reader(
-        "alignment.diffusion_weight",
-        "with alignment.joint=true",
-        "alignment.joint",
-        lambda run: run.alignment.joint,
-    ),
-    Reader(
+    _without("text.vocabulary_size text.width text.layers", "text.encoder", ", which brings its own"),
+    _with("alignment.diffusion_weight", "alignment.joint", True),
+    _with(
         "model.patch_size model.attention_resolutions model.num_head_channels model.use_scale_shift_norm "
         "model.resblock_updown model.memory_optimization",
-        f"by model.variant {', '.join(VARIANTS)}",
         "model.variant",
-        lambda run: run.model.variant in VARIANTS,
+        *VARIANTS,
     ),
-    Reader(
-        "model.attention_pattern model.sparsity",
-        f"by the hybrid blocks of model.variant {', '.join(HYBRIDS)}",
-        "model.variant",
-        lambda run: run.model.variant in HYBRIDS,
+    _with("model.attention_pattern model.sparsity", "model.variant", *HYBRIDS, note=" (hybrid blocks)"),
+    _without(
+        "model.num_heads", "model.num_head_channels", ", which sets the width of a head instead of the number of heads"
     ),
-    Reader(
-        "model.num_heads",
-        "without model.num_head_channels, which sets the width of a head instead of their number",
-        "model.num_head_channels",
-        lambda run: run.model.num_head_channels is None,
-    ),
-    Reader(
-        "diffusion.schedule",
-        "with diffusion.prediction epsilon, v and sample, whose levels of noise it sets",
-        "diffusion.prediction",
-        lambda run: run.diffusion.prediction != "flow",
-    ),
-    Reader(
-        "diffusion.snr_gamma",
-        "with diffusion.weighting=min-snr",
-        "diffusion.weighting",
-        lambda run: run.diffusion.weighting == "min-snr",
-    ),
+    _with("diffusion.schedule", "diffusion.prediction", "epsilon", "v", "sample"),
+    _with("diffusion.snr_gamma", "diffusion.weighting", "min-snr"),
     Reader(
         "diffusion.p_uncond sampling.guidance_scale sampling.guidance_interval",
         "by runs with a condition: classes, or the texts of recipe text-image",
@@ -216,50 +194,27 @@ READERS = (
         _conditional,
     ),
     Reader(
-        "sampling.dynamic_threshold",
-        "on pixels, as latents have no fixed range",
-        "codec.kind",
-        _on_pixels,
-        always=True,
+        "sampling.dynamic_threshold", "on pixels, as latents have no fixed range", "codec.kind", _on_pixels, always=True
     ),
     Reader(
-        "sampling.candidates",
-        "by recipe text-image, whose captioner judges them",
-        "recipe",
-        lambda run: run.recipe == "text-image",
-        always=True,
+        "sampling.candidates", "by recipe text-image, whose captioner ranks them", "recipe", _with_texts, always=True
     ),
     Reader(
         "segmentation",
         "by recipe diffusion on pixels, which can find anomalies",
         "recipe codec.kind",
-        lambda run: run.recipe == "diffusion" and _on_pixels(run),
+        lambda run: "segment" in task_of(run).commands and _on_pixels(run),
     ),
-    Reader(
-        "segmentation.patience",
-        "by segmentation.method=forward-process",
-        "segmentation.method",
-        lambda run: run.segmentation.method == "forward-process",
-    ),
-    Reader(
-        "segmentation.guidance_scale",
-        "by segmentation.method forward-process and ddib, which are steered by classes",
-        "segmentation.method",
-        lambda run: run.segmentation.method != "partial-noising",
-    ),
-    Reader(
-        "segmentation.seed",
-        "by segmentation.method=partial-noising, which draws noise",
-        "segmentation.method",
-        lambda run: run.segmentation.method == "partial-noising",
-    ),
+    _with("segmentation.patience", "segmentation.method", "forward-process"),
+    _with("segmentation.guidance_scale", "segmentation.method", "forward-process", "ddib", note=" (guided by classes)"),
+    _with("segmentation.seed", "segmentation.method", "partial-noising", note=" (draws noise)"),
 )
-"""Every key is in at least one row, and is read where all its rows say so; general rows come first."""
+"""Every key is in at least one row, and is read where all its rows apply; general rows come first."""
 
 
 @dataclass(frozen=True)
 class UnreadKey:
-    """A key that a run does not read, its value, whether that is the default, and the reader that the run has not."""
+    """A key that a run does not read, its value, whether that is the default, and the reader that the run lacks."""
 
     key: str
     value: Any
@@ -268,7 +223,7 @@ class UnreadKey:
 
 
 def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Dotted key, value, and whether that is the default, of all that is no section; an optional section is one key."""
+    """Yield dotted key, value, and whether that is the default; an optional section is one key."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(field.default, Section):
@@ -281,37 +236,28 @@ def unread_keys(run: "RunConfig") -> list[UnreadKey]:
     """All keys that ``run`` does not read, in their order."""
     missing = [reader for reader in READERS if not reader.reads(run)]
     found = []
-    for key, value, is_default in leaves(run):
-        reader = next((reader for reader in missing if reader.covers(key)), None)
+    for leaf in leaves(run):
+        reader = next((reader for reader in missing if reader.covers(leaf[0])), None)
         if reader is not None:
-            found.append(UnreadKey(key, value, is_default, reader))
+            found.append(UnreadKey(*leaf, reader))
     return found
 
 
 def unread_problems(run: "RunConfig", tolerated: Container[str] | None = ()) -> list[str]:
-    """A line for each reader that ``run`` has not, though keys for it differ from their defaults.
+    """A line for each reader that ``run`` lacks though keys for it differ from their defaults.
 
     Args:
-        tolerated: keys that are no problem, None for all; those of a reader that says ``always`` are one nevertheless.
+        tolerated: keys that are no problem, None for all; those of a reader with ``always`` are one nevertheless.
     """
     of_reader: dict[Reader, list[UnreadKey]] = {}
     for unread in unread_keys(run):
         is_tolerated = not unread.reader.always and (tolerated is None or unread.key in tolerated)
         if not unread.is_default and not is_tolerated:
             of_reader.setdefault(unread.reader, []).append(unread)
-    values = {key: value for key, value, _ in leaves(run)}
     lines = []
     for reader, some in of_reader.items():
         given = ", ".join(f"{one.key}={_shown(one.value)}" for one in some)
-        found = ", ".join(f"{key}={_shown(values[key])}" for key in reader.decided_by.split())
+        found = ", ".join(f"{key}={_shown(attrgetter(key)(run))}" for key in reader.decided_by.split())
         verb, them = ("is", "it") if len(some) == 1 else ("are", "them")
         lines.append(f"{given} {verb} read only {reader.where}, not with {found}; leave {them} out, or change that")
     return lines
-
-
-def _shown(value: Any) -> str:
-    """A value as in YAML, not too long."""
-    if isinstance(value, Section):
-        return "{...}"
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return f"{text.strip(chr(34)):.100}"

@@ -1,21 +1,21 @@
-"""The keys of a configuration with type, default and meaning, read from the typed sections.
+"""Reference of all keys of a configuration, with type, default and meaning, read from the typed sections.
 
 ``python -m heterodiff.config.reference`` prints the page ``docs/reference.md``.
 """
 
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from heterodiff.config import RunConfig
-from heterodiff.errors import ConfigError, unknown_name
+from heterodiff.config import RunConfig, Section
+from heterodiff.errors import ConfigError, nearest_name
 
 TOP = "top level"
-"""Stands for the name of the section of keys that belong to none."""
+"""Name of the section of keys outside all sections."""
 INTRODUCTION = """# Configuration reference
 
 Every key of a configuration file. `heterodiff keys` prints the same in the terminal, `heterodiff keys training` one
@@ -26,7 +26,7 @@ type is an error.
 `make docs` writes this page anew, from the types that read a configuration.
 """
 HUGE = 1e18
-"""Bounds from here on are those of the number type, of no use to a reader."""
+"""Larger bounds are those of the number type, and are not shown."""
 _BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
 
 
@@ -35,9 +35,9 @@ class Key:
     """One key of the configuration.
 
     Attributes:
-        name: with its section, such as ``data.image_size``.
-        type: of its values, bounds included.
-        default: as it is written in YAML.
+        name: name with section, such as ``data.image_size``.
+        type: type of the values, with bounds.
+        default: default value in YAML.
     """
 
     name: str
@@ -48,23 +48,34 @@ class Key:
 
 @dataclass(frozen=True)
 class KeySection:
-    """A section of the configuration, such as ``data.volumes``, and the keys that lie directly in it."""
+    """A section of the configuration, such as ``data.volumes``, with its own keys."""
 
     name: str
     meaning: str
     keys: tuple[Key, ...]
 
 
-def list_sections() -> list[KeySection]:
-    """Return all sections in the order of the configuration, each before those inside it."""
-    return list(_sections("", RunConfig))
+def list_sections(section: type[Section] = RunConfig, prefix: str = "") -> list[KeySection]:
+    """Return ``section`` and all sections inside it, in the order of the configuration."""
+    schema = section.model_json_schema()["properties"]
+    inner = {name: field.default for name, field in section.model_fields.items() if isinstance(field.default, Section)}
+    keys = tuple(
+        Key(prefix + name, _type(schema[name]), _default(schema[name]), field.description or "")
+        for name, field in section.model_fields.items()
+        if name not in inner
+    )
+    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
+    found = [KeySection(prefix.removesuffix(".") or TOP, meaning, keys)]
+    for name, default in inner.items():
+        found += list_sections(type(default), f"{prefix}{name}.")
+    return found
 
 
 def find_keys(name: str | None) -> list[KeySection]:
     """Return all sections, the section ``name`` with those inside it, or the keys ``name``, with or without section.
 
     Raises:
-        ConfigError: no section or key has that name; the nearest one is named.
+        ConfigError: no section or key has that name; the nearest ones are named.
     """
     sections = list_sections()
     if name is None:
@@ -75,28 +86,13 @@ def find_keys(name: str | None) -> list[KeySection]:
         if keys := tuple(key for key in section.keys if f".{key.name}".endswith(f".{name}")):
             found.append(replace(section, keys=keys))
     if not found:
-        known = [section.name for section in sections[1:]]
-        keys_too = [key.name for section in sections for key in section.keys] if "." in name else []
-        raise ConfigError(unknown_name("section or key", name, known + keys_too))
+        names = [section.name for section in sections[1:]]
+        full = [key.name for section in sections for key in section.keys]
+        known = full if "." in name else [key.rpartition(".")[2] for key in full]
+        near = nearest_name(name, dict.fromkeys([*names, *known]), count=3)
+        listed = textwrap.fill(f"sections: {', '.join(names)}", 100, subsequent_indent="  ")
+        raise ConfigError(f"unknown section or key '{name}'{near}\n{listed}")
     return found
-
-
-def _sections(prefix: str, section: type[BaseModel]) -> Iterator[KeySection]:
-    schema = section.model_json_schema()["properties"]
-    inner = {name: kind for name, field in section.model_fields.items() if (kind := _section_of(field.annotation))}
-    keys = tuple(
-        Key(prefix + name, _type(schema[name]), _default(schema[name]), field.description or "")
-        for name, field in section.model_fields.items()
-        if name not in inner
-    )
-    meaning = " ".join((section.__doc__ or "").split()).replace("``", "`")
-    yield KeySection(prefix.removesuffix(".") or TOP, meaning, keys)
-    for name, kind in inner.items():
-        yield from _sections(f"{prefix}{name}.", kind)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _default(schema: dict[str, Any]) -> str:
@@ -105,7 +101,7 @@ def _default(schema: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """The type that a JSON schema describes, in words."""
+    """Describe the type of a JSON schema in words."""
     if "anyOf" in schema:
         return ", or ".join(_type(choice) for choice in schema["anyOf"])
     if "$ref" in schema:

@@ -1,11 +1,11 @@
-"""Commented configurations to start from: the keys of each task that one most often changes."""
+"""Commented configurations to start from: the most often changed keys of each task."""
 
 from pathlib import Path
 
 from heterodiff.errors import ConfigError, unknown_name
 
 NAME = "NAME"
-"""Stands for the name of the file, without its suffix, in the texts below."""
+"""Placeholder of the file name, without suffix, in the texts below."""
 
 DIGITS = """\
 # Handwritten digits of 8x8 pixels, which come with heterodiff. `heterodiff keys` explains every key.
@@ -43,21 +43,21 @@ sampling: {guidance_scale: 2.0}  # 1 is unguided; larger follows the class more 
 """
 
 CAPTIONS = """\
-# Text to image and image to text, from pictures with captions. `heterodiff keys` explains every key.
+# Text to image and image to text, from images with captions. `heterodiff keys` explains every key.
 recipe: text-image       # first trains the image codec and the text networks, then the denoiser
 data:
   source: captions       # as in COCO or Flickr30k, captions.txt, or metadata.csv with file_name,text
   path: data/pictures    # your folder
   image_size: 64         # height and width after resizing
-  channels: 3            # colours; 1 for grey pictures
+  channels: 3            # RGB; 1 for greyscale images
 codec:                   # the next line is for the first part of the training
   training: {steps: 2000, batch_size: 32, learning_rate: 1.0e-3, max_grad_norm: 5, ema_decay: 0.99}
-alignment: {latent_channels: 16}  # channels of the maps between codec and denoiser; more for larger pictures
+alignment: {latent_channels: 16}  # channels of the maps between codec and denoiser; more for larger images
 model: {model_channels: 64, channel_mult: [1, 2]}  # size of the denoiser; on a GPU 128 and [1, 2, 4]
 training: {steps: 3000, batch_size: 32, learning_rate: 1.0e-3, ema_decay: 0.997}  # of the second part
 sampling:
   guidance_scale: 3      # 1 is unguided; larger follows the prompt more closely
-  candidates: 4          # pictures drawn for each one asked for; the captioner keeps the truest
+  candidates: 4          # images drawn for each one asked for; the captioner keeps the best match
 """
 
 MRI = """\
@@ -83,7 +83,7 @@ RADAR = """\
 data:
   source: microdoppler   # your own: source: images and path: FOLDER, with a subfolder for each class
   image_size: 64         # height and width after resizing
-  microdoppler: {images_per_class: 250, snr_db: [25, 40]}  # simulated pictures, signal to noise; not for your own
+  microdoppler: {images_per_class: 250, snr_db: [25, 40]}  # simulated images, signal to noise; not for your own
 codec:
   kind: kl-vae           # latents of a VAE, 4x16x16 here; leave section codec out to train on the pixels
   path: runs/NAME_vae    # the VAE is trained in this folder first, if it is not there yet
@@ -97,7 +97,7 @@ sampling: {guidance_scale: 1.5}  # 1 is unguided; larger follows the class more 
 
 STARTERS = {"digits": DIGITS, "images": IMAGES, "captions": CAPTIONS, "mri": MRI, "radar": RADAR}
 BUILT_IN = ("digits", "radar")
-"""Tasks whose images need no files."""
+"""Tasks with built-in images."""
 
 
 def write_starter(task: str, path: Path) -> None:
@@ -114,13 +114,13 @@ def write_starter(task: str, path: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(STARTERS[task].replace(NAME, path.stem))
     except FileExistsError:
-        raise ConfigError(f"{path}: exists already and is left as it is; name another file with --out") from None
+        raise ConfigError(f"{path}: exists already and is not overwritten; name another file with --out") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def next_command(task: str, path: Path) -> str:
-    """What to do with the written file."""
+    """Return the command to run next, for the written file."""
     if task in BUILT_IN:
         return f"heterodiff train {path}"
     return f"set data.path in {path}, then: heterodiff check {path}"

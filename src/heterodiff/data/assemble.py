@@ -1,4 +1,4 @@
-"""From surveyed images to a training and a validation set: policy, labels, split, value range."""
+"""Training and validation sets of inspected images: policy, labels, split, value range."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -11,8 +11,8 @@ import numpy as np
 from heterodiff.config import DataConfig
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
-from heterodiff.data.findings import listing, show
-from heterodiff.data.inspection import Measured, Survey
+from heterodiff.data.findings import DataFinding, listing, show
+from heterodiff.data.inspection import Inspection, Measured
 from heterodiff.data.labels import index_labels
 from heterodiff.data.split import apply_split, draw_group_split, draw_split
 from heterodiff.errors import DataError
@@ -24,15 +24,15 @@ _LEAST_COVERAGE = 0.05
 
 @dataclass(frozen=True)
 class LatentsInfo:
-    """Where stored latents are and what they are of.
+    """A folder of stored latents and their origin.
 
     Attributes:
         folder: the folder of latents.
-        vae_fingerprint: of the encoder's weights.
+        vae_fingerprint: fingerprint of the encoder's weights.
         vae_path: where the VAE was when they were encoded.
         shape: (c, h, w) of a latent.
         data_config: the data settings the images were read with, as JSON.
-        mean, std: of each channel of the unscaled training latents.
+        mean, std: statistics of each channel of the unscaled training latents.
     """
 
     folder: Path
@@ -46,11 +46,11 @@ class LatentsInfo:
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A training and a validation set with what the user should know about them.
+    """A training and a validation set, and warnings about them.
 
     Attributes:
         latents: set where the sets hold stored latents instead of images.
-        captions: of each image where the source has them: label i of ``train`` and ``val`` points at ``captions[i]``.
+        captions: captions of each image, if any: label i of ``train`` and ``val`` points at ``captions[i]``.
         left_out: names of the images of the training part that are not among ``data.train_classes``.
         for_test: names of the images that are in neither set, kept for the last measurement.
     """
@@ -58,7 +58,7 @@ class LoadedData:
     spec: ImageSpec
     train: ImageDataset
     val: ImageDataset
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[DataFinding, ...]
     warnings: tuple[str, ...]
     latents: LatentsInfo | None = None
     captions: tuple[tuple[str, ...], ...] = ()
@@ -75,7 +75,7 @@ def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> 
     """Return ``data``, of images or of stored latents, with labels that point at captions instead of classes.
 
     Args:
-        captions: of each image, by its name; more images than those of ``data`` may be there.
+        captions: captions of each image by its name, perhaps of more images than those of ``data``.
 
     Raises:
         DataError: an image without a caption.
@@ -98,7 +98,7 @@ def with_captions(data: LoadedData, captions: Mapping[str, tuple[str, ...]]) -> 
 
 
 def without_captions(data: LoadedData) -> tuple[LoadedData, dict[str, tuple[str, ...]]]:
-    """``data`` with every label -1, and the captions by name: what :func:`with_captions` puts together again."""
+    """Return ``data`` with every label -1, and the captions by name; the inverse of :func:`with_captions`."""
     parts = (data.train, data.val)
     by_name = {n: data.captions[label] for part in parts for n, label in zip(part.names, part.labels, strict=True)}
     train, val = (_relabelled(part, data.spec, np.full(len(part), -1)) for part in parts)
@@ -106,7 +106,7 @@ def without_captions(data: LoadedData) -> tuple[LoadedData, dict[str, tuple[str,
 
 
 def _relabelled(dataset: ImageDataset, spec: ImageSpec, labels: np.ndarray) -> ImageDataset:
-    """The same images (of a subclass, too), with other labels (N,) int64."""
+    """Return the same images, of a subclass too, with other labels (N,) int64."""
     other = copy(dataset)
     other.spec, other.labels = spec, labels
     return other
@@ -122,41 +122,37 @@ def refuse_problems(collection: Collection, config: DataConfig) -> None:
     raise DataError(f"{collection.where}: {len(problems):,} {what} cannot be used:\n{listing(problems)}{way_out}")
 
 
-def _apply_bad_policy(collection: Collection, survey: Survey, config: DataConfig) -> None:
-    bad, total = survey.bad, len(survey.images) + len(survey.bad)
-    if not survey.images:
-        raise DataError(f"{collection.where}: none of {total:,} images can be used:\n{listing(bad)}")
+def _refuse_unusable(where: str, inspection: Inspection, config: DataConfig) -> None:
+    bad, total = inspection.bad, len(inspection.images) + len(inspection.bad)
+    if not inspection.images:
+        raise DataError(f"{where}: none of {total:,} images can be used:\n{listing(bad)}")
     if bad and config.on_bad == "error":
         raise DataError(
-            f"{collection.where}: {len(bad):,} of {total:,} images cannot be used:\n{listing(bad)}\n"
+            f"{where}: {len(bad):,} of {total:,} images cannot be used:\n{listing(bad)}\n"
             "Repair or remove them (`heterodiff check` lists all), or set data.on_bad=skip to leave them out"
         )
-
-
-def _refuse_mixed_sizes(collection: Collection, survey: Survey, config: DataConfig) -> None:
-    sizes = survey.sizes
+    sizes = inspection.sizes
     if config.image_size is None and len(sizes) > 1:
         common = sizes.most_common(5)
         seen = ", ".join(f"{height}x{width} ({count:,} images)" for (height, width), count in common)
         more = f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""
-        (height, width), _ = common[0]
         raise DataError(
-            f"{collection.where}: images differ in size (height x width): {seen}{more}; "
-            f"set data.image_size, for example [{height}, {width}], to resize them"
+            f"{where}: images differ in size (height x width): {seen}{more}; "
+            f"set data.image_size, for example {list(common[0][0])}, to resize them"
         )
 
 
-def _refuse_unlike_spec(collection: Collection, survey: Survey, spec: ImageSpec) -> None:
+def _refuse_unlike_spec(collection: Collection, inspection: Inspection, spec: ImageSpec) -> None:
     if collection.captions is not None and spec.class_names:
         raise DataError(
             f"{collection.where}: the run expects images of {len(spec.class_names)} classes, found images with "
             "captions; use images with class labels, or a run trained on captions"
         )
-    channels = survey.images[0].shape[0]
+    channels = inspection.images[0].shape[0]
     for what, expected, found, way_out in (
         ("channels", spec.channels, channels, f"use images of {spec.channels} channels"),
-        ("height and width", (spec.height, spec.width), survey.size, "set data.image_size to the expected size"),
-        ("number type", spec.dtype, survey.dtype, "store the images as they were for training"),
+        ("height and width", (spec.height, spec.width), inspection.size, "set data.image_size to the expected size"),
+        ("number type", spec.dtype, inspection.dtype, "store the images as they were for training"),
     ):
         if expected != found:
             raise DataError(f"{collection.where}: {what}: the run expects {expected}, found {found}; {way_out}")
@@ -171,7 +167,7 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
     low, high = _extent(train)
     if low == high:
         raise DataError(
-            f"{collection.where}: all training images hold the single value {low:g}, there is nothing to learn; "
+            f"{collection.where}: all training images hold the single value {low:g}, so there is nothing to learn; "
             "check how they were saved"
         )
     chosen = config.value_range or collection.value_range or _FULL_RANGE.get(dtype, (low, high))
@@ -183,7 +179,7 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
 def _held_out(
     collection: Collection, rows: np.ndarray, labels: np.ndarray, config: DataConfig, split: dict[str, Any] | None
 ) -> np.ndarray:
-    """Which of the images ``rows`` (N,) are for validation: as saved, as the source says, or drawn."""
+    """Return the mask (N,) of the images ``rows`` for validation: as saved, as the source has it, or drawn."""
     names = [collection.names[row] for row in rows]
     groups = None
     if collection.groups is not None and config.split_by == "patient":
@@ -203,7 +199,7 @@ def _held_out(
 
 
 def _trained_on(labels: np.ndarray, class_names: tuple[str, ...], where: str, config: DataConfig) -> np.ndarray:
-    """Which images (N,) are of the classes that are trained on."""
+    """Return the mask (N,) of the images of the classes to train on."""
     if config.train_classes is None:
         return np.ones(len(labels), dtype=bool)
     if unknown := [name for name in config.train_classes if name not in class_names]:
@@ -222,8 +218,7 @@ def _range_warnings(
             f"stored values {low:g} to {high:g}, measured on the training images, are mapped to 0 and 1; "
             "set data.value_range to fix them"
         )
-    outside = sum(image.low < low or image.high > high for image in used)
-    if outside:
+    if outside := sum(image.low < low or image.high > high for image in used):
         warnings.append(f"{outside:,} images have values outside {low:g} to {high:g}; these are clamped")
     least, most = _extent(train)
     if min(most, high) - max(least, low) < _LEAST_COVERAGE * (high - low):
@@ -236,18 +231,17 @@ def _range_warnings(
 
 def assemble(
     collection: Collection,
-    survey: Survey,
+    inspection: Inspection,
     config: DataConfig,
     split: dict[str, Any] | None = None,
     spec: ImageSpec | None = None,
 ) -> LoadedData:
-    """Apply policy and configuration to surveyed images; arguments and errors as `sources.load_data`."""
+    """Apply policy and configuration to inspected images; arguments and errors as `sources.load_data`."""
     refuse_problems(collection, config)
-    _apply_bad_policy(collection, survey, config)
-    _refuse_mixed_sizes(collection, survey, config)
+    _refuse_unusable(collection.where, inspection, config)
     if spec is not None:
-        _refuse_unlike_spec(collection, survey, spec)
-    rows = np.array([image.row for image in survey.images])
+        _refuse_unlike_spec(collection, inspection, spec)
+    rows = np.array([image.row for image in inspection.images])
     names = [collection.names[row] for row in rows]
     class_names, labels, warnings = index_labels(
         [collection.class_of[row] for row in rows], collection.where, config, spec
@@ -260,27 +254,27 @@ def assemble(
             f"{collection.where}: no image of data.train_classes, {', '.join(map(show, config.train_classes or ()))}, "
             "is left for training; hold out fewer"
         )
-    train = [image for image, chosen in zip(survey.images, learned, strict=True) if chosen]
+    train = [image for image, chosen in zip(inspection.images, learned, strict=True) if chosen]
     measured_here = False
     if spec is None:
-        value_range = _value_range(train, collection, survey.dtype, config)
-        measured_here = not (config.value_range or collection.value_range or survey.dtype in _FULL_RANGE)
-        spec = ImageSpec(*survey.size, survey.images[0].shape[0], class_names, value_range, survey.dtype)
-    warnings = [*collection.warnings, *warnings, *_range_warnings(survey.images, train, spec, measured_here)]
-    if survey.bad:
-        warnings.append(f"{len(survey.bad):,} images cannot be used and were skipped: {show(survey.bad[0].name)} ...")
+        value_range = _value_range(train, collection, inspection.dtype, config)
+        measured_here = not (config.value_range or collection.value_range or inspection.dtype in _FULL_RANGE)
+        spec = ImageSpec(*inspection.size, inspection.images[0].shape[0], class_names, value_range, inspection.dtype)
+    warnings = [*collection.warnings, *warnings, *_range_warnings(inspection.images, train, spec, measured_here)]
+    if bad := inspection.bad:
+        warnings.append(f"{len(bad):,} images cannot be used and were skipped: {show(bad[0].name)} ...")
     if collection.problems:
         first = f"{show(collection.problems[0].name)}: {collection.problems[0].problem}"
         warnings.append(f"{len(collection.problems):,} captions cannot be used and were left out: {first} ...")
-    if not survey.fits_memory:
+    if not inspection.fits_memory:
         warnings.append("images are decoded at every access: they need more memory than data.memory_limit_gb")
 
     def part(mask: np.ndarray) -> ImageDataset:
-        assert survey.store is not None
+        assert inspection.store is not None
         chosen = np.flatnonzero(mask)
-        return ImageDataset(spec, survey.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
+        return ImageDataset(spec, inspection.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
 
-    skipped = tuple((item.name, item.problem) for item in (*survey.bad, *collection.problems))
+    skipped = (*inspection.bad, *collection.problems)
     left_out = tuple(names[i] for i in np.flatnonzero(~held_out & ~learned))
     data = LoadedData(spec, part(learned), part(held_out), skipped, tuple(warnings), left_out=left_out)
     if collection.captions is None:

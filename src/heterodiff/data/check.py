@@ -10,28 +10,26 @@ from heterodiff.data.assemble import assemble
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import DataFinding
-from heterodiff.data.inspection import Measured, Survey, survey_images
+from heterodiff.data.inspection import Inspection, Measured, inspect_images
 from heterodiff.data.labels import sort_classes
 from heterodiff.data.sources import open_source
 from heterodiff.errors import DataError
 
-__all__ = ["DataFinding", "DataSummary", "check_data"]
-
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `check_data` found.
+    """Result of `check_data`.
 
     Attributes:
         spec: as training would use it; ``None`` while ``problems`` prevent training.
         class_counts: usable images by class name; unlabelled images count under "".
         sizes: the most common stored (height, width) with their number of images.
         dtypes: number types seen with their number of images.
-        minimum, maximum, mean, std: of the stored values, every image weighted alike; NaN without images.
+        minimum, maximum, mean, std: statistics of the stored values, all images weighted alike; NaN without images.
         bad: every image, folder and metadata row that cannot be used.
         problems: errors beyond single images that training would stop with.
-        warnings: what training would warn of.
-        captions: of all usable images.
+        warnings: those that training would give.
+        captions: number of captions of all usable images.
     """
 
     spec: ImageSpec | None
@@ -48,8 +46,8 @@ class DataSummary:
     captions: int = 0
 
 
-def _class_counts(collection: Collection, survey: Survey) -> dict[str, int]:
-    counts = Counter(collection.class_of[image.row] for image in survey.images)
+def _class_counts(collection: Collection, inspection: Inspection) -> dict[str, int]:
+    counts = Counter(collection.class_of[image.row] for image in inspection.images)
     unlabelled = counts.pop(None, 0)
     names = sort_classes({name for name in counts if name is not None})
     return {name: counts[name] for name in names} | ({"": unlabelled} if unlabelled else {})
@@ -71,15 +69,15 @@ def check_data(config: DataConfig) -> DataSummary:
         DataError: there is nothing to look at: unknown source, missing or empty folder, unreadable metadata file.
     """
     collection = open_source(config)
-    survey = survey_images(collection, config, keep=False, moments=True)
+    inspection = inspect_images(collection, config, keep=False, moments=True)
     spec: ImageSpec | None = None
     problems: tuple[str, ...] = ()
     warnings, captions = collection.warnings, 0
-    if survey.images:
+    if inspection.images:
         lenient = config.model_copy(update={"on_bad": "skip"})
         collection_of_good_rows = replace(collection, problems=())
         try:
-            loaded = assemble(collection_of_good_rows, survey, lenient)
+            loaded = assemble(collection_of_good_rows, inspection, lenient)
             spec, warnings, captions = loaded.spec, loaded.warnings, sum(map(len, loaded.captions))
         except DataError as error:
             problems = (str(error),)
@@ -87,11 +85,11 @@ def check_data(config: DataConfig) -> DataSummary:
         problems = (f"{collection.where}: no usable image",)
     return DataSummary(
         spec,
-        _class_counts(collection, survey),
-        tuple(survey.sizes.most_common(5)),
-        dict(survey.dtypes.most_common()),
-        *_statistics(survey.images),
-        bad=(*survey.bad, *collection.problems),
+        _class_counts(collection, inspection),
+        tuple(inspection.sizes.most_common(5)),
+        dict(inspection.dtypes.most_common()),
+        *_statistics(inspection.images),
+        bad=(*inspection.bad, *collection.problems),
         problems=problems,
         warnings=warnings,
         captions=captions,

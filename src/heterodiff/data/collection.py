@@ -1,7 +1,8 @@
-"""What a source yields: names, class names and a way to read each image."""
+"""Collections, which sources yield: names, class names and a way to read each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +12,22 @@ from heterodiff.data.decoding import decode_file
 from heterodiff.data.decoding.layout import plain_numbers
 from heterodiff.data.findings import DataFinding
 
-
-@dataclass(frozen=True)
-class FileReader:
-    """Decode row ``i`` from file ``root / names[i]``. A class, not a closure, so that workers can pickle it."""
-
-    root: Path
-    names: tuple[str, ...]
-    channels: int | None
-
-    def __call__(self, row: int) -> np.ndarray:
-        return decode_file(self.root / self.names[row], self.channels)
+Reader = Callable[[int], np.ndarray]
+"""Row -> image; functions of modules and `functools.partial` of them, which workers can pickle."""
 
 
-@dataclass(frozen=True)
-class ArrayReader:
-    """Take row ``i`` of ``images`` (N, C, H, W)."""
-
-    images: np.ndarray
-
-    def __call__(self, row: int) -> np.ndarray:
-        return plain_numbers(self.images[row])
+def read_file(root: Path, names: tuple[str, ...], channels: int | None, row: int) -> np.ndarray:
+    """Decode row ``row`` from file ``root / names[row]``."""
+    return decode_file(root / names[row], channels)
 
 
-@dataclass(frozen=True)
-class RowReader:
-    """Row ``i`` is row ``rows[i]`` of ``read``."""
+def read_array(images: np.ndarray, row: int) -> np.ndarray:
+    """Return row ``row`` of ``images`` (N, C, H, W)."""
+    return plain_numbers(images[row])
 
-    read: Callable[[int], np.ndarray]
-    rows: tuple[int, ...]
 
-    def __call__(self, row: int) -> np.ndarray:
-        return self.read(self.rows[row])
+def _read_chosen(read: Reader, rows: tuple[int, ...], row: int) -> np.ndarray:
+    return read(rows[row])
 
 
 @dataclass(frozen=True)
@@ -58,38 +43,30 @@ class Collection:
         unreadable: folders that could not be listed; handled like bad images.
         problems: wrong metadata rows; an error, except with captions and ``data.on_bad=skip``.
         captions: texts that describe each image, at least one each; ``None`` where the source has none.
-        groups: what must not be parted by a split, such as the patient, of each image; ``None``: each on its own.
-        mask: row -> (H, W) bool, what is to be found in the image; ``None`` where the source has none.
-        held_out: which images the source itself keeps for validation; ``None`` where it does not say.
+        groups: group of each image, such as its patient, that no split may part; ``None``: each image on its own.
+        mask: row -> (H, W) bool, true where there is something to be found; ``None`` where the source has none.
+        held_out: True for images that the source itself keeps for validation; ``None`` if it has no such split.
     """
 
     where: str
     names: tuple[str, ...]
     class_of: tuple[str | None, ...]
-    read: Callable[[int], np.ndarray]
+    read: Reader
     value_range: tuple[float, float] | None = None
     unreadable: tuple[DataFinding, ...] = ()
     problems: tuple[DataFinding, ...] = ()
     warnings: tuple[str, ...] = ()
     captions: tuple[tuple[str, ...], ...] | None = None
     groups: tuple[str, ...] | None = None
-    mask: Callable[[int], np.ndarray] | None = None
+    mask: Reader | None = None
     held_out: tuple[bool, ...] | None = None
 
     def take(self, rows: Sequence[int]) -> "Collection":
-        """Only the images ``rows``, in that order."""
+        """Return the images ``rows`` alone, in that order."""
         rows = tuple(rows)
-
-        def of(values: tuple[Any, ...] | None) -> Any:
-            return values if values is None else tuple(values[row] for row in rows)
-
-        return replace(
-            self,
-            names=of(self.names),
-            class_of=of(self.class_of),
-            read=RowReader(self.read, rows),
-            mask=self.mask and RowReader(self.mask, rows),
-            captions=of(self.captions),
-            groups=of(self.groups),
-            held_out=of(self.held_out),
-        )
+        facts: dict[str, Any] = {}
+        for key in ("names", "class_of", "captions", "groups", "held_out"):
+            values = getattr(self, key)
+            facts[key] = None if values is None else tuple(values[row] for row in rows)
+        mask = self.mask and partial(_read_chosen, self.mask, rows)
+        return replace(self, read=partial(_read_chosen, self.read, rows), mask=mask, **facts)

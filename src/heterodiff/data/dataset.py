@@ -33,7 +33,7 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Decode and resize one row; what both the memory and the lazy store hold comes from here.
+    """Decode and resize one row, for the memory and the lazy store alike.
 
     Attributes:
         read: row -> (C, H, W) as stored.
@@ -69,7 +69,7 @@ class LazyStore:
             image = self.reader.fit(self.reader.read(row))
         except BadImage as reason:
             raise DataError(
-                f"{self.where}: {show(self.names[row])} was readable before and is not now: {reason}; restore the file"
+                f"{self.where}: {show(self.names[row])} can no longer be read: {reason}; restore the file"
             ) from None
         if image.shape != self.shape or image.dtype != self.dtype:
             raise DataError(

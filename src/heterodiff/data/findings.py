@@ -1,14 +1,13 @@
-"""What is wrong with one image or row, and how names are printed in messages."""
+"""Problems of single images and rows, and names as they are printed in messages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_SHOWN = 10
 MAX_NAME_LENGTH = 120
 
 
-@dataclass(frozen=True)
-class DataFinding:
+class DataFinding(NamedTuple):
     """One image, folder or metadata row that cannot be used."""
 
     name: str

@@ -1,8 +1,9 @@
-"""One pass over all images: which are usable, what they hold, and a copy in memory when it fits."""
+"""One pass over all images: which are usable, their values, and a copy in memory when it fits."""
 
 import math
 import os
 from collections import Counter
+from collections.abc import Collection as Container
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Inspection:
     """Result of the pass; ``images`` in row order, all with the channels and number type of the first."""
 
     images: tuple[Measured, ...]
@@ -45,83 +46,65 @@ class Survey:
 
     @property
     def sizes(self) -> Counter[tuple[int, int]]:
-        """How many images have which stored (height, width)."""
+        """Number of images of each stored (height, width)."""
         return Counter((image.shape[1], image.shape[2]) for image in self.images)
 
 
-@dataclass(frozen=True)
-class Known:
-    """Images that a run has measured before: their names, and the specification that all of them have."""
-
-    names: frozenset[str]
-    spec: ImageSpec
-
-    def fits(self, config: DataConfig) -> bool:
-        """Whether the settings still ask for images like these."""
-        size, channels = (self.spec.height, self.spec.width), self.spec.channels
-        return config.image_size in (None, size) and config.channels in (None, channels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.spec.channels, self.spec.height, self.spec.width
-
-
-class _Surveyor:
+class _Inspector:
     """Reads rows, in threads after the first usable one, which fixes channels and number type."""
 
-    def __init__(
-        self, collection: Collection, config: DataConfig, keep: bool, moments: bool, known: Known | None
-    ) -> None:
+    def __init__(self, collection: Collection, config: DataConfig, keep: bool, moments: bool) -> None:
         self.collection = collection
         self.reader = ImageReader(collection.read, config.image_size, config.resize)
-        self.channels = config.channels
-        self.limit_bytes = config.memory_limit_gb * 1e9
+        self.config = config
         self.keep = keep
-        self.fits = False
         self.moments = moments
+        self.fits = False
         self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
         self.kept: np.ndarray | None = None
         self.dtypes: Counter[str] = Counter()
-        self.known: Known | None = None
-        if known is not None and known.fits(config):
-            dtype = np.dtype(known.spec.dtype)
-            if len(collection.names) * math.prod(known.shape) * dtype.itemsize > self.limit_bytes:
-                self.known, self.first = known, (collection.names[0], dtype, known.shape)
+        self.trusted: Container[str] = ()
+        self.spec: ImageSpec | None = None
+
+    def _fits_memory(self, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+        size = len(self.collection.names) * math.prod(shape) * dtype.itemsize
+        return size <= self.config.memory_limit_gb * 1e9
+
+    def trust(self, names: Container[str], spec: ImageSpec) -> None:
+        """Take images ``names`` for images of ``spec`` without reading them, unless all are to be kept in memory."""
+        shape, dtype = (spec.channels, spec.height, spec.width), np.dtype(spec.dtype)
+        as_configured = self.config.image_size in (None, shape[1:]) and self.config.channels in (None, spec.channels)
+        if as_configured and not self._fits_memory(shape, dtype):
+            self.trusted, self.spec, self.first = names, spec, (self.collection.names[0], dtype, shape)
 
     def _refuse_unlike_first(self, image: np.ndarray) -> None:
-        channels, dtype = self.channels, None
-        source = "data.channels says"
-        if self.first is not None:
-            name, dtype, shape = self.first
-            if channels is None:
-                channels, source = shape[0], f"the first image ({name}) has"
+        channels, source = self.config.channels, "data.channels is"
+        if channels is None and self.first is not None:
+            channels, source = self.first[2][0], f"the first image ({self.first[0]}) has"
         if channels is not None and image.shape[0] != channels:
             found = "1 channel" if image.shape[0] == 1 else f"{image.shape[0]} channels"
             raise BadImage(f"{found}, {source} {channels}")
-        if dtype is not None and image.dtype != dtype:
-            raise BadImage(f"values of type {image.dtype}, the first image ({name}) has {dtype}")
-
-    def _accept_first(self, row: int, image: np.ndarray) -> None:
-        fitted = self.reader.fit(image)
-        self.first = (self.collection.names[row], fitted.dtype, fitted.shape)
-        count = len(self.collection.names)
-        self.fits = count * fitted.nbytes <= self.limit_bytes
-        if self.keep and self.fits:
-            self.kept = np.empty((count, *fitted.shape), fitted.dtype)
+        if self.first is not None and image.dtype != self.first[1]:
+            raise BadImage(f"values of type {image.dtype}, the first image ({self.first[0]}) has {self.first[1]}")
 
     def measure(self, row: int) -> Measured | DataFinding:
-        """Read ``row`` once: check, measure and keep it. A known image that is not kept need not be read."""
-        if self.known is not None and self.collection.names[row] in self.known.names:
-            return Measured(row, self.known.shape, *self.known.spec.value_range)
+        """Read ``row`` once: check, measure and keep it."""
+        name = self.collection.names[row]
+        if self.spec is not None and name in self.trusted:
+            return Measured(row, (self.spec.channels, self.spec.height, self.spec.width), *self.spec.value_range)
         try:
             image = self.collection.read(row)
             self.dtypes[image.dtype.name] += 1
             self._refuse_unlike_first(image)
             self.reader.check_shape(image.shape)
         except BadImage as reason:
-            return DataFinding(self.collection.names[row], str(reason))
+            return DataFinding(name, str(reason))
         if self.first is None:
-            self._accept_first(row, image)
+            fitted = self.reader.fit(image)
+            self.first = (name, fitted.dtype, fitted.shape)
+            self.fits = self._fits_memory(fitted.shape, fitted.dtype)
+            if self.keep and self.fits:
+                self.kept = np.empty((len(self.collection.names), *fitted.shape), fitted.dtype)
         if self.kept is not None:
             fitted = self.reader.fit(image)
             if fitted.shape == self.kept.shape[1:]:  # otherwise sizes differ, which the caller reports for all
@@ -143,31 +126,41 @@ class _Surveyor:
                 yield from pool.map(self.measure, range(start, min(start + _WINDOW, count)))
 
 
-def survey_images(
-    collection: Collection, config: DataConfig, *, keep: bool, moments: bool = False, known: Known | None = None
-) -> Survey:
+def inspect_images(
+    collection: Collection,
+    config: DataConfig,
+    *,
+    keep: bool,
+    moments: bool = False,
+    trusted: Container[str] = (),
+    spec: ImageSpec | None = None,
+) -> Inspection:
     """Read every image of ``collection`` once.
 
     Args:
         keep: hold the decoded images in memory if they fit ``config.memory_limit_gb``.
         moments: also measure mean and mean square (slower).
-        known: images of a run that goes on. Where memory does not hold them, they are not read before they are used.
+        trusted: names of images that a run with the specification ``spec`` has inspected before. They are not read
+            now if they do not fit into memory.
     """
-    surveyor = _Surveyor(collection, config, keep, moments, known)
+    inspector = _Inspector(collection, config, keep, moments)
+    if spec is not None:
+        inspector.trust(trusted, spec)
     images: list[Measured] = []
     bad = list(collection.unreadable)
     total = len(collection.names)
     with progress_tasks(quiet=total <= PROGRESS_FROM) as task:
         done = task("reading images", total)
-        for count, result in enumerate(surveyor.run(), start=1):
+        for count, result in enumerate(inspector.run(), start=1):
             done(count)
             if isinstance(result, Measured):
                 images.append(result)
             else:
                 bad.append(result)
-    if surveyor.first is None:
-        return Survey((), tuple(bad), surveyor.dtypes, "", (0, 0), None, False)
-    _, dtype, shape = surveyor.first
-    lazy = LazyStore(surveyor.reader, collection.names, collection.where, shape, dtype)
-    store = lazy if surveyor.kept is None else MemoryStore(surveyor.kept)
-    return Survey(tuple(images), tuple(bad), surveyor.dtypes, dtype.name, (shape[1], shape[2]), store, surveyor.fits)
+    dtypes = inspector.dtypes
+    if inspector.first is None:
+        return Inspection((), tuple(bad), dtypes, "", (0, 0), None, False)
+    _, dtype, shape = inspector.first
+    lazy = LazyStore(inspector.reader, collection.names, collection.where, shape, dtype)
+    store = lazy if inspector.kept is None else MemoryStore(inspector.kept)
+    return Inspection(tuple(images), tuple(bad), dtypes, dtype.name, (shape[1], shape[2]), store, inspector.fits)

@@ -7,14 +7,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from heterodiff.data.dataset import ImageReader, ImageSpec
+from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.decoding import decode_file
+from heterodiff.data.decoding.resize import resize_image
 from heterodiff.data.findings import BadImage, printable
 from heterodiff.errors import DataError
 
 
 def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
-    """The image file ``path`` as (C, H, W) in [0, 1], resized and scaled as ``spec`` says.
+    """Return the image file ``path`` as (C, H, W) in [0, 1], resized and scaled to ``spec``.
 
     Raises:
         DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
@@ -23,21 +24,19 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
     name = printable(str(path))
     if not path.exists():
         raise DataError(f"{name}: no such image file")
-    reader = ImageReader(lambda _: decode_file(path, spec.channels), (spec.height, spec.width), resize)
     try:
-        image = reader.read(0)
+        image = decode_file(path, spec.channels)
         if image.shape[0] != spec.channels or image.dtype != np.dtype(spec.dtype):
             raise BadImage(
                 f"{image.shape[0]} channels of {image.dtype}; the run was trained on {spec.channels} of {spec.dtype}"
             )
-        reader.check_shape(image.shape)
-        stored = torch.from_numpy(reader.fit(image)).to(torch.float32, copy=True)
+        fitted = resize_image(image, (spec.height, spec.width), resize)
     except BadImage as reason:
         raise DataError(f"{name}: {reason}") from None
     low, high = spec.value_range
-    return stored.sub_(low).div_(high - low).clamp_(0, 1)
+    return torch.from_numpy(fitted).to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
 
 
 def read_images(paths: Sequence[str | Path], spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
-    """Image files as (B, C, H, W), see :func:`read_image`."""
+    """Return image files as (B, C, H, W), see :func:`read_image`."""
     return torch.stack([read_image(path, spec, resize) for path in paths])

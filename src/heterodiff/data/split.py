@@ -1,4 +1,4 @@
-"""Which images are held out: drawn per class, from names and a seed alone."""
+"""Held-out images: drawn per class, from names and a seed alone, or as saved."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -62,6 +62,24 @@ def split_names(split: dict[str, Any]) -> frozenset[str]:
     return frozenset((*_names(split, "train"), *_names(split, "val")))
 
 
+def _in_part(
+    names: Sequence[str], split: dict[str, Any], part: str, others: list[str], groups: Sequence[str] | None, fix: str
+) -> np.ndarray:
+    """Return the mask (N,) of the images of ``part``; `DataError` if a group is in one of the ``others`` too."""
+    inside = set(_names(split, part))
+    mask = np.array([name in inside for name in names], dtype=bool)
+    if groups is None:
+        return mask
+    outside = {name for other in others for name in _names(split, other)}
+    groups_outside = {group for group, name in zip(groups, names, strict=True) if name in outside}
+    if both := groups_outside.intersection(group for group, chosen in zip(groups, mask, strict=True) if chosen):
+        raise DataError(
+            f"saved split: images of {show(min(both))} are both in '{part}' and in {' or '.join(map(repr, others))}, "
+            f"so what is learned of one would be tested on the other; {fix}"
+        )
+    return mask
+
+
 def saved_test(
     names: Sequence[str], split: dict[str, Any], where: str, groups: Sequence[str] | None = None
 ) -> np.ndarray | None:
@@ -81,16 +99,7 @@ def saved_test(
             f"{where}: {len(missing):,} of the {len(kept):,} images that the saved split keeps for testing are "
             f"missing, such as {show(missing[0])}; restore them"
         )
-    mask = np.array([name in kept for name in names], dtype=bool)
-    if groups is not None:
-        others = {*_names(split, "train"), *_names(split, "val")}
-        tested = {group for group, out in zip(groups, mask, strict=True) if out}
-        if both := tested & {group for group, name in zip(groups, names, strict=True) if name in others}:
-            raise DataError(
-                f"saved split: images of {show(min(both))} are both in 'test' and in 'train' or 'val', so what is "
-                "learned of one would be tested on the other; restore the split as it was written"
-            )
-    return mask
+    return _in_part(names, split, "test", ["train", "val"], groups, "restore the split as it was written")
 
 
 def apply_split(
@@ -104,27 +113,16 @@ def apply_split(
     Raises:
         DataError: the split is malformed, does not name exactly the images found, or has a group in both parts.
     """
-    train, val = _names(split, "train"), _names(split, "val")
-    repeated = [name for name, count in Counter([*train, *val]).items() if count > 1]
-    if repeated:
-        raise DataError(f"saved split: {show(repeated[0])} appears twice; delete the split to draw it again")
-    saved, found = {*train, *val}, set(names)
-    missing, new = sorted(saved - found), sorted(found - saved)
+    saved = Counter([*_names(split, "train"), *_names(split, "val")])
+    name, count = max(saved.items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise DataError(f"saved split: {show(name)} appears twice; delete the split to draw it again")
+    missing, new = sorted(saved.keys() - set(names)), sorted(set(names) - saved.keys())
     if missing or new:
         examples = [f"missing {show(name)}" for name in missing[:3]] + [f"new {show(name)}" for name in new[:3]]
         raise DataError(
-            f"{where}: the saved split does not fit the {len(found):,} usable images found: {len(missing):,} are "
+            f"{where}: the saved split does not fit the {len(set(names)):,} usable images found: {len(missing):,} are "
             f"missing, {len(new):,} are new ({', '.join(examples)}). Restore the images, or start a new run, "
             "which splits again"
         )
-    held_out = set(val)
-    mask = np.array([name in held_out for name in names], dtype=bool)
-    if groups is not None:
-        both = {group for group, out in zip(groups, mask, strict=True) if out}
-        both &= {group for group, out in zip(groups, mask, strict=True) if not out}
-        if both:
-            raise DataError(
-                f"saved split: images of {show(min(both))} are both in 'train' and in 'val', so what is learned of "
-                "one would be tested on the other; delete the split to draw it again"
-            )
-    return mask
+    return ~_in_part(names, split, "train", ["val"], groups, "delete the split to draw it again")

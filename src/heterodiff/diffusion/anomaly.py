@@ -1,6 +1,6 @@
 """Anomaly maps: where an image differs from what a class-conditional model expects of a healthy one.
 
-Three methods, each one function of an image, of a network call and of timesteps:
+Three methods:
 
     forward-process   encode without condition; at each step compare the healthy prediction (AnoFPDM, Che et al. 2025)
     ddib              encode without condition, decode guided to healthy, compare (Su et al. 2023; Sanchez et al. 2022)
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterodiff.diffusion.guidance import ModelCall, guided_denoiser, join_conditions
+from heterodiff.diffusion.denoiser import Denoiser
+from heterodiff.diffusion.guidance import ModelCall, join_conditions
 from heterodiff.diffusion.inversion import invert
-from heterodiff.diffusion.prediction import to_x0_eps
 from heterodiff.diffusion.samplers import check_timesteps
 from heterodiff.diffusion.sampling import sample
 from heterodiff.diffusion.schedule import NoiseSchedule
@@ -24,20 +24,15 @@ from heterodiff.diffusion.schedule import NoiseSchedule
 Progress = Callable[[int, int], None]
 
 
-def _silent(step: int, total: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class AnomalyMaps:
-    """What a method says of C chosen channels of images (B, *, H, W).
+    """Result of a method for C chosen channels of images (B, *, H, W).
 
     Attributes:
         maps: (B, C, H, W) squared difference of each channel, in units of the network's [-1, 1].
-        divergence: (B, C) how far healthy and unconditional predictions part at most; how anomalous a channel is.
-        score: (B,) the higher, the more anomalous the image. Of the forward process minus the cosine between the errors
-            of healthy and unconditional predictions along the steps, which part in anomalous images; of the others the
-            mean divergence.
+        divergence: (B, C) largest difference between healthy and unconditional predictions, or the mean of the map.
+        score: (B,) the higher, the more anomalous the image. Forward process: minus the cosine between the errors of
+            healthy and unconditional predictions along the steps, which differ in anomalous images; else the mean map.
         calls: (B,) int64, network calls that each image took.
     """
 
@@ -45,37 +40,6 @@ class AnomalyMaps:
     divergence: Tensor
     score: Tensor
     calls: Tensor
-
-
-@dataclass
-class _Running:
-    """Sums along the steps, of the same size however many steps there are."""
-
-    total: Tensor
-    maps: Tensor
-    divergence: Tensor
-    count: int = 0
-
-    @classmethod
-    def like(cls, x: Tensor) -> "_Running":
-        return cls(torch.zeros_like(x), torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf))
-
-    def add(self, rows: Tensor, error: Tensor, divergence: Tensor) -> Tensor:
-        """Take in S_t (b, C, H, W) and D_t (b, C) of ``rows``, all of those so far or fewer.
-
-        Where D_t is the greatest so far, the map is the mean of S before t; at the first step, before which there is
-        nothing, S there.
-
-        Returns:
-            where that is so, (b, C) bool.
-        """
-        before = self.total[rows] / self.count if self.count else error
-        greater = divergence > self.divergence[rows]
-        self.maps[rows] = torch.where(greater[:, :, None, None], before, self.maps[rows])
-        self.divergence[rows] = torch.where(greater, divergence, self.divergence[rows])
-        self.total[rows] += error
-        self.count += 1
-        return greater
 
 
 @torch.no_grad()
@@ -91,47 +55,49 @@ def forward_process(
     guidance_scale: float = 3.0,
     patience: int | None = None,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Compare, on the way from the image to noise, the healthy prediction of the image with the image itself.
 
     Che et al. 2025 (AnoFPDM). At each timestep one batch holds both branches; the unconditional one also gives the
-    next, noisier z (DDIM). A channel's map is the mean squared error of the healthy prediction before the step at
-    which healthy and unconditional predictions differ most.
+    next, noisier z (DDIM). A channel's map is the mean squared error of the healthy prediction before the step (at the
+    first step: at it) where healthy and unconditional predictions differ most.
 
     Args:
-        model_call: (z (B, C, H, W), time (B,), condition) -> (B, C or 2C, H, W) of kind ``prediction``.
+        model_call, schedule, prediction: see :class:`heterodiff.diffusion.denoiser.Denoiser`.
         x: (B, C, H, W) in [-1, 1].
         healthy, none: conditions of B rows each.
-        timesteps: strictly decreasing, as for sampling; their number times two are the network calls, at most.
+        timesteps: strictly decreasing, as for sampling; each takes two network calls an image.
         guidance_scale: w in uncond + w (healthy - uncond), 1 more than in the paper.
-        patience: leave an image once no channel's predictions differed more for so many steps; default: never.
-        channels: that count, for maps, score and patience; default: all.
+        patience: stop an image after this number of steps without a new largest difference; default: never.
+        channels: channels that maps, score and patience use; default: all.
         progress: called after each step with its number, from 1, and the number of steps.
 
     Raises:
         ConfigError: timesteps outside the schedule or not decreasing.
     """
+    denoiser = Denoiser(model_call, schedule, prediction)
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
-    count = len(x)
     z = x = x.float()
     chosen = list(range(x.shape[1]) if channels is None else channels)
     seen = x[:, chosen]
-    running = _Running.like(seen)
-    rows = torch.arange(count, device=x.device)  # of the images that are not left yet
+    total, maps, divergence = torch.zeros_like(seen), torch.zeros_like(seen), seen.new_full(seen.shape[:2], -torch.inf)
+    rows = torch.arange(len(x), device=x.device)  # images that are not stopped yet
     idle = torch.zeros(seen.shape[:2], dtype=torch.long, device=x.device)
-    of_healthy, of_none = x.new_zeros(2, count, len(rising))  # zeros add nothing to a cosine
-    calls = torch.zeros(count, dtype=torch.long, device=x.device)
+    of_healthy, of_none = x.new_zeros(2, len(x), len(rising))  # zeros add nothing to a cosine
+    calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for number, t in enumerate(rising, start=1):
-        alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
-        time = torch.full((2 * len(rows),), schedule.time[t].item(), device=x.device)
-        both = join_conditions(none[rows], healthy[rows])
-        output = model_call(torch.cat([z, z]), time, both).float()[:, : x.shape[1]]
-        free, conditional = output.chunk(2)
+        both = denoiser.guided(join_conditions(none[rows], healthy[rows]))
+        free, conditional = both.output(torch.cat([z, z]), t)[:, : x.shape[1]].chunk(2)
         steered = free + guidance_scale * (conditional - free)
-        x0_none, x0_healthy = (to_x0_eps(prediction, p, z, alpha, sigma)[0].clamp(-1, 1) for p in (free, steered))
+        x0_none, x0_healthy = (denoiser.x0_eps(output, z, t)[0].clamp(-1, 1) for output in (free, steered))
         error = (x0_healthy[:, chosen] - seen[rows]).square()
-        greater = running.add(rows, error, (x0_healthy - x0_none)[:, chosen].square().mean(dim=(2, 3)))
+        difference = (x0_healthy - x0_none)[:, chosen].square().mean(dim=(2, 3))
+        greater = difference > divergence[rows]
+        before = total[rows] / (number - 1) if number > 1 else error
+        maps[rows] = torch.where(greater[:, :, None, None], before, maps[rows])
+        divergence[rows] = torch.where(greater, difference, divergence[rows])
+        total[rows] += error
         of_healthy[rows, number - 1] = error.mean(dim=(1, 2, 3))
         of_none[rows, number - 1] = (x0_none[:, chosen] - seen[rows]).square().mean(dim=(1, 2, 3))
         calls[rows] += 2
@@ -139,7 +105,7 @@ def forward_process(
         if number == len(rising):
             break
         later = rising[number]
-        eps = (z - alpha * x0_none) / sigma  # that of the clipped prediction
+        eps = (z - schedule.alpha[t].item() * x0_none) / schedule.sigma[t].item()  # of the clipped prediction
         z = schedule.alpha[later].item() * x0_none + schedule.sigma[later].item() * eps
         if patience is not None:
             idle[rows] = torch.where(greater, 0, idle[rows] + 1)
@@ -148,7 +114,7 @@ def forward_process(
             if not len(rows):
                 break
     cosine = torch.nn.functional.cosine_similarity(of_healthy, of_none, dim=1, eps=1e-12)
-    return AnomalyMaps(running.maps, running.divergence, -cosine, calls)
+    return AnomalyMaps(maps, divergence, -cosine, calls)
 
 
 @torch.no_grad()
@@ -163,20 +129,18 @@ def ddib(
     *,
     guidance_scale: float = 3.0,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Encode ``x`` without condition, decode it guided to healthy, and square the difference.
 
     Dual diffusion bridges (Su et al. 2023), for lesions Sanchez et al. 2022. Arguments as :func:`forward_process`.
     """
     x = x.float()
-    train_steps = schedule.num_train_timesteps
-    free = guided_denoiser(model_call, none, none, 1.0, train_steps)
-    steered = guided_denoiser(model_call, healthy, none, guidance_scale, train_steps)
-    z = invert(free, schedule, prediction, x, timesteps, num_iterations=0)
-    decoded = _decoded(steered, schedule, prediction, z, timesteps, progress)
+    denoiser = Denoiser(model_call, schedule, prediction)
+    steered = denoiser.guided(healthy, none, guidance_scale)
+    z = invert(*denoiser.guided(none), x, timesteps, num_iterations=0)
     branches = 1 if guidance_scale in (0, 1) else 2
-    return _of_difference(x, decoded, channels, (1 + branches) * len(timesteps))
+    return _decoded_maps(x, steered, z, timesteps, channels, progress, (1 + branches) * len(timesteps))
 
 
 @torch.no_grad()
@@ -190,7 +154,7 @@ def partial_noising(
     *,
     noise: Tensor,
     channels: Sequence[int] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda step, total: None,
 ) -> AnomalyMaps:
     """Noise ``x`` to the first of ``timesteps``, denoise it without condition, and square the difference.
 
@@ -198,48 +162,40 @@ def partial_noising(
 
     Args:
         noise: (B, C, H, W) standard normal, on which the difference depends.
-        channels: as :func:`forward_process`.
+        channels, progress: as :func:`forward_process`.
     """
     x, start = x.float(), max(timesteps)
     z = schedule.alpha[start].item() * x + schedule.sigma[start].item() * noise
-    free = guided_denoiser(model_call, none, none, 1.0, schedule.num_train_timesteps)
-    decoded = _decoded(free, schedule, prediction, z, timesteps, progress)
-    return _of_difference(x, decoded, channels, len(timesteps))
+    free = Denoiser(model_call, schedule, prediction).guided(none)
+    return _decoded_maps(x, free, z, timesteps, channels, progress, len(timesteps))
 
 
 def noising_timesteps(depth: int, count: int) -> list[int]:
-    """Return at most ``count`` evenly spaced timesteps below ``depth``, decreasing, 0 included.
-
-    Raises:
-        ValueError: depth or count below 1.
-    """
+    """Return at most ``count`` evenly spaced timesteps below ``depth``, both at least 1, decreasing, 0 included."""
     if depth < 1 or count < 1:
         raise ValueError(f"depth {depth} in {count} steps: expected at least 1 of each")
     stride = -(-depth // count)
     return list(range(0, depth, stride))[::-1]
 
 
-def _decoded(
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
-    prediction: str,
+def _decoded_maps(
+    x: Tensor,
+    denoiser: Denoiser,
     z: Tensor,
     timesteps: Sequence[int],
+    channels: Sequence[int] | None,
     progress: Progress,
-) -> Tensor:
-    return sample(
-        denoise,
-        schedule,
-        prediction,
+    calls: int,
+) -> AnomalyMaps:
+    """Denoise ``z``, and square its difference from ``x``."""
+    healthy = sample(
+        *denoiser,
         z_start=z,
         sampler="ddim",
         timesteps=timesteps,
         clip_sample=True,
         callback=lambda step, total, x0: progress(step, total),
     )
-
-
-def _of_difference(x: Tensor, healthy: Tensor, channels: Sequence[int] | None, calls: int) -> AnomalyMaps:
     maps = (healthy - x).square()[:, slice(None) if channels is None else list(channels)]
     each = torch.full((len(x),), calls, device=x.device)
     return AnomalyMaps(maps, maps.mean(dim=(2, 3)), maps.mean(dim=(1, 2, 3)), each)

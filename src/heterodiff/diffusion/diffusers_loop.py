@@ -7,12 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import (
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-)
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers import DDPMParallelScheduler
 from torch import Tensor
 
 from heterodiff.diffusion.guidance import Denoise
@@ -23,7 +19,7 @@ FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSchedul
 LEARNED = ("learned", "learned_range")
 """The ``variance_type`` of schedulers that draw with the variance channels of a network."""
 MAX_DIFFERENCE = 1e-4
-"""Between the alpha_bar of two schedules that are the same up to rounding."""
+"""Tolerance between the alpha_bar of two schedules that are the same up to rounding."""
 
 
 def _moves_along_flow(scheduler: Any) -> bool:
@@ -31,7 +27,7 @@ def _moves_along_flow(scheduler: Any) -> bool:
 
 
 def describes_training(scheduler: Any) -> bool:
-    """Whether ``scheduler`` is of the kinds that a run is saved with, which say how it was trained."""
+    """Return True for the kinds of scheduler that runs are saved with, which describe their training."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         config = scheduler.config
         return config.shift == 1.0 and not (config.use_dynamic_shifting or config.invert_sigmas)
@@ -51,8 +47,8 @@ def check_scheduler(scheduler: Any, trained: Any) -> None:
     """Check that ``scheduler`` can draw from a network whose training ``trained`` describes.
 
     Raises:
-        ConfigError: it has no step(model_output, timestep, sample), or it is made for another schedule, for another
-            kind of prediction, or for the other kind of path: noise schedule or flow.
+        ConfigError: no step(model_output, timestep, sample); another schedule, kind of prediction, or kind of path
+            (noise schedule or flow).
     """
     name, own = type(scheduler).__name__, type(trained).__name__
     way_out = f"take another, made by {name}.from_config(pipe.scheduler.config), or name a sampler="
@@ -107,14 +103,13 @@ def sample_with_scheduler(
 ) -> Tensor:
     """Draw clean images or latents with a scheduler that :func:`check_scheduler` accepts.
 
-    The scheduler alone decides about spacing, clipping and added noise, as its configuration says.
+    Spacing, clipping and added noise are those of the scheduler's configuration.
 
     Args:
-        denoise: as for :func:`heterodiff.diffusion.sampling.sample`.
+        denoise, after_step: as for :func:`heterodiff.diffusion.sampling.sample`.
         scheduler: its state is reset.
         noise: (B, C, H, W) standard normal.
         timesteps: of the scheduler, descending, instead of num_inference_steps; not all schedulers take them.
-        after_step: as for :func:`heterodiff.diffusion.sampling.sample`.
 
     Returns:
         (B, C, H, W) float32.
@@ -143,7 +138,7 @@ def sample_with_scheduler(
 
 
 def _set_timesteps(scheduler: Any, count: int, timesteps: Sequence[int] | None) -> None:
-    """Set the steps, which stay on the CPU, where they are read without waiting for another device."""
+    """Set the steps, which stay on the CPU, so that reading them waits for no device."""
     total = scheduler.config.num_train_timesteps
     if not 1 <= count <= total:
         raise ConfigError(f"num_inference_steps {count}: expected 1 to {total}, the timesteps of training")
@@ -165,10 +160,10 @@ def _set_timesteps(scheduler: Any, count: int, timesteps: Sequence[int] | None) 
 
 @contextmanager
 def _explained(scheduler: Any) -> Iterator[None]:
-    """Turn what the scheduler refuses into a :class:`ConfigError`."""
+    """Turn errors of the scheduler into a :class:`ConfigError`."""
     try:
         with warnings.catch_warnings():
-            # diffusers gives tensors to functions of numpy, of which numpy 2 warns with some versions of torch.
+            # diffusers passes tensors to numpy functions; numpy 2 warns about that with some versions of torch.
             warnings.filterwarnings("ignore", "__array", DeprecationWarning)
             yield
     except ConfigError:

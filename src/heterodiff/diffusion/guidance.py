@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022), limited to an interval of noise levels if wished."""
+"""Classifier-free guidance (Ho & Salimans 2022), optionally in an interval of noise levels only."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,10 +35,9 @@ def join_conditions(first: Any, second: Any) -> Any:
 def guided(model_call: ModelCall, z: Tensor, time: Tensor, condition: Any, null_condition: Any, scale: float) -> Tensor:
     """Return out = uncond + scale (cond - uncond), from one call with a batch of 2B.
 
-    Ho & Salimans 2022, eq. 6 write (1 + w) cond - w uncond: their w is our scale minus 1. Scale 1 evaluates
-    the conditional branch only, scale 0 the unconditional one only. All kinds of prediction are linear in
-    the predicted noise, so guiding any of them is the same. Variance channels, where the network has
-    them, are those of the conditional branch.
+    Ho & Salimans 2022, eq. 6 write (1 + w) cond - w uncond: their w is our scale minus 1. Scale 1 evaluates only the
+    conditional branch, scale 0 only the unconditional one. All kinds of prediction are linear in the predicted noise,
+    so guiding any of them is the same. Variance channels are those of the conditional branch.
 
     Args:
         model_call: (z, time (B,), condition) -> (B, C or 2C, H, W).
@@ -64,13 +63,13 @@ def guided_denoiser(
     num_train_timesteps: int,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """Bind model, condition and guidance to the ``denoise(z, time)`` that sampling and inversion take.
+    """Bind a condition and its guidance to a network: return the ``denoise(z, time)`` that sampling takes.
 
     Args:
         scale: guidance scale; 1 is unguided.
         num_train_timesteps: T; a network time counts as the noise level time / T.
-        interval: noise levels (low, high) that are guided, both included; outside, the conditional branch
-            is used alone (Kynkäänniemi et al. 2024), which also saves half of the work there.
+        interval: noise levels (low, high) that are guided, both included; outside, only the conditional branch
+            is evaluated (Kynkäänniemi et al. 2024), at half the cost.
 
     Raises:
         ConfigError: a negative scale or one that is not finite, or not 0 <= low <= high <= 1.

@@ -1,32 +1,26 @@
-"""Exact inversion of deterministic sampling: the z from which DDIM draws a given image."""
+"""Inversion of DDIM sampling: the z from which it draws a given image."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.guidance import Denoise
-from heterodiff.diffusion.prediction import to_x0_eps
 from heterodiff.diffusion.samplers import check_timesteps
 from heterodiff.diffusion.schedule import NoiseSchedule
-
-
-def _norm(difference: Tensor) -> Tensor:
-    """Root mean square per sample, (B, 1, 1, 1)."""
-    return difference.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def _solve(update: Callable[[Tensor], Tensor], z: Tensor, num_iterations: int, tolerance: float) -> Tensor:
     """Solve z = update(z) per sample by damped fixed-point iterations; returns the best z seen.
 
-    The step of a sample is halved when its residual grows: between two modes of the data the network turns so
-    quickly that full steps overshoot.
+    A sample's step is halved when its residual grows: between two modes of the data full steps overshoot.
     """
     damping = torch.ones_like(z[:, :1, :1, :1])
     best, best_change, best_residual = z, torch.zeros_like(z), torch.full_like(damping, torch.inf)
     for _ in range(num_iterations):
         change = update(z) - z
-        residual = _norm(change)
+        residual = change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         # A solved sample stays as it is: the result must not depend on how long its neighbours take.
         better = (residual < best_residual) & (best_residual > tolerance)
         best = torch.where(better, z, best)
@@ -62,7 +56,7 @@ def invert(
         denoise: as in :func:`heterodiff.diffusion.sampling.sample`.
         x0: (B, C, H, W) clean images or latents.
         timesteps: strictly decreasing training timesteps; a start below T - 1 encodes only partly.
-        num_iterations: at most so many per step; 0 is plain DDIM inversion.
+        num_iterations: maximum per step; 0 is plain DDIM inversion.
         tolerance: root mean square of the residual at which a step is solved.
 
     Returns:
@@ -73,15 +67,13 @@ def invert(
     """
     rising = check_timesteps(timesteps, schedule.num_train_timesteps)[::-1]
     norm = torch.hypot(schedule.alpha, schedule.sigma)
+    denoiser = Denoiser(denoise, schedule, prediction)
 
     def velocity(z: Tensor, t: int) -> Tensor:
         """Return v = alpha eps - sigma x0 at unit-variance z."""
-        time = torch.full((z.shape[0],), schedule.time[t].item())
         z_network = z * norm[t].item()
-        alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
-        output = denoise(z_network, time).float()[:, : z.shape[1]]
-        clean, eps = to_x0_eps(prediction, output, z_network, alpha, sigma)
-        return (alpha * eps - sigma * clean) / norm[t].item()
+        clean, eps = denoiser.x0_eps(denoiser.output(z_network, t), z_network, t)
+        return (schedule.alpha[t].item() * eps - schedule.sigma[t].item() * clean) / norm[t].item()
 
     angles = torch.atan2(schedule.sigma, schedule.alpha)
     z, angle, here = x0.float(), torch.zeros((), dtype=torch.float64), rising[0]
@@ -89,8 +81,8 @@ def invert(
         delta = angles[t] - angle
         cos, sin = delta.cos().item(), delta.sin().item()
 
-        def step(guess: Tensor, at: int = t, target: Tensor = z, cos: float = cos, sin: float = sin) -> Tensor:
-            return (target + sin * velocity(guess, at)) / cos
+        def step(estimate: Tensor, at: int = t, target: Tensor = z, cos: float = cos, sin: float = sin) -> Tensor:
+            return (target + sin * velocity(estimate, at)) / cos
 
         start = step(z, at=here)
         z = _solve(step, start, num_iterations, tolerance) if num_iterations else start

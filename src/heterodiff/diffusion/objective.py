@@ -1,4 +1,4 @@
-"""What the network learns: the losses of a batch."""
+"""Training losses of a denoiser."""
 
 from collections.abc import Callable
 
@@ -23,31 +23,25 @@ def min_snr_weights(schedule: NoiseSchedule, prediction: str, gamma: float) -> T
 
 
 class DiffusionObjective:
-    """Loss of a denoiser: squared error of its prediction, and the bound of a learned variance.
+    """Squared error of a denoiser's prediction, and the variational bound of a learned variance.
 
     With ``learn_variance`` this is L_simple + 0.001 L_vlb of Nichol & Dhariwal 2021, eq. 16; the sum over T
-    terms is estimated by T L_t. The likelihood at t = 0 takes the data for 8-bit images in [-1, 1]; for
-    latents it is a Gaussian likelihood on a grid of the same width.
+    terms is estimated by T L_t. The likelihood at t = 0 assumes 8-bit images in [-1, 1], and uses the same grid for
+    latents.
     """
 
     VLB_WEIGHT = 0.001
 
     def __init__(self, config: DiffusionConfig, schedule: NoiseSchedule) -> None:
-        """Precompute the tables of ``config`` on ``schedule``.
-
-        Raises:
-            ConfigError: prediction and schedule do not belong together.
-        """
+        """Raise ConfigError if prediction and schedule do not belong together."""
         if (config.prediction == "flow") != (schedule.kind == "flow"):
             raise ConfigError(f"prediction '{config.prediction}' cannot be trained on a {schedule.kind} schedule")
         self.config = config
         self.schedule = schedule
         self._bound = VarianceBound(schedule) if config.learn_variance else None
-        self._weights = (
-            Lookup(min_snr_weights(schedule, config.prediction, config.snr_gamma))
-            if config.weighting == "min-snr"
-            else None
-        )
+        self._weights: Lookup | None = None
+        if config.weighting == "min-snr":
+            self._weights = Lookup(min_snr_weights(schedule, config.prediction, config.snr_gamma))
 
     def losses(
         self, model_call: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor

@@ -1,4 +1,4 @@
-"""What networks predict, and the conversions between these kinds.
+"""The kinds of prediction of networks, and the conversions between them.
 
 Every kind is linear in the clean image and the noise, p = c x0 + d eps, and so is z = alpha x0 + sigma eps;
 solving the two equations serves all kinds and all schedules:
@@ -38,11 +38,7 @@ def _coefficients(kind: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
 
 
 def target_of(kind: str, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
-    """Return what a network of this kind should predict, shaped like ``x0``.
-
-    Raises:
-        ConfigError: unknown kind.
-    """
+    """Return the training target of this kind, shaped like ``x0``; raises ConfigError for an unknown kind."""
     c, d = _coefficients(kind, alpha, sigma)
     return c * x0 + d * eps
 
@@ -53,12 +49,8 @@ def to_x0_eps(kind: str, output: Tensor, z: Tensor, alpha: Level, sigma: Level) 
     ``epsilon`` needs alpha > 0 and ``sample`` needs sigma > 0; ``v`` and ``flow`` are fine at both ends.
 
     Args:
-        kind: one of :data:`PREDICTIONS`.
-        output: (B, C, H, W) network output without variance channels.
-        z: (B, C, H, W).
-
-    Raises:
-        ConfigError: unknown kind.
+        kind: one of :data:`PREDICTIONS`; others raise ConfigError.
+        output, z: (B, C, H, W), the network's output without variance channels.
     """
     c, d = _coefficients(kind, alpha, sigma)
     determinant = alpha * d - sigma * c
@@ -66,6 +58,6 @@ def to_x0_eps(kind: str, output: Tensor, z: Tensor, alpha: Level, sigma: Level) 
 
 
 def x0_sensitivity(kind: str, alpha: Level, sigma: Level) -> Level:
-    """Return |d x0 / d prediction| at fixed z: how an error of the prediction shows in x0."""
+    """Return |d x0 / d prediction| at fixed z: the error of x0 for a unit error of the prediction."""
     c, d = _coefficients(kind, alpha, sigma)
     return abs(sigma / (alpha * d - sigma * c))

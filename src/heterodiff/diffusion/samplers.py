@@ -6,22 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError, unknown_name
 
 # DPM-Solver's bound for the cosine schedule (Lu et al. 2022, appendix D.3): log(alpha / sigma) of the first step.
-# Noisier levels hold no image, and steps down from them are so long that solvers of second order err.
+# Noisier levels hold no image, and second-order solvers err on the long steps down from them.
 MIN_LOG_ALPHA_SIGMA = -5.1
 
 
@@ -39,13 +31,13 @@ class SamplerRow:
 
 
 _ROWS = {
-    "ddpm": SamplerRow(DDPMScheduler, "vp", {"clip_sample": False}, stochastic=True),
-    "ddim": SamplerRow(DDIMScheduler, "vp", {"clip_sample": False}),
-    "dpmpp": SamplerRow(DPMSolverMultistepScheduler, "vp", {"algorithm_type": "dpmsolver++"}),
-    "unipc": SamplerRow(UniPCMultistepScheduler, "vp"),
-    "euler": SamplerRow(EulerDiscreteScheduler, "edm"),
-    "heun": SamplerRow(HeunDiscreteScheduler, "edm"),
-    "flow-euler": SamplerRow(FlowMatchEulerDiscreteScheduler, "flow"),
+    "ddpm": SamplerRow(diffusers.DDPMScheduler, "vp", {"clip_sample": False}, stochastic=True),
+    "ddim": SamplerRow(diffusers.DDIMScheduler, "vp", {"clip_sample": False}),
+    "dpmpp": SamplerRow(diffusers.DPMSolverMultistepScheduler, "vp", {"algorithm_type": "dpmsolver++"}),
+    "unipc": SamplerRow(diffusers.UniPCMultistepScheduler, "vp"),
+    "euler": SamplerRow(diffusers.EulerDiscreteScheduler, "edm"),
+    "heun": SamplerRow(diffusers.HeunDiscreteScheduler, "edm"),
+    "flow-euler": SamplerRow(diffusers.FlowMatchEulerDiscreteScheduler, "flow"),
 }
 
 
@@ -80,17 +72,12 @@ def _timestep_grid(schedule: NoiseSchedule, num_inference_steps: int) -> list[in
         raise ConfigError(
             f"num_inference_steps {num_inference_steps}: expected 1 to {total}, the timesteps of training"
         )
-    usable = int((schedule.log_snr / 2 >= MIN_LOG_ALPHA_SIGMA).sum())
-    usable = max(usable, num_inference_steps)
+    usable = max(int((schedule.log_snr / 2 >= MIN_LOG_ALPHA_SIGMA).sum()), num_inference_steps)
     return [round(usable * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
 
 
 def check_timesteps(timesteps: Sequence[int], total: int) -> list[int]:
-    """Return explicit training timesteps as a list.
-
-    Raises:
-        ConfigError: none, not strictly decreasing, or outside 0..total - 1.
-    """
+    """Return timesteps as a list; raises ConfigError unless they decrease strictly within total - 1..0."""
     steps = [int(t) for t in timesteps]
     falling = all(a > b for a, b in itertools.pairwise(steps))
     if not steps or not falling or steps[0] >= total or steps[-1] < 0:
@@ -106,8 +93,8 @@ def _respaced_betas(schedule: NoiseSchedule, grid: list[int]) -> list[float]:
     """
     alpha_bar = torch.sigmoid(schedule.log_snr[grid[::-1]])
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    # Schedulers keep 1 - beta in float32, where less than 1e-6 would be lost at either end; the levels that
-    # this moves are pure noise, or clean to a thousandth.
+    # Schedulers keep 1 - beta in float32, which loses less than 1e-6 at either end; the levels that this clamp
+    # moves are pure noise, or clean to a thousandth.
     return (1 - alpha_bar / previous).clamp(1e-6, 1 - 1e-6).tolist()
 
 
@@ -151,7 +138,7 @@ def make_sampler(
         num_inference_steps: steps from noise to image, 1..T; ``heun`` evaluates the network twice in each
             but the last. Not used if ``timesteps`` are given.
         timesteps: explicit training timesteps, strictly decreasing, instead of evenly spaced ones.
-        learned_variance: ``ddpm`` draws with the variance that the network predicts; others have no use for it.
+        learned_variance: ``ddpm`` draws with the variance that the network predicts; other samplers ignore it.
 
     Raises:
         ConfigError: unknown name, or steps outside the training schedule.
@@ -164,8 +151,8 @@ def make_sampler(
     else:
         grid = check_timesteps(timesteps, schedule.num_train_timesteps)
     with warnings.catch_warnings():
-        # diffusers calls numpy.array on tensors, of which numpy 2 warns with some versions of torch.
+        # diffusers calls numpy.array on tensors; numpy 2 warns about that with some versions of torch.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         if row.space == "flow":
             return _prepare_flow(row, schedule, grid)
-        return _prepare_chain(row, schedule, grid, learned_variance and row.scheduler is DDPMScheduler)
+        return _prepare_chain(row, schedule, grid, learned_variance and row.scheduler is diffusers.DDPMScheduler)

@@ -1,4 +1,4 @@
-"""Drawing images: from noise along a sampler's steps to clean images or latents."""
+"""Sampling: from noise along a sampler's steps to clean images or latents."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.guidance import Denoise
-from heterodiff.diffusion.prediction import to_x0_eps
 from heterodiff.diffusion.samplers import PreparedSampler, list_samplers, make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.diffusion.thresholding import limit_x0
@@ -70,22 +70,20 @@ def sample(
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Draw clean images or latents; any sampler serves any schedule and prediction.
+    """Draw clean images or latents; any sampler works with any schedule and prediction.
 
-    The network's prediction becomes x0 on the path it was trained on; the sampler gets x0 and moves on a path
-    of its own with the same SNR, which differs by a scale of z.
+    The network's prediction becomes x0 on the path it was trained on; the sampler gets x0 and moves on its own path
+    with the same SNR, which differs by a scale of z.
 
     Args:
-        denoise: (z (B, C, H, W), network time (B,) float32) -> (B, C or 2C, H, W) of kind ``prediction``; see
-            :func:`heterodiff.diffusion.guidance.guided_denoiser`. The time lies on the CPU, so that reading it waits
-            for no device. Channels after the first C are variance.
-        schedule: the one that the network was trained with.
+        denoise, schedule, prediction: a :class:`heterodiff.diffusion.denoiser.Denoiser` with a bound condition:
+            ``sample(*denoiser, noise=noise)``.
         noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
         z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.
         sampler: one of :func:`list_samplers`.
         num_inference_steps, timesteps: see :func:`make_sampler`.
         generator: noise of stochastic samplers; one, or a list with one per sample.
-        learned_variance: the network has variance channels that ``ddpm`` shall use.
+        learned_variance: the network has variance channels, for ``ddpm`` to use.
         clip_sample: clip predicted x0 to [-1, 1].
         dynamic_threshold: quantile of Saharia et al. 2022 instead of plain clipping.
         callback: called after each step as (step from 1, number of steps, predicted x0).
@@ -105,14 +103,12 @@ def sample(
         noise = z_start.float() / norms[prepared.steps[0][1]].item()
     assert noise is not None
     z = noise.float() * prepared.start_scale
+    denoiser = Denoiser(denoise, schedule, prediction)
     for number, (index, t) in enumerate(prepared.steps, start=1):
         z_network = _unit_z(prepared, z, index) * norms[t].item()
-        time = torch.full((z.shape[0],), schedule.time[t].item())
-        output = denoise(z_network, time).float()
-        mean, channels = output[:, : z.shape[1]], output[:, z.shape[1] :]
-        x0, _ = to_x0_eps(prediction, mean, z_network, schedule.alpha[t].item(), schedule.sigma[t].item())
-        x0 = limit_x0(x0, clip_sample, dynamic_threshold)
-        z = _step(prepared, index, z, x0, channels, generator)
+        output = denoiser.output(z_network, t)
+        x0 = limit_x0(denoiser.x0_eps(output, z_network, t)[0], clip_sample, dynamic_threshold)
+        z = _step(prepared, index, z, x0, output[:, z.shape[1] :], generator)
         if callback is not None:
             callback(number, len(prepared.steps), x0)
         if after_step is not None:

@@ -1,4 +1,4 @@
-"""Noise schedules: how much of the image and how much noise ``z_t = alpha_t x0 + sigma_t eps`` holds."""
+"""Noise schedules: the shares of image and noise in ``z_t = alpha_t x0 + sigma_t eps``."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def _cosine_betas(num_train_timesteps: int) -> Tensor:
 
 
 def _betas_of(scheduler: Any) -> Tensor:
-    """Betas (T,) in float64; the two schedules of ours are computed anew, not read back from float32."""
+    """Return betas (T,) in float64; our own two schedules are computed anew, not read back from float32."""
     config = scheduler.config
     plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr", False)
     if plain and config.beta_schedule == "linear":
@@ -55,8 +55,8 @@ class Lookup:
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the values at timesteps ``t`` (B,) as (B, 1, 1, 1) on their device."""
-        if self._table.device != t.device:  # once a run: copying it at every step would cost a transfer each time
-            self._table = self._table.to(t.device)
+        if self._table.device != t.device:
+            self._table = self._table.to(t.device)  # kept: a copy at every step would cost a transfer each time
         return self._table[t].view(-1, 1, 1, 1)
 
 
@@ -68,7 +68,7 @@ class NoiseSchedule:
         kind: ``vp`` (alpha^2 + sigma^2 = 1; Ho et al. 2020) or ``flow`` (alpha = 1 - sigma; Lipman et al. 2023).
         alpha: (T,) float64 on the CPU, in [0, 1].
         sigma: (T,) float64 on the CPU, in (0, 1].
-        time: (T,) float64, what the network receives at t: t itself, or t + 1 = sigma T for ``flow``.
+        time: (T,) float64, the network's time input at t: t itself, or t + 1 = sigma T for ``flow``.
     """
 
     kind: Literal["vp", "flow"]
@@ -91,12 +91,7 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> "NoiseSchedule":
         """Build the schedule that ``config`` trains with."""
-        steps = config.num_train_timesteps
-        if config.prediction == "flow":
-            return cls._flow(steps)
-        if config.schedule == "cosine":
-            return cls._from_betas(_cosine_betas(steps))
-        return cls._from_betas(torch.linspace(*_linear_beta_range(steps), steps, dtype=torch.float64))
+        return cls.from_scheduler(training_scheduler(config))
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
@@ -130,9 +125,6 @@ class NoiseSchedule:
 
         ``flow`` is exact; ``vp`` interpolates the log-SNR linearly in t. Times outside the table are clamped.
 
-        Args:
-            time: any shape.
-
         Returns:
             two tensors like ``time``: float64 if ``time`` is (a Python number or float64), else float32.
         """
@@ -149,13 +141,9 @@ class NoiseSchedule:
         return alpha.to(dtype).to(times.device), sigma.to(dtype).to(times.device)
 
     def time_of_log_snr(self, log_snr: Tensor | float) -> Tensor:
-        """Return the network times at which the log-SNR has these values: the inverse of :meth:`at`.
+        """Return the network times with these log-SNRs, float64 on the CPU: the inverse of :meth:`at`.
 
-        Args:
-            log_snr: any shape; values beyond the table are clamped to its ends.
-
-        Returns:
-            float64 tensor of the same shape on the CPU.
+        Values beyond the table are clamped to its ends.
         """
         values = torch.as_tensor(log_snr, dtype=torch.float64).detach().cpu()
         if self.kind == "flow":
@@ -167,29 +155,13 @@ class NoiseSchedule:
         share = (values - rising[high - 1]) / (rising[high] - rising[high - 1])
         return (len(rising) - 1) - (high - 1 + share)
 
-    @cached_property
-    def alpha_at(self) -> "Lookup":
-        """alpha of timesteps on any device."""
-        return Lookup(self.alpha)
-
-    @cached_property
-    def sigma_at(self) -> "Lookup":
-        """sigma of timesteps on any device."""
-        return Lookup(self.sigma)
-
-    @cached_property
-    def time_at(self) -> "Lookup":
-        """Network times of timesteps on any device."""
-        return Lookup(self.time)
+    # The tables for timesteps on any device.
+    alpha_at = cached_property(lambda self: Lookup(self.alpha))
+    sigma_at = cached_property(lambda self: Lookup(self.sigma))
+    time_at = cached_property(lambda self: Lookup(self.time))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return z_t = alpha_t x0 + sigma_t eps.
-
-        Args:
-            x0: (B, C, H, W) clean images or latents.
-            eps: (B, C, H, W) standard normal noise.
-            t: (B,) training timesteps in 0..T-1, int64.
-        """
+        """Return z_t = alpha_t x0 + sigma_t eps for x0 and noise (B, C, H, W) at timesteps (B,) int64."""
         return self.alpha_at(t) * x0 + self.sigma_at(t) * eps
 
 
@@ -219,11 +191,7 @@ def training_scheduler(config: DiffusionConfig, clip_sample: bool = False) -> An
 
 
 def prediction_of(scheduler: Any) -> str:
-    """Return our name of what a model saved with this diffusers ``scheduler`` predicts.
-
-    Raises:
-        ConfigError: a prediction type that is not one of ours.
-    """
+    """Return our name of the prediction that a diffusers ``scheduler`` is for; raises ConfigError if we have none."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     found = scheduler.config.get("prediction_type")

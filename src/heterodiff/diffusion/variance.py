@@ -38,8 +38,8 @@ def discretised_gaussian_nll(x0: Tensor, mean: Tensor, log_variance: Tensor) -> 
 class VarianceBound:
     """Terms L_t of the variational bound for a variance between beta_t and the posterior variance.
 
-    Nichol & Dhariwal 2021, eq. 15: log variance = f log beta_t + (1 - f) log posterior_variance_t; channels
-    of the network in [-1, 1] stand for f in [0, 1].
+    Nichol & Dhariwal 2021, eq. 15: log variance = f log beta_t + (1 - f) log posterior_variance_t; the network's
+    channels in [-1, 1] are mapped to f in [0, 1].
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:

@@ -1,28 +1,29 @@
-"""Calibrating and evaluating a run that finds anomalies, on its validation and its test images."""
+"""Calibration and evaluation of a run that finds anomalies, on its validation and its test images."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.config import DataConfig, RunConfig
 from heterodiff.data.dataset import ImageDataset
-from heterodiff.data.sources import load_test, open_source
+from heterodiff.data.sources import DataConfig, TestImages, load_test, open_source
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import Device, DType, dtype_name
-from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
-from heterodiff.evaluation.class_images import Evaluation, Request, count_seen, evaluate_images, image_config, run_data
+from heterodiff.evaluation import class_images
+from heterodiff.evaluation.held_out import count_seen
+from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
 from heterodiff.metrics.segmentation import evaluate_segmentation, threshold_baseline
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
-from heterodiff.pipelines.anomaly_masks import calibrate
+from heterodiff.pipelines.anomaly_masks import calibrate, drop_small
 from heterodiff.pipelines.load import check_preprocessing, load_generation
 from heterodiff.pipelines.segment import (
     DEFAULT_PRECISION,
+    AnomalyMaps,
     Segmentation,
     Segmenter,
     calibrated_precision,
@@ -30,27 +31,26 @@ from heterodiff.pipelines.segment import (
     save_calibration,
 )
 from heterodiff.progress import progress_tasks
-from heterodiff.report.writing import ANOMALIES_PICTURE, write_report
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
 COMPARED = 300
-"""Images at most, evenly spread over those with a lesion, that the intensity threshold is chosen and measured on."""
+"""Most images with a lesion, evenly spread, that the intensity threshold is chosen and measured on."""
 FOREGROUND = 0.025
 """Mean of all channels, in [0, 1], above which a pixel is not background (Che et al. 2025)."""
 
 
 def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
-    """Whether the run's images, or those ``elsewhere``, have masks to compare with."""
+    """Tell whether the run's images, or those ``elsewhere``, have masks to compare with."""
     if not RunFolder(run).has_config or "segment" not in task_of(RunFolder(run).config()).commands:
         return False
     return open_source(elsewhere or image_config(run)).mask is not None
 
 
 def other_patients(run: Path, path: Path) -> DataConfig | None:
-    """How the patients at ``path``, a folder of volumes or an npz file of slices, are read as those of the run were.
+    """Settings that read the patients at ``path``, a folder of volumes or an npz file of slices, as the run's own.
 
     ``None`` for a run that was not trained on slices of volumes, real or simulated.
 
@@ -69,31 +69,35 @@ def other_patients(run: Path, path: Path) -> DataConfig | None:
     return found
 
 
-def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
+def _parts(images: ImageDataset) -> Iterator[Tensor]:
     for first in range(0, len(images), IMAGES_AT_ONCE):
-        count = min(IMAGES_AT_ONCE, len(images) - first)
-        part = images.batch(range(first, first + count))[0]
+        yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
+
+
+def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
+    for number, part in enumerate(_parts(images)):
+        first, count = number * IMAGES_AT_ONCE, len(part)
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
 def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None = None) -> list[str]:
-    """Learn the limits of masks from the run's validation images and their labels, and keep them in the run.
+    """Learn the thresholds of masks from the run's validation images and their labels, and save them in the run.
 
     Args:
         device: see :func:`heterodiff.load`.
-        dtype: precision of the network, kept with the limits; masks are found in it. Default: float32.
+        dtype: precision of the network, saved with the thresholds and used for masks from then on. Default: float32.
 
     Returns:
-        what was found, a line each.
+        Lines that describe the calibration.
 
     Raises:
         HeterodiffError: no usable run, or validation images that do not allow it.
     """
-    data = run_data(run)  # says what is missing of the run
+    data = run_data(run)  # reports what is missing of the run
     settings = RunFolder(run).config().segmentation
     segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
     classes = data.spec.class_names
-    alone = settings.method == "partial-noising"  # which needs no unhealthy images; those without labels are healthy
+    alone = settings.method == "partial-noising"  # needs no unhealthy images; unlabelled ones count as healthy
     if settings.healthy not in classes and (classes or not alone):
         raise RunError(
             f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "
@@ -109,23 +113,18 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
     path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
     total = calibration.healthy + calibration.unhealthy
+    images = f"{calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images"
+    decision = f"{total - calibration.errors} of {total} judged as labelled"
     if not calibration.unhealthy:
-        return [
-            f"images   {calibration.healthy} validation images, taken for healthy",
-            "decision one of twenty of these is judged unhealthy; with unhealthy ones the limit would be better",
-            f"wrote    {path}",
-        ]
-    return [
-        f"images   {calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images",
-        f"decision {total - calibration.errors} of {total} judged as labelled",
-        f"wrote    {path}",
-    ]
+        images = f"{calibration.healthy} validation images, taken for healthy"
+        decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
+    return [f"images   {images}", f"decision {decision}", f"wrote    {path}"]
 
 
 def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
-    Writes ``evaluation/segmentation.png``, ``evaluation.json`` and ``report.html`` into the run folder.
+    Writes ``evaluation/segmentation.png`` and ``evaluation.json`` into the run folder.
 
     Args:
         elsewhere: other images, all of which are measured in place of the run's, see :func:`other_patients`.
@@ -137,15 +136,9 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     folder = RunFolder(run)
     config = folder.config()
     calibration = load_calibration(run, config.segmentation)
-    spec = folder.spec()
-    if spec is None or not folder.split_file.is_file():
-        raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
     of = elsewhere or image_config(run)
-    made = known_fingerprint(of)
-    if made or not elsewhere:
-        check_preprocessing(run, made)
-    test = load_test(of, spec, "all") if elsewhere else load_test(of, spec, split=folder.split())
-    assert test.mask is not None  # asked before, by `finds_anomalies`
+    test = _test_images(run, of, own=elsewhere is None)
+    assert test.mask is not None  # checked before, by `finds_anomalies`
     settings, count = config.segmentation, len(test.images)
     segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
     with progress_tasks() as start:
@@ -156,15 +149,16 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in _parts(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
     shown = ill = np.asarray(truth.any(axis=(1, 2)))
-    if settings.healthy in spec.class_names:
+    if settings.healthy in (classes := test.images.spec.class_names):
         labels = test.images.labels
-        ill = np.where(labels >= 0, labels != spec.class_names.index(settings.healthy), shown)
+        ill = np.where(labels >= 0, labels != classes.index(settings.healthy), shown)
     metrics = evaluate_segmentation(
         every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
     )
     if compared := _spread(np.flatnonzero(shown), COMPARED):
         images = test.images.batch(compared)[0].numpy()
-        of_threshold = (images, truth[compared], foreground[compared], settings.smoothing, settings.drop_small)
+        drop = partial(drop_small, least=settings.drop_small)
+        of_threshold = (images, truth[compared], foreground[compared], drop, settings.smoothing)
         metrics["threshold"] = {"n": len(compared), **threshold_baseline(*of_threshold)}
     metrics["data"] = {
         "path": str(of.path or of.source),
@@ -173,28 +167,35 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     }
     metrics["settings"] = settings.model_dump(mode="json")
     metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls in found]).float().mean())
-    picture = run / ANOMALIES_PICTURE
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
-    folder.write_picture(picture, overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows]))
+    overview = overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows])
+    folder.write_picture(folder.anomalies_picture, overview)
     folder.write_json(folder.evaluation_file, metrics)
-    return Evaluation(metrics, picture, write_report(run))
+    return Evaluation(metrics, folder.anomalies_picture)
+
+
+def _test_images(run: Path, config: DataConfig, own: bool) -> TestImages:
+    """Load the run's test images, or all those of ``config`` where they are not its ``own``."""
+    folder = RunFolder(run)
+    spec = folder.spec()
+    if spec is None or not folder.split_file.is_file():
+        raise RunError(f"{run}: data.json or split.json is missing, so the run's images are not known here")
+    made = known_fingerprint(config)
+    if made or own:
+        check_preprocessing(run, made)
+    return load_test(config, spec, split=folder.split()) if own else load_test(config, spec, "all")
 
 
 def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
-    """A note on those of ``images`` that the run was trained on."""
+    """Note on those of ``images`` that the run was trained on."""
     seen = count_seen((image for part in _parts(images) for image in part), run_data(run).train)
     return [f"{seen:,} of these {len(images):,} images are training images too: they are not held out"] if seen else []
 
 
-def _parts(images: ImageDataset) -> Iterator[Tensor]:
-    for first in range(0, len(images), IMAGES_AT_ONCE):
-        yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
-
-
 def overlays(images: Tensor, truth: np.ndarray, maps: np.ndarray, marked: np.ndarray) -> Image:
-    """A column for each image: as it is, true mask, found mask, map.
+    """Draw a column for each image: as it is, true mask, found mask, map.
 
     Args:
         images: (N, 1, H, W) in [0, 1].
@@ -214,54 +215,15 @@ def _spread(rows: np.ndarray, count: int) -> list[int]:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
 
 
-def segmentation_summary(metrics: dict[str, Any]) -> list[str]:
-    """The main numbers of an evaluation, a line each."""
-    lines = []
-    for name, title in (("unhealthy", "images with a lesion"), ("mixed", "all images")):
-        part = metrics[name]
-        if part["dice"]["n"]:
-            auprc = f", AUPRC {100 * part['auprc']:.1f} %" if "auprc" in part else ""
-            lines.append(
-                f"masks    {title}: Dice {_interval(part['dice'])}, IoU {_interval(part['iou'])}{auprc} "
-                f"({part['dice']['n']} images)"
-            )
-    for row in metrics.get("sizes", []):
-        low, high = row["pixels"]
-        lines.append(f"masks      {row['size']} lesions, {low} to {high} pixels: Dice {_interval(row['dice'])}")
-    if threshold := metrics.get("threshold"):
-        lines.append(
-            f"compare  the best threshold ({threshold['of']} {threshold['threshold']:.2f}): "
-            f"Dice {100 * threshold['dice']:.1f} %, AUPRC {_percent(threshold['auprc'])}"
-        )
-    image = metrics["image"]
-    if image["auroc"] is not None:
-        shares = (f"{key} {_percent(image[key])}" for key in ("precision", "recall", "accuracy"))
-        lines.append(f"images   judged as a whole: AUROC {image['auroc']:.3f}, {', '.join(shares)}")
-    area = metrics["healthy"]["false_positive_area"]
-    if area["n"]:
-        lines.append(f"healthy  {100 * area['mean']:.2f} % of the area of {area['n']} healthy images marked")
-    lines.append(f"calls    {metrics['calls_per_image']:.0f} of the network an image")
-    lines += [f"note     {note}" for note in metrics["data"]["notes"]]
-    return lines
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _interval(part: dict[str, Any]) -> str:
-    return f"{100 * part['mean']:.1f} % [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
-
-
-def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
-    """Evaluate a run that finds anomalies as asked for on the command line; as one of classes where masks are missing.
+def evaluate(run: Path, request: Request) -> Evaluation:
+    """Evaluate a run that finds anomalies as asked for on the command line; as class images where masks are missing.
 
     Raises:
         ConfigError: options that the calibration has fixed.
     """
     patients = other_patients(run, request.data) if request.data else None
     if not finds_anomalies(run, patients):
-        return evaluate_images(run, request)
+        return class_images.evaluate(run, request)
     given = {
         "-n": request.number,
         "--steps": request.steps,
@@ -274,16 +236,4 @@ def evaluate(run: Path, request: Request) -> tuple[Evaluation, list[str]]:
             f"{unused[0]}: {run} finds anomalies in all test images, as its segmentation settings say; leave it "
             "out, or change these and calibrate again"
         )
-    found = evaluate_anomalies(run, patients, request.device)
-    return found, segmentation_summary(found.metrics)
-
-
-def demo(config: RunConfig, out: Path, seed: int) -> list[str]:
-    """Calibrate and evaluate a run that finds anomalies; the commands to go on with."""
-    print(f"trained  {config.training.steps} steps; learning the limits of masks, finding anomalies", flush=True)
-    for line in calibrate_run(out):
-        print(line, flush=True)
-    evaluation, lines = evaluate(out, Request(seed=seed))
-    print(*lines, sep="\n")
-    print(f"overlays {evaluation.picture}\nreport   {evaluation.report}")
-    return task_of(config).next_lines(out)
+    return evaluate_anomalies(run, patients, request.device)

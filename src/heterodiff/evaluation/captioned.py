@@ -1,4 +1,4 @@
-"""Images with captions to measure a run on: some of a data set, held out or from another folder."""
+"""Images with captions to evaluate a run on, held out or from another folder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,11 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import load_data
 from heterodiff.errors import DataError
-from heterodiff.evaluation.class_images import count_seen, image_config
+from heterodiff.evaluation.held_out import count_seen
+from heterodiff.evaluation.runs import image_config
+from heterodiff.metrics.intervals import seed_words
 
 PART = 64
-
-
-def seed_words(seed: int) -> tuple[int, int]:
-    """A seed of 64 bits as two numbers below 2^32, which numpy takes."""
-    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,9 @@ class CaptionedImages:
     """Some images of a data set, read when they are needed, with all captions of each.
 
     Attributes:
-        dataset: whose labels point at captions.
-        rows: of the data set.
-        captions: of each image of ``rows``.
+        dataset: its labels are indices of captions.
+        rows: chosen rows of the data set.
+        captions: captions of each chosen image.
     """
 
     dataset: ImageDataset
@@ -40,7 +37,7 @@ class CaptionedImages:
     def choose(
         cls, dataset: ImageDataset, captions: Sequence[tuple[str, ...]], most: int, seed: int
     ) -> "CaptionedImages":
-        """At most ``most`` images of ``dataset``, drawn with ``seed``, in the order of the data set."""
+        """Draw at most ``most`` images of ``dataset`` with ``seed``, in the order of the data set."""
         rows = np.sort(np.random.default_rng(seed_words(seed)).permutation(len(dataset))[:most]).tolist()
         return cls(dataset, tuple(rows), tuple(captions[int(dataset.labels[row])] for row in rows))
 
@@ -49,18 +46,17 @@ class CaptionedImages:
 
     @property
     def names(self) -> list[str]:
-        """Of each image in its data set."""
+        """Name of each image in its data set."""
         return [self.dataset.names[row] for row in self.rows]
 
     def spread(self, count: int) -> "CaptionedImages":
-        """At most ``count`` of them, evenly spread."""
+        """Return at most ``count`` of them, evenly spread."""
         chosen = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int).tolist()
-        return CaptionedImages(
-            self.dataset, tuple(self.rows[k] for k in chosen), tuple(self.captions[k] for k in chosen)
-        )
+        rows = tuple(self.rows[k] for k in chosen)
+        return CaptionedImages(self.dataset, rows, tuple(self.captions[k] for k in chosen))
 
     def parts(self) -> Iterator[Tensor]:
-        """Images (B, C, H, W) in [0, 1], up to 64 at once."""
+        """Yield images (B, C, H, W) in [0, 1], up to 64 at once."""
         for start in range(0, len(self), PART):
             yield self.dataset.batch(self.rows[start : start + PART])[0]
 
@@ -72,10 +68,10 @@ class CaptionedImages:
 def held_out_captioned(
     run: Path, loaded: LoadedData, path: Path | None
 ) -> tuple[ImageDataset, Sequence[tuple[str, ...]], dict[str, Any]]:
-    """Images that were not trained on, the captions that their labels point at, and a record ready for JSON.
+    """Return images that were not trained on, the captions that their labels index, and a record ready for JSON.
 
     Raises:
-        DataError: none, or none with captions.
+        DataError: no such images, or none with captions.
     """
     config = image_config(run)
     if path is None:

@@ -1,4 +1,4 @@
-"""Writing a folder of stored latents (see `latents_format`): resumable, and alike for any number of processes."""
+"""Writing a folder of stored latents (see `latents.format`): resumable, and alike for any number of processes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from heterodiff.data.findings import show
 from heterodiff.errors import DataError
 from heterodiff.files import write_bytes
 from heterodiff.latents.format import (
-    AGAIN,
+    ENCODE_AGAIN,
     INDEX_FILE,
     PLAN_FILE,
     Index,
@@ -33,16 +33,12 @@ from heterodiff.latents.format import (
     shard_problem,
 )
 from heterodiff.latents.plan import SHARD_SIZE, differences, images_at, plan_of
-from heterodiff.progress import progress_tasks
+from heterodiff.progress import duration, progress_tasks
 
 MAX_FLOAT16 = 65504.0
 LEFTOVER = re.compile(r"(plan\.json|index\.json|shard_\d+\.safetensors)\.[0-9a-f]{8}\.tmp")
-"""What a call that was killed while it wrote a file leaves behind."""
+"""Unfinished files of a call that was killed."""
 ANOTHER_FOLDER = "choose another folder, or delete this one"
-
-
-def _nothing() -> None:
-    """Wait for nobody."""
 
 
 def check_out(out: Path) -> None:
@@ -74,7 +70,7 @@ def encode_data(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = _nothing,
+    barrier: Callable[[], object] = lambda: None,
     quiet: bool = False,
 ) -> Path:
     """Write the posteriors of all images of ``data`` to the folder ``out``, and return it.
@@ -85,33 +81,38 @@ def encode_data(
     Args:
         data: images; augmentation does not apply.
         data_config: the settings they were loaded with; stored, so that the images can be found again.
-        codec: on the device that is to encode.
+        codec: on the device to encode with.
         vae_path: where its VAE was loaded from; stored.
-        shard_size: images of a file.
-        batch_size: images encoded at once.
+        shard_size, batch_size: images of a file, and images encoded at once.
         barrier: called by every process; returns when all have called it.
-        quiet: print nothing.
 
     Raises:
         ConfigError: images that the VAE cannot take.
-        DataError: a folder that holds latents of something else or other files, or cannot be written; too little room
+        DataError: a folder that holds other latents or other files, or cannot be written; too little room
             on the disk; NaN, infinite, or too large latents. No unfinished file is left under its name.
     """
     quiet = quiet or rank > 0
     check_out(out)
     plan = plan_of(data, data_config, codec, vae_path, shard_size)
-    index = _claim(out, plan)
+    index = _write_or_check_plan(out, plan)
     mine = list(range(rank, len(plan.ranges), world_size))
-    todo = [number for number in mine if not _is_whole(out, plan, number, index)]
+    todo = [number for number in mine if not _is_complete(out, plan, number, index)]
     if index is not None and world_size == 1 and not todo:
         if not quiet:
-            print(f"latents  complete already: {len(plan.names):,} images in {out}, checksums are right")
+            print(f"latents  already complete: {len(plan.names):,} images in {out}, checksums match")
         return out
     images = sum(len(plan.ranges[number]) for number in todo)
-    _check_room(out, images * plan.image_bytes)
+    if (free := shutil.disk_usage(out).free) < (needed := images * plan.image_bytes):
+        raise DataError(f"{out}: {needed:,} bytes are needed for the latents, {free:,} are free; make room")
     start = time.perf_counter()
     with progress_tasks(quiet) as task:
-        advance = _adding(task("encoding", images))
+        done, encoded = task("encoding", images), 0
+
+        def advance(count: int) -> None:
+            nonlocal encoded
+            encoded += count
+            done(encoded)
+
         for number in todo:
             tensors = _encode(data, plan, codec, plan.ranges[number], batch_size, advance)
             _write(out / shard_name(number), save(tensors))
@@ -123,44 +124,42 @@ def encode_data(
     if not quiet:
         kept = f"; {len(mine) - len(todo):,} finished shards were there already" if len(todo) < len(mine) else ""
         share = f", by process 0 of {world_size}" if world_size > 1 else ""
-        print(
-            f"encoded  {images:,} images in {seconds:.1f} s, {images / seconds:.1f} images/s{share}{kept}", flush=True
-        )
+        speed = f"{duration(seconds)}, {images / seconds:.1f} images/s"
+        print(f"encoded  {images:,} images in {speed}{share}{kept}", flush=True)
     return out
 
 
-def _claim(out: Path, plan: Plan) -> Index | None:
-    """Write the plan if there is none, else compare; return the index of an earlier call that came to its end."""
+def _write_or_check_plan(out: Path, plan: Plan) -> Index | None:
+    """Write the plan, or compare it with the one there; return the index of an earlier call that finished."""
     path = out / PLAN_FILE
     if not path.is_file():
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{out}: cannot be made: {error.strerror}; choose another folder (--out)") from None
+            raise DataError(f"{out}: cannot be created: {error.strerror}; choose another folder (--out)") from None
         _write(path, json.dumps(plan.model_dump(mode="python")).encode())
         return None
     if different := differences(read_record(path, Plan), plan):
-        raise DataError(f"{out}: holds latents of something else ({'; '.join(different)}); {ANOTHER_FOLDER}")
+        raise DataError(f"{out}: holds other latents ({'; '.join(different)}); {ANOTHER_FOLDER}")
     if not (out / INDEX_FILE).is_file():
         return None
     index = read_record(out / INDEX_FILE, Index)
     if differences(index, plan):
-        raise DataError(f"{out}: {INDEX_FILE} and {PLAN_FILE} are not of the same latents; {ANOTHER_FOLDER}")
+        raise DataError(f"{out}: {INDEX_FILE} and {PLAN_FILE} do not belong to the same latents; {ANOTHER_FOLDER}")
     return index
 
 
-def _is_whole(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
-    """Whether a shard is there and fits the plan; and, once there is an index, its checksum."""
-    path, images = out / shard_name(number), plan.ranges[number]
-    if shard_problem(path, plan.labels[images.start : images.stop], plan.shape) is not None:
+def _is_complete(out: Path, plan: Plan, number: int, index: Index | None) -> bool:
+    """Return True if a shard is there and fits the plan and, once there is an index, its checksum."""
+    if shard_problem(out, plan, number) is not None:
         return False
-    return index is None or sha256_of(path) == index.shards[number].sha256
+    return index is None or sha256_of(out / shard_name(number)) == index.shards[number].sha256
 
 
 def _encode(
     data: LoadedData, plan: Plan, codec: LatentCodec, images: range, batch_size: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """The tensors of one shard."""
+    """Return the tensors of one shard."""
     channels, height, width = plan.shape
     tensors = {name: np.empty((len(images), channels, height, width), np.float16) for name in ("mean", "std")}
     for start in range(0, len(images), batch_size):
@@ -183,14 +182,9 @@ def _refuse_unusable(posterior: torch.Tensor, names: tuple[str, ...]) -> None:
         if bad:
             more = f" and {len(bad) - 3} more of its batch" if len(bad) > 3 else ""
             raise DataError(
-                f"the encoder gives {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
+                f"the encoder returns {what} for {', '.join(bad[:3])}{more}; check these images, or train it again "
                 "with a lower training.learning_rate"
             )
-
-
-def _check_room(out: Path, needed: int) -> None:
-    if (free := shutil.disk_usage(out).free) < needed:
-        raise DataError(f"{out}: {needed:,} bytes are needed for the latents, {free:,} are free; make room")
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -211,11 +205,11 @@ def _write_index(out: Path, plan: Plan) -> None:
     shards = []
     for number, images in enumerate(plan.ranges):
         path = out / shard_name(number)
-        if problem := shard_problem(path, plan.labels[images.start : images.stop], plan.shape):
-            raise DataError(f"{path}: {problem}; {AGAIN}")
+        if problem := shard_problem(out, plan, number):
+            raise DataError(f"{path}: {problem}; {ENCODE_AGAIN}")
         posteriors = read_shard(path)
         if not np.isfinite(posteriors).all():
-            raise DataError(f"{path}: NaN or infinite latents; delete this file, then {AGAIN}")
+            raise DataError(f"{path}: NaN or infinite latents; delete this file, then {ENCODE_AGAIN}")
         training = torch.from_numpy(posteriors[: max(0, len(plan.train.names) - images.start)])
         for part in training.split(64):  # the sums are made in float64
             moments.add(*part.chunk(2, dim=1))
@@ -231,15 +225,3 @@ def _write_index(out: Path, plan: Plan) -> None:
     for path in out.iterdir():
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def _adding(done: Callable[[int], None]) -> Callable[[int], None]:
-    """From a function that is told how many are done in all to one that is told how many more are."""
-    total = 0
-
-    def advance(count: int) -> None:
-        nonlocal total
-        total += count
-        done(total)
-
-    return advance

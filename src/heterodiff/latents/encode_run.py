@@ -1,4 +1,4 @@
-"""What `heterodiff encode` does: load the VAE and the images, and encode them with all processes of the command."""
+"""The command `heterodiff encode`: load the VAE and the images, and encode them with all processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from heterodiff.latents.reading import load_latents
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_run` wrote.
+    """Result of `encode_run`.
 
     Attributes:
         data: the latents.
-        std: of the latents after scaling by the VAE's statistics: of each channel, or of all for a VAE with one factor.
-        notes: what the user should know.
+        std: std of the latents scaled by the VAE's statistics, of each channel, or of all for a VAE with one factor.
+        notes: warnings for the user.
     """
 
     data: LoadedData
@@ -49,7 +49,10 @@ def encode_run(config: DataConfig, vae_path: Path, out: Path, batch_size: int, s
         codec.latent_shape(config.channels, *config.image_size)
     state = process_state()
     rank, world_size = state.process_index, state.num_processes
-    data = load_data(_unkept(config))
+    lazy = config
+    if config.path is None or config.path.suffix.lower() != ".npz":  # npz files are read as a whole
+        lazy = config.model_copy(update={"memory_limit_gb": 0.0})  # memory must not grow with the number of images
+    data = load_data(lazy)
     encode_data(
         data,
         config,
@@ -66,18 +69,11 @@ def encode_run(config: DataConfig, vae_path: Path, out: Path, batch_size: int, s
     return _report(config, codec, data, out) if rank == 0 else None
 
 
-def _unkept(config: DataConfig) -> DataConfig:
-    """``config`` with images decoded when they are encoded, so that memory does not grow with their number."""
-    if config.path is not None and config.path.suffix.lower() == ".npz":  # read as a whole, up to the limit
-        return config
-    return config.model_copy(update={"memory_limit_gb": 0.0})
-
-
 def _report(config: DataConfig, codec: KLVAECodec, images: LoadedData, out: Path) -> Encoded:
     data = load_latents(out, memory_limit_gb=0)
     assert data.latents is not None
     std = scaled_std(codec, torch.tensor(data.latents.mean).double(), torch.tensor(data.latents.std).double())
-    notes = [note for note in images.warnings if "memory_limit_gb" not in note]  # that one is our own doing
+    notes = [note for note in images.warnings if "memory_limit_gb" not in note]  # which is set above
     if images.skipped:
         notes.append(f"{len(images.skipped):,} images cannot be used and were left out; `heterodiff check` lists them")
     augmentation = [key for key in ("horizontal_flip", "random_crop") if getattr(config, key)]
@@ -85,5 +81,5 @@ def _report(config: DataConfig, codec: KLVAECodec, images: LoadedData, out: Path
         keys = " and ".join(f"data.{key}" for key in augmentation)
         notes.append(f"stored latents are not augmented: leave out {keys} when you train on these")
     if float(std.min()) < LEAST_STD or float(std.max()) > MOST_STD:
-        notes.append("the VAE's statistics are of other images: set codec.statistics=measured when you train on these")
+        notes.append("the VAE's statistics are those of other images: train on these with codec.statistics=measured")
     return Encoded(data, tuple(std.tolist()), tuple(notes))

@@ -1,6 +1,6 @@
 """The format of a folder of stored latents.
 
-``plan.json`` says what the latents are of and is written first; ``shard_00000.safetensors`` and so on hold tensors
+``plan.json`` describes the latents and is written first; ``shard_00000.safetensors`` and so on hold tensors
 ``mean`` and ``std`` (n, c, h, w) float16 and ``label`` (n,) int64, training images first; ``index.json``, written last,
 repeats the plan and lists the shards with their checksums. Each file appears under its name only when it is complete.
 """
@@ -23,8 +23,8 @@ from heterodiff.files import MAX_LIST_BYTES, read_json
 FORMAT = 1
 PLAN_FILE = "plan.json"
 INDEX_FILE = "index.json"
-AGAIN = (
-    "run the same `heterodiff encode` again, which keeps what is whole and writes the rest anew (or, if a run encoded "
+ENCODE_AGAIN = (
+    "run the same `heterodiff encode` again, which keeps complete shards and writes the others (or, if a run encoded "
     "its images here, delete the folder and start the run again)"
 )
 
@@ -41,15 +41,15 @@ class Part(_Record):
 
 
 class Plan(_Record):
-    """What a folder of latents holds, known before the first image is encoded.
+    """Content of a folder of latents, known before the first image is encoded.
 
     Attributes:
-        vae_fingerprint: of the encoder's weights.
-        source_fingerprint: of names, labels and sampled values of the images, whatever their split.
-        transform_fingerprint: of the settings that change the values or shape of an image.
+        vae_fingerprint: hash of the encoder's weights.
+        source_fingerprint: hash of names, labels and sampled values of the images, whatever their split.
+        transform_fingerprint: hash of the settings that change the values or shape of an image.
         vae_path: where the VAE was loaded from.
         shape: (c, h, w) of a latent.
-        spec: of the images, as `ImageSpec.to_dict`.
+        spec: specification of the images, as `ImageSpec.to_dict`.
         data_config: the settings the images were read with, as JSON; its path is absolute.
         shard_size: images of each shard but the last.
     """
@@ -78,7 +78,7 @@ class Plan(_Record):
     @cached_property
     def ranges(self) -> list[range]:
         """The images of each shard."""
-        total = len(self.train.names) + len(self.val.names)
+        total = len(self.names)
         return [range(start, min(start + self.shard_size, total)) for start in range(0, total, self.shard_size)]
 
     @property
@@ -97,12 +97,12 @@ class Shard(_Record):
 
 
 class Index(Plan):
-    """What a complete folder of latents holds.
+    """Content of a complete folder of latents.
 
     Attributes:
         shards: the files, in order.
-        counts: how many images each class has ("unlabelled": those without) in ``train`` and in ``val``.
-        mean, std: of each channel of the unscaled training latents.
+        counts: number of images of each class ("unlabelled": without one) in ``train`` and in ``val``.
+        mean, std: statistics of each channel of the unscaled training latents.
     """
 
     shards: tuple[Shard, ...]
@@ -144,7 +144,7 @@ def read_record(path: Path, kind: type[_PlanOrIndex]) -> _PlanOrIndex:
 
 
 def _contradiction(plan: Plan) -> str | None:
-    """What does not agree in ``plan``, if anything."""
+    """Return the first contradiction in ``plan``, or ``None``."""
     classes = len(ImageSpec.from_dict(plan.spec).class_names)
     for part, images in (("train", plan.train), ("val", plan.val)):
         if len(images.names) != len(images.labels):
@@ -167,16 +167,13 @@ def _contradiction(plan: Plan) -> str | None:
     return None
 
 
-def shard_problem(path: Path, labels: np.ndarray, shape: tuple[int, int, int]) -> str | None:
-    """What is wrong with the shard at ``path``, if anything, without reading its latents.
-
-    Args:
-        labels: (n,) of the images it should hold.
-        shape: (c, h, w) of a latent.
-    """
+def shard_problem(folder: Path, plan: Plan, number: int) -> str | None:
+    """Return the reason why shard ``number`` in ``folder`` cannot be used, or ``None``, without reading its latents."""
+    path, images = folder / shard_name(number), plan.ranges[number]
+    labels = plan.labels[images.start : images.stop]
     if path.is_symlink() or not path.is_file():
         return "expected a file, found a link or folder" if path.is_symlink() or path.exists() else "missing"
-    latents = ("F16", [len(labels), *shape])
+    latents = ("F16", [len(labels), *plan.shape])
     expected = {"label": ("I64", [len(labels)]), "mean": latents, "std": latents}
     try:
         with safe_open(path, "np") as file:  # refuses headers that are too long or do not describe the file
@@ -201,6 +198,6 @@ def sha256_of(path: Path) -> str:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Mean and std (n, 2 c, h, w) float16 of a shard."""
+    """Return mean and std (n, 2 c, h, w) float16 of a shard."""
     with safe_open(path, "np") as file:
         return np.concatenate([file.get_tensor("mean"), file.get_tensor("std")], axis=1)

@@ -1,4 +1,4 @@
-"""What a folder of latents of some images would hold, and how two of them differ."""
+"""Plans of folders of latents, and the differences between two of them."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SAMPLED_IMAGES = 256
 def plan_of(
     data: LoadedData, data_config: DataConfig, codec: LatentCodec, vae_path: Path, shard_size: int = SHARD_SIZE
 ) -> Plan:
-    """What a folder of latents of ``data`` would hold.
+    """Return the plan of a folder of latents of ``data``.
 
     Raises:
         ConfigError: images that the VAE cannot take.
@@ -80,7 +80,7 @@ def images_at(data: LoadedData, positions: range) -> torch.Tensor:
 
 
 def differences(saved: Plan, plan: Plan) -> list[str]:
-    """What the latents of ``saved`` and ``plan`` do not have in common, in words; paths may differ."""
+    """Return the differences between the latents of ``saved`` and ``plan``, in words; paths may differ."""
     found = []
     if saved.vae_fingerprint != plan.vae_fingerprint:
         found.append(f"VAE: fingerprint {saved.vae_fingerprint}, now {plan.vae_fingerprint}")

@@ -1,4 +1,4 @@
-"""Reading a folder of stored latents as a data set; `latents_format` describes the folder, `encode` writes it."""
+"""Reading a folder of stored latents as a data set; `latents.format` describes it, `latents.encode` writes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,24 +11,20 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LatentsInfo, LoadedData
-from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec, ImageStore, MemoryStore
 from heterodiff.data.findings import show
 from heterodiff.errors import DataError
 from heterodiff.latents.format import (
-    AGAIN,
+    ENCODE_AGAIN,
     INDEX_FILE,
     PLAN_FILE,
     Index,
-    Part,
     read_record,
     read_shard,
     sha256_of,
     shard_name,
     shard_problem,
 )
-
-__all__ = ["INDEX_FILE", "LatentDataset", "LatentsInfo", "ShardStore", "load_latents", "load_stored"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class ShardStore:
                         posteriors[position, :channels] = mean[row][0]
                         posteriors[position, channels:] = std[row][0]
             except (OSError, SafetensorError, ValueError, IndexError) as error:
-                raise DataError(f"{path}: was readable before and is not now: {error}; {AGAIN}") from None
+                raise DataError(f"{path}: can no longer be read: {error}; {ENCODE_AGAIN}") from None
         return posteriors
 
 
@@ -69,18 +65,13 @@ class LatentDataset(ImageDataset):
     """
 
     def stored(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return posteriors (B, 2 c, h, w) float16 of ``indices``.
-
-        Raises:
-            IndexError: an index is out of range.
-            DataError: a shard that is read at every access has become unreadable or has changed.
-        """
+        """Return posteriors (B, 2 c, h, w) float16 of ``indices``; errors as of :meth:`batch`."""
         chosen = np.asarray(indices, dtype=np.int64)
         posteriors = torch.from_numpy(self._store.read_rows(self._rows[chosen]))
         finite = torch.isfinite(posteriors).flatten(1).all(dim=1)
         if not bool(finite.all()):
             raise DataError(
-                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {AGAIN}"
+                f"latents of {show(self.names[chosen[int(finite.int().argmin())]])}: NaN or infinite; {ENCODE_AGAIN}"
             )
         return posteriors
 
@@ -101,13 +92,12 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
     """
     folder = folder.expanduser().absolute()
     index = read_index(folder)
-    labels = index.labels
-    for images, shard in zip(index.ranges, index.shards, strict=True):
+    for number, shard in enumerate(index.shards):
         path = folder / shard.file
         if path.is_file() and path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {AGAIN}")
-        if problem := shard_problem(path, labels[images.start : images.stop], index.shape):
-            raise DataError(f"{path}: {problem}; {AGAIN}")
+            raise DataError(f"{path}: expected {shard.bytes:,} bytes, found {path.stat().st_size:,}; {ENCODE_AGAIN}")
+        if problem := shard_problem(folder, index, number):
+            raise DataError(f"{path}: {problem}; {ENCODE_AGAIN}")
     warnings: tuple[str, ...] = ()
     store: ImageStore
     if sum(shard.bytes for shard in index.shards) <= memory_limit_gb * 1e9:
@@ -116,19 +106,19 @@ def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:
         store = ShardStore(folder, index.shard_size, index.shape)
         warnings = ("latents are read at every access: they need more memory than data.memory_limit_gb",)
     spec = ImageSpec.from_dict(index.spec)
-
-    def part(images: Part, start: int) -> LatentDataset:
-        rows = np.arange(start, start + len(images.names))
-        return LatentDataset(spec, store, rows, list(images.names), np.array(images.labels, dtype=np.int64))
-
+    rows, count = np.arange(len(index.names)), len(index.train.names)
+    train, val = (
+        LatentDataset(spec, store, chosen, list(part.names), np.array(part.labels, dtype=np.int64))
+        for part, chosen in ((index.train, rows[:count]), (index.val, rows[count:]))
+    )
     info = LatentsInfo(
         folder, index.vae_fingerprint, Path(index.vae_path), index.shape, index.data_config, index.mean, index.std
     )
-    return LoadedData(spec, part(index.train, 0), part(index.val, len(index.train.names)), (), warnings, info)
+    return LoadedData(spec, train, val, (), warnings, info)
 
 
 def read_index(folder: Path) -> Index:
-    """What a folder of latents holds.
+    """Read the index of a folder of latents.
 
     Raises:
         DataError: no such folder, not complete, or an index that is damaged or of another format.
@@ -138,7 +128,7 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{folder}: {what}; correct data.path, or write one with `heterodiff encode`")
     if not (folder / INDEX_FILE).is_file():
         if (folder / PLAN_FILE).is_file():
-            raise DataError(f"{folder}: {INDEX_FILE} is missing: the images were not encoded to the end; {AGAIN}")
+            raise DataError(f"{folder}: {INDEX_FILE} is missing: encoding did not finish; {ENCODE_AGAIN}")
         raise DataError(f"{folder}: no latents here ({INDEX_FILE} is missing); write them with `heterodiff encode`")
     return read_record(folder / INDEX_FILE, Index)
 
@@ -150,24 +140,12 @@ def _read_all(folder: Path, index: Index) -> np.ndarray:
     for images, shard in zip(index.ranges, index.shards, strict=True):
         path = folder / shard.file
         if (found := sha256_of(path)) != shard.sha256:
-            raise DataError(f"{path}: damaged: expected SHA-256 {shard.sha256:.100}, found {found}; {AGAIN}")
+            raise DataError(f"{path}: damaged: expected SHA-256 {shard.sha256:.100}, found {found}; {ENCODE_AGAIN}")
         part = posteriors[images.start : images.stop]
         part[:] = read_shard(path)
         if not np.isfinite(part).all():
             raise DataError(f"{path}: NaN or infinite latents; delete {folder} and encode again")
     return posteriors
-
-
-def refuse_latents(config: DataConfig) -> Collection:
-    """Refuse stored latents where images are needed.
-
-    Raises:
-        DataError: always.
-    """
-    raise DataError(
-        f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were encoded "
-        "from are needed: set data.source and data.path to those"
-    )
 
 
 def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
@@ -176,8 +154,7 @@ def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: I
     Raises:
         DataError: as `load_latents`; or settings, a split or a specification other than those of the stored latents.
     """
-    if config.path is None:
-        raise DataError("data.source 'latents' needs data.path: a folder written by `heterodiff encode`")
+    assert config.path is not None
     data = load_latents(config.path, config.memory_limit_gb)
     assert data.latents is not None
     where = data.latents.folder
@@ -192,7 +169,7 @@ def load_stored(config: DataConfig, split: dict[str, Any] | None = None, spec: I
 
 
 def _refuse_other_settings(config: DataConfig, stored: dict[str, Any], spec: ImageSpec, where: Path) -> None:
-    """Settings that act on images would have no effect now: say so, unless they are the default or the stored ones."""
+    """Refuse settings that act on images, which have no effect now, unless they are the default or the stored ones."""
     settings, default = (section.model_dump(mode="json") for section in (config, DataConfig()))
     facts = {"image_size": [spec.height, spec.width], "channels": spec.channels, "value_range": list(spec.value_range)}
     for key, value in settings.items():

@@ -1,10 +1,11 @@
-"""Readers of images: two classifiers of different kinds, trained on real training images only.
+"""Two classifiers of images, trained on real training images only.
 
-They answer "does the generated image show the class that was asked for?". Two kinds, because a single
-classifier can be fooled in its own way: a kernel machine on pixels and a small convolutional network.
+They answer "does the generated image show the class that was asked for?". Two kinds, because a single classifier can be
+fooled in its own way: a kernel machine on pixels and a small convolutional network.
 """
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,80 +36,119 @@ def shrink(images: Tensor, max_side: int) -> Tensor:
 
 
 def conv_steps(batch_size: int, pixels: int) -> int:
-    """Return how many optimiser steps :class:`ConvReader` takes on images of ``pixels`` pixels a channel."""
+    """Return the number of optimiser steps :class:`ConvClassifier` takes on images of ``pixels`` pixels a channel."""
     return min(CONV_MAX_STEPS, max(CONV_MIN_STEPS, CONV_PIXEL_BUDGET // (batch_size * pixels)))
 
 
-def _subsample(count: int, limit: int, seed: int) -> Tensor:
-    """Return at most ``limit`` of ``range(count)``, drawn without replacement."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+def train_network(
+    network: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Train with AdamW and a one-cycle learning rate, and leave the network in evaluation mode.
+
+    Args:
+        loss_of: loss of the training images in rows (batch_size,), on the network's device.
+        count: number of training images.
+        generator: CPU generator that shuffles them; default: the global one.
+        progress: called with the number of steps done.
+    """
+    device = next(network.train().parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
+    rows_left = torch.empty(0, dtype=torch.long, device=device)
+    for step in range(steps):
+        if len(rows_left) < batch_size:
+            rows_left = torch.randperm(count, generator=generator).to(device)
+        rows, rows_left = rows_left[:batch_size], rows_left[batch_size:]
+        optimizer.zero_grad()
+        loss_of(rows).backward()
+        optimizer.step()
+        schedule.step()
+        progress(step + 1)
+    network.eval()
 
 
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (1, C, 1, 1); constant channels get 1."""
-    mean = images.mean(dim=(0, 2, 3), keepdim=True)
-    std = images.std(dim=(0, 2, 3), keepdim=True, correction=0)
-    return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+class Classifier:
+    """Classifier of images, which are averaged down to at most ``max_side`` and standardised by channel."""
+
+    max_side: int
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def fit(self, images: Tensor, labels: Tensor) -> "Classifier":
+        """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,); rows labelled -1 are left out.
+
+        At most 5,000 images are used, drawn with the seed. Fewer than two classes raise a DataError, at the latest when
+        they are to be predicted.
+        """
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the predicted class of each of ``images`` (N, C, H, W), a LongTensor (N,)."""
+        raise NotImplementedError
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the class accuracy on ``images``; NaN without images."""
+        return (self.predict(images) == labels.cpu()).float().mean().item()
+
+    def _select(self, images: Tensor, labels: Tensor, labelled: bool = True) -> tuple[Tensor, Tensor]:
+        """Draw the images to train on, shrunk, and their labels; ``labelled`` leaves out those labelled -1."""
+        images, labels = images.detach().cpu(), labels.detach().cpu()
+        rows = (labels >= 0).nonzero().squeeze(1) if labelled else torch.arange(len(labels))
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = rows[torch.randperm(len(rows), generator=generator)[:MAX_TRAIN_IMAGES]]
+        return shrink(images[chosen], self.max_side), labels[chosen]
+
+    def _fit_scale(self, images: Tensor) -> None:
+        """Take mean and standard deviation of each channel, (1, C, 1, 1); constant channels get 1."""
+        self.mean = images.mean(dim=(0, 2, 3), keepdim=True)
+        std = images.std(dim=(0, 2, 3), keepdim=True, correction=0)
+        self.std = torch.where(std > 1e-6, std, torch.ones_like(std))
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return (shrink(images.detach().cpu(), self.max_side) - self.mean) / self.std
 
 
-def _labelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    known = labels >= 0
-    if known.all():
-        return images, labels
-    return images[known], labels[known]
-
-
-class SvmReader:
+class SvmClassifier(Classifier):
     """Support vector machine with an RBF kernel on pixels (scikit-learn's ``SVC``).
 
     Images are averaged down to at most 32x32 and each channel is standardised; vectors of more than 128
     values are reduced by PCA first, which leaves distances nearly unchanged and keeps training short.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    max_side = SVM_MAX_SIDE
 
-    def fit(self, images: Tensor, labels: Tensor) -> "SvmReader":
-        """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,); rows labelled -1 are left out.
-
-        At most 5,000 images are used, drawn with the reader's seed.
-
-        Raises:
-            DataError: fewer than two classes among the labels.
-        """
+    def fit(self, images: Tensor, labels: Tensor) -> "SvmClassifier":
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
-        images, labels = _labelled(images.detach().cpu(), labels.detach().cpu())
-        chosen = _subsample(len(images), MAX_TRAIN_IMAGES, self.seed)
-        images, labels = shrink(images[chosen], SVM_MAX_SIDE), labels[chosen]
+        images, labels = self._select(images, labels)
         if len(labels.unique()) < 2:
             raise DataError("a classifier needs training images of at least two classes")
-        self.mean, self.std = _channel_statistics(images)
-        vectors = self._vectors(images)
+        self._fit_scale(images)
+        vectors = self._prepare(images).flatten(1).numpy()
         # 2 / values equals gamma = 0.001 on the 0..16 scale of scikit-learn's 8x8 digits example.
         machine = SVC(kernel="rbf", C=10.0, gamma=2.0 / vectors.shape[1])
-        components = min(SVM_MAX_COMPONENTS, len(vectors) - 1)
         if vectors.shape[1] > SVM_MAX_COMPONENTS:
+            components = min(SVM_MAX_COMPONENTS, len(vectors) - 1)
             reduction = PCA(components, svd_solver="randomized", random_state=self.seed)
             machine = make_pipeline(reduction, machine)
         self.machine = machine.fit(vectors, labels.numpy())
         return self
 
-    def _vectors(self, shrunk: Tensor) -> np.ndarray:
-        return ((shrunk - self.mean) / self.std).flatten(1).numpy()
-
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class read in each of ``images`` (N, C, H, W), a LongTensor (N,)."""
         if len(images) == 0:
             return torch.empty(0, dtype=torch.long)
-        vectors = self._vectors(shrink(images.detach().cpu(), SVM_MAX_SIDE))
-        return torch.as_tensor(self.machine.predict(vectors), dtype=torch.long)
-
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Return the share of ``images`` read as their label; NaN without images."""
-        return (self.predict(images) == labels.cpu()).float().mean().item()
+        return torch.as_tensor(self.machine.predict(self._prepare(images).flatten(1).numpy()), dtype=torch.long)
 
 
 class _ConvNet(nn.Module):
@@ -145,88 +185,67 @@ class _ConvNet(nn.Module):
         return self.head(self.features(images))
 
 
-class ConvReader:
+class ConvClassifier(Classifier):
     """Small convolutional network, trained from scratch on the default device; its features compare distributions.
 
-    Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the
-    data, the seed and the device's rounding only, and the caller's random state is left alone. Random numbers are the
-    CPU's; what is returned is on the CPU.
+    Images are averaged down to at most 64x64 and each channel is standardised. The result depends on the data, the seed
+    and the device's rounding only, and the caller's random state is left alone. Random numbers are drawn on the CPU;
+    results are returned there.
 
     Args:
-        seed: of the weights, the order of the images and their choice.
-        batch_size: images an optimiser step sees (fewer where there are fewer). The number of steps follows
-            from it and from the image size alone, so readers with equal batches train equally long.
+        seed: seed of the weights, the order of the images and their choice.
+        batch_size: images of an optimiser step (fewer where there are fewer). The number of steps follows from it
+            and from the image size alone, so classifiers with equal batches train equally long.
 
     Attributes:
         trained: False if there were fewer than two classes to learn: :meth:`features` then come from
             random weights, which still tell distributions apart, and there is nothing to predict.
     """
 
+    max_side = CONV_MAX_SIDE
+
     def __init__(self, seed: int = 0, batch_size: int = CONV_BATCH_SIZE) -> None:
-        self.seed = seed
+        super().__init__(seed)
         self.batch_size = batch_size
         self.device = default_device()
         self.trained = False
 
-    def fit(self, images: Tensor, labels: Tensor | None = None) -> "ConvReader":
-        """Train on ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,).
-
-        Rows labelled -1 are left out; with fewer than two classes left, the weights stay random.
-        At most 5,000 images are used, drawn with the reader's seed.
-        """
-        images = images.detach().cpu()
-        labels = torch.full((len(images),), -1) if labels is None else labels.detach().cpu()
-        self.classes = labels[labels >= 0].unique()
+    def fit(self, images: Tensor, labels: Tensor) -> "ConvClassifier":
+        self.classes = labels[labels >= 0].unique().cpu()
         self.trained = len(self.classes) >= 2
-        if self.trained:
-            images, labels = _labelled(images, labels)
-        chosen = _subsample(len(images), MAX_TRAIN_IMAGES, self.seed)
-        # Callers may sit in no_grad or inference_mode; only this reader trains here. `default_generator`
+        # Callers may sit in no_grad or inference_mode; only this classifier trains here. `default_generator`
         # rather than torch.manual_seed: the latter would reseed the caller's GPUs too.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            images, labels = shrink(images[chosen], CONV_MAX_SIDE), labels[chosen]
-            self.mean, self.std = _channel_statistics(images)
-            images = (images - self.mean) / self.std
+            images, labels = self._select(images, labels, labelled=self.trained)
+            self._fit_scale(images)
+            images = ((images - self.mean) / self.std).to(self.device)
             size = (images.shape[2], images.shape[3])
-            self.network = _ConvNet(images.shape[1], size, max(1, len(self.classes))).to(self.device)
-            images = images.to(self.device)
+            self.network = network = _ConvNet(images.shape[1], size, max(1, len(self.classes))).to(self.device)
             if self.trained:
-                self._train(images, torch.searchsorted(self.classes, labels).to(self.device))
+                targets = torch.searchsorted(self.classes, labels).to(self.device)
+                batch_size = min(self.batch_size, len(images))
+                steps = conv_steps(batch_size, images[0, 0].numel())
+
+                def loss_of(rows: Tensor) -> Tensor:
+                    return F.cross_entropy(network(images[rows]), targets[rows])
+
+                train_network(network, loss_of, len(images), batch_size, steps)
             else:
                 with torch.no_grad():
-                    self.network.train()(images[:1024])
-        self.network.eval()
-        # Standardised on the training images, so that distances do not hang on the scale of a layer.
+                    network.train()(images[:1024])
+        network.eval()
+        # Standardised on the training images, so that distances do not depend on the scale of a layer.
         raw = self._raw_features(images)
         std = raw.std(dim=0, correction=0)
         self.feature_mean, self.feature_std = raw.mean(dim=0), torch.where(std > 1e-4, std, torch.ones(()))
         return self
 
-    def _train(self, images: Tensor, targets: Tensor) -> None:
-        batch_size = min(self.batch_size, len(images))
-        steps = conv_steps(batch_size, images[0, 0].numel())
-        network = self.network.train()
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
-        rows_left = torch.empty(0, dtype=torch.long, device=self.device)
-        for _ in range(steps):
-            if len(rows_left) < batch_size:
-                rows_left = torch.randperm(len(images)).to(self.device)
-            rows, rows_left = rows_left[:batch_size], rows_left[batch_size:]
-            optimizer.zero_grad()
-            F.cross_entropy(network(images[rows]), targets[rows]).backward()
-            optimizer.step()
-            schedule.step()
-
+    @torch.no_grad()
     def _raw_features(self, standardised: Tensor) -> Tensor:
         """Features on the CPU, of images on any device."""
         parts = standardised.split(PREDICT_BATCH_SIZE)
-        with torch.no_grad():
-            return torch.cat([self.network.features(part.to(self.device)).cpu() for part in parts])
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        return (shrink(images.detach().cpu(), CONV_MAX_SIDE) - self.mean) / self.std
+        return torch.cat([self.network.features(part.to(self.device)).cpu() for part in parts])
 
     def features(self, images: Tensor) -> Tensor:
         """Return the standardised penultimate features (N, 64) of ``images`` (N, C, H, W) in [0, 1]."""
@@ -234,20 +253,11 @@ class ConvReader:
             return torch.empty(0, CONV_FEATURES)
         return (self._raw_features(self._prepare(images)) - self.feature_mean) / self.feature_std
 
+    @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class read in each of ``images`` (N, C, H, W), a LongTensor (N,).
-
-        Raises:
-            DataError: the reader was fitted without two classes.
-        """
         if not self.trained:
-            raise DataError("this reader was fitted on fewer than two classes and cannot predict")
+            raise DataError("this classifier was trained on fewer than two classes and cannot predict")
         if len(images) == 0:
             return torch.empty(0, dtype=torch.long)
-        with torch.no_grad():
-            features = self._raw_features(self._prepare(images)).to(self.device)
-            return self.classes[self.network.head(features).argmax(dim=1).cpu()]
-
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Return the share of ``images`` read as their label; NaN without images."""
-        return (self.predict(images) == labels.cpu()).float().mean().item()
+        features = self._raw_features(self._prepare(images)).to(self.device)
+        return self.classes[self.network.head(features).argmax(dim=1).cpu()]

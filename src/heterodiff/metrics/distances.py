@@ -1,4 +1,4 @@
-"""Distances between sets of features, and the interval of a share."""
+"""Distances between sets of features, and within a set of images."""
 
 import math
 
@@ -68,21 +68,6 @@ def kernel_distance(
         values.append(float(poly_mmd(reference[reference_rows], features[rows])))
     found = torch.tensor(values, dtype=torch.float64)
     return found.mean().item(), found.std(correction=0).item(), size
-
-
-def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval (Wilson 1927) of a share; 95 % by default, (0, 1) without data.
-
-    ``successes`` is a count, or the mean count over repeated readings of the same ``count`` items.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    share = successes / count
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # The ends are exact where nothing or everything succeeded; rounding would leave 0.9999999.
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == count else centre + half
 
 
 def mean_pairwise_rmse(images: Tensor) -> float:

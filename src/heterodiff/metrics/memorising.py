@@ -1,4 +1,4 @@
-"""Does the model repeat its training images? Distances to nearest training images, numbers and picture."""
+"""Memorised training images: distances to the nearest training images, a verdict and a picture."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from heterodiff.devices import default_device
-from heterodiff.metrics.distances import wilson_interval
+from heterodiff.metrics.intervals import wilson_interval
 from heterodiff.pictures import image_grid
 
 CHUNK = 256
@@ -23,11 +23,10 @@ NOISY_RATIO = 1.3  # more varied than real images by this factor: noise, or wron
 
 
 def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each of ``images`` (N, C, H, W) the nearest of ``train`` (M, C, H, W).
+    """Find the nearest of ``train`` (M, C, H, W) for each of ``images`` (N, C, H, W), on the default device.
 
     Returns:
-        Root mean square pixel differences (N,) and indices into ``train`` (N,), on the CPU; they are computed on the
-        default device.
+        Root mean square pixel differences (N,) and indices into ``train`` (N,), on the CPU.
     """
     device = default_device()
     queries = images.detach().to(device).float().flatten(1)
@@ -37,20 +36,16 @@ def nearest_neighbours(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.zeros(len(queries), dtype=torch.long, device=device)
     for start in range(0, len(train), chunk):
         candidates = train[start : start + chunk].detach().to(device).float().flatten(1)
-        for first in range(0, len(queries), CHUNK):
-            rows = slice(first, first + CHUNK)
-            distance, found = torch.cdist(queries[rows], candidates).min(dim=1)
-            nearer = distance < best[rows]
-            best[rows] = torch.where(nearer, distance, best[rows])
-            index[rows] = torch.where(nearer, found + start, index[rows])
+        nearest = [torch.cdist(part, candidates).min(dim=1) for part in queries.split(CHUNK)]
+        distance = torch.cat([found.values for found in nearest])
+        nearer = distance < best
+        best = torch.where(nearer, distance, best)
+        index = torch.where(nearer, torch.cat([found.indices for found in nearest]) + start, index)
     # cdist goes through a matrix product, which loses digits near zero: exactly where copies are.
     index = index.cpu()
     exact = [
-        (queries[first : first + CHUNK] - train[index[first : first + CHUNK]].to(device).float().flatten(1))
-        .square()
-        .mean(dim=1)
-        .sqrt()
-        for first in range(0, len(queries), CHUNK)
+        (part - train[rows].to(device).float().flatten(1)).square().mean(dim=1).sqrt()
+        for part, rows in zip(queries.split(CHUNK), index.split(CHUNK), strict=True)
     ]
     return torch.cat(exact).cpu(), index
 
@@ -66,7 +61,7 @@ def _verdict(
         "images do; about 1 % is chance."
     )
     if real_count < FEW_HELD_OUT:
-        text += f" With only {real_count} held-out images this threshold is rough."
+        text += f" With only {real_count} held-out images, this threshold is rough."
     if exact:
         text += f" {exact} generated images equal a training image exactly."
     if more_than_chance and share >= MANY_COPIES:
@@ -76,18 +71,8 @@ def _verdict(
     if more_than_chance or (exact and not duplicates):
         return "some", f"{text} More than chance: look at the pairs."
     if unlike:
-        return "unlike", f"{text} The images are unlike the data, so this check says nothing yet."
+        return "unlike", f"{text} The images are unlike the data, so this check means nothing yet."
     return "none", f"{text} No sign of memorising."
-
-
-def _unlike(median: float, real_median: float, variety: float | None) -> bool:
-    """Tell whether images lie so much farther from the training images than real ones that none could be a copy.
-
-    Variety alone does not say so: good images of wrong classes are varied too.
-    """
-    farther = median / real_median if real_median > 0 else 1.0
-    noisy = variety is not None and variety > NOISY_RATIO
-    return farther > (NOISY_RATIO if noisy else UNLIKE_DISTANCE)
 
 
 def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | None = None) -> dict[str, Any]:
@@ -100,7 +85,7 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | N
         generated: (N, C, H, W).
         train: (M, C, H, W), not empty.
         val: (K, C, H, W), may be empty: then there is no threshold and no verdict.
-        variety: how many times more varied than real images the generated ones are, where that is known.
+        variety: ratio of the variety of generated to that of real images, where known.
 
     Returns:
         ``generated_median``, ``real_median``, ``threshold``, ``exact_copies`` (generated images equal to a
@@ -114,9 +99,10 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | N
     """
     distances, neighbours = nearest_neighbours(generated, train)
     order = distances.argsort(stable=True)[:SUSPICIOUS_PAIRS].tolist()
+    exact = int((distances == 0).sum())
     result: dict[str, Any] = {
         "generated_median": distances.median().item(),
-        "exact_copies": (exact := int((distances == 0).sum())),
+        "exact_copies": exact,
         "pairs": [
             {"generated": row, "train": int(neighbours[row]), "distance": distances[row].item()} for row in order
         ],
@@ -135,12 +121,16 @@ def memorising(generated: Tensor, train: Tensor, val: Tensor, variety: float | N
     real_copies = int((real.double() <= threshold).sum())
     duplicates = int((real == 0).sum())
     low, high = wilson_interval(copies, len(generated))
-    unlike = _unlike(result["generated_median"], real.median().item(), variety)
+    # Much farther from the training images than real ones, none could be a copy. High variety alone does not tell: good
+    # images of wrong classes are varied too.
+    real_median = real.median().item()
+    farther = result["generated_median"] / real_median if real_median > 0 else 1.0
+    unlike = farther > (NOISY_RATIO if variety is not None and variety > NOISY_RATIO else UNLIKE_DISTANCE)
     verdict, explanation = _verdict(copies, len(generated), real_copies, len(real), exact, duplicates, unlike)
     if duplicates:
         explanation += f" {duplicates} held-out images equal a training image: the held-out data leak."
     return result | {
-        "real_median": real.median().item(),
+        "real_median": real_median,
         "threshold": threshold,
         "copies": copies,
         "copy_share": copies / len(generated),
@@ -161,7 +151,7 @@ def nearest_picture(
     Args:
         generated: (N, C, H, W) in [0, 1], as given to ``evaluate_generation``.
         train_images: (M, C, H, W) in [0, 1], likewise.
-        metrics: what ``evaluate_generation`` returned.
+        metrics: as ``evaluate_generation`` returned them.
         mosaic: show every channel as a grey tile, see :func:`heterodiff.pictures.to_pil`.
 
     Raises:
@@ -174,14 +164,10 @@ def nearest_picture(
     images, captions = [], []
     for start in range(0, len(pairs), columns):
         part = pairs[start : start + columns]
-        part = part + [None] * (columns - len(part))
-        for kind, source in (("generated", generated), ("train", train_images)):
-            for pair in part:
-                images.append(torch.ones_like(generated[0]) if pair is None else source[pair[kind]].cpu())
-                captions.append("" if pair is None else _caption(pair, kind))
+        blank = [torch.ones_like(generated[0])] * (columns - len(part))
+        images += [generated[pair["generated"]].cpu() for pair in part] + blank
+        images += [train_images[pair["train"]].cpu() for pair in part] + blank
+        captions += [f"gen {pair['generated']}" for pair in part] + [""] * len(blank)
+        captions += [f"d = {pair['distance']:.3f}" for pair in part] + [""] * len(blank)
     title = "Generated images (above) and their nearest training images (below)"
     return image_grid(torch.stack(images).float(), captions, columns, min_side=80, title=title, mosaic=mosaic)
-
-
-def _caption(pair: Mapping[str, Any], kind: str) -> str:
-    return f"gen {pair[kind]}" if kind == "generated" else f"d = {pair['distance']:.3f}"

@@ -1,4 +1,4 @@
-"""How well are images reconstructed? PSNR and SSIM of each."""
+"""Quality of reconstructed images: PSNR and SSIM of each."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Finding images by texts and texts by images."""
+"""Retrieval of images by texts and of texts by images."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ AT_ONCE = 1024
 def recall(
     images: Tensor, texts: Tensor, image_of_text: Tensor, captions: Sequence[str], ks: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
-    """Recall at k in both directions: the share of queries with a right answer among the k most similar.
+    """Recall at k in both directions: the share of queries with a correct answer among the k most similar.
 
-    Texts of the same wording are the same text: each is right for all images that one of them describes.
+    Texts of the same wording are the same text: each is correct for all images that one of them describes.
 
     Args:
         images: embeddings (N, D); texts: embeddings (M, D); compared by their cosine.
-        image_of_text: (M,) which image each text describes.
+        image_of_text: (M,) index of the image that each text describes.
         captions: the M texts themselves.
 
     Returns:

@@ -1,13 +1,12 @@
-"""How well anomalies were found: overlap with true masks, decisions for images, and a plain threshold beside them."""
+"""Overlap of predicted with true masks, decisions for whole images, and an intensity threshold as baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from heterodiff.metrics.bootstrap import percentile_interval
-from heterodiff.pipelines.anomaly_masks import drop_small
+from heterodiff.metrics.intervals import percentile_interval
 
 SMOOTHING = 1e-6
 RESAMPLES = 2_000
@@ -17,7 +16,7 @@ SIZES = ("small", "medium", "large")
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Dice and IoU (N,) of masks (N, H, W) bool, each smoothed by 1e-6, so that two empty masks agree wholly."""
+    """Dice and IoU (N,) of masks (N, H, W) bool, each smoothed by 1e-6, so that two empty masks score 1."""
     both = (found & truth).sum(axis=(1, 2))
     total = found.sum(axis=(1, 2)) + truth.sum(axis=(1, 2))
     dice = (2 * both + SMOOTHING) / (total + SMOOTHING)
@@ -50,25 +49,29 @@ def _overlaps(
 
 
 def _precision_recall_area(truth: np.ndarray, values: np.ndarray, foreground: np.ndarray) -> float | None:
-    """Of the foreground's pixels; of images evenly spread where all have more than fifty million."""
+    """AUPRC over the foreground's pixels; over evenly spread images where all have more than fifty million pixels."""
     every = truth.size // MOST_PIXELS + 1
     truth, values = (part[::every][foreground[::every]] for part in (truth, values))
     return float(average_precision_score(truth, values)) if truth.any() else None
 
 
 def threshold_baseline(
-    images: np.ndarray, truth: np.ndarray, foreground: np.ndarray, smoothing: int = 5, least: int | None = None
+    images: np.ndarray,
+    truth: np.ndarray,
+    foreground: np.ndarray,
+    drop_small: Callable[[np.ndarray], np.ndarray],
+    smoothing: int = 5,
 ) -> dict[str, Any]:
-    """The best Dice of an intensity threshold, chosen on the truth itself, in its favour.
+    """Return the best Dice of an intensity threshold, which is chosen on the true masks themselves, in its favour.
 
-    What is above or below a limit is marked, of a channel or of their mean, smoothed by a mean or as it is, within
-    the foreground; small components are dropped as of the masks it is compared with.
+    Foreground pixels above or below a threshold are marked, in one channel or in the mean of all, with or without
+    smoothing.
 
     Args:
         images: (N, C, H, W) in [0, 1], all with a lesion.
         truth, foreground: (N, H, W) bool.
-        smoothing: side in pixels of the square of the mean.
-        least: see :func:`heterodiff.pipelines.anomaly_masks.drop_small`.
+        drop_small: drops small components of a mask (H, W), as was done with the masks to compare with.
+        smoothing: side in pixels of the square of the moving average.
 
     Returns:
         ``dice``, ``of`` (in words), ``threshold`` in [0, 1], and ``auprc`` of the same values.
@@ -85,7 +88,7 @@ def threshold_baseline(
             for sign, side in ((1, "above"), (-1, "below")):
                 for threshold in np.linspace(0, 1, THRESHOLDS, endpoint=False):
                     marked = (sign * values > sign * threshold) & foreground
-                    dice = float(overlap(np.stack([drop_small(one, least) for one in marked]), truth)[0].mean())
+                    dice = float(overlap(np.stack([drop_small(one) for one in marked]), truth)[0].mean())
                     if dice > best["dice"]:
                         area = _precision_recall_area(truth, sign * values, foreground)
                         best = {"dice": dice, "of": f"{of}, {side}", "threshold": float(threshold), "auprc": area}
@@ -94,8 +97,7 @@ def threshold_baseline(
 
 def _by_size(dice: np.ndarray, area: np.ndarray, patients: np.ndarray) -> list[dict[str, Any]]:
     """Dice of the smallest, middle and largest third of the lesions."""
-    limits = np.quantile(area, [1 / 3, 2 / 3])
-    third = np.searchsorted(limits, area, side="left")
+    third = np.searchsorted(np.quantile(area, [1 / 3, 2 / 3]), area, side="left")
     return [
         {
             "size": name,
@@ -117,16 +119,16 @@ def evaluate_segmentation(
     patients: Sequence[str],
     ill: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Compare what was found with true masks.
+    """Compare predicted with true masks.
 
     Args:
         masks: (N, H, W) bool, before images judged healthy are emptied.
         unhealthy: (N,) bool, decision for each image.
         maps: (N, H, W), smoothed as for masks.
-        score: (N,) the higher, the more anomalous.
+        score: (N,), higher for more anomalous images.
         truth, foreground: (N, H, W) bool; the foreground's pixels count for AUPRC.
-        patients: of each image; intervals resample them.
-        ill: (N,) bool, the label of each image; default: whether its true mask has any pixel.
+        patients: patient of each image; intervals resample them.
+        ill: (N,) bool, the label of each image; default: its true mask has any pixel.
 
     Returns:
         Ready for JSON: ``mixed`` (all images; masks of those judged healthy are empty) and ``unhealthy`` (those with a

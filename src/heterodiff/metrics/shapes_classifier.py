@@ -1,6 +1,6 @@
-"""Reading what a picture of the source ``shapes`` shows: a small network trained on real renders alone.
+"""Classifier of the scenes in pictures of the source ``shapes``: a small network trained on real renders alone.
 
-It answers "does the generated picture show what the prompt says?" without asking the model that drew it.
+It answers "does the generated picture show what the prompt says?" independently of the model that drew it.
 """
 
 import math
@@ -17,20 +17,13 @@ from torch.nn import functional as F
 from heterodiff.devices import default_device
 from heterodiff.errors import CheckpointError
 from heterodiff.files import write_bytes
+from heterodiff.metrics.classifiers import train_network
 from heterodiff.models.loading import refuse_nonfinite
-from heterodiff.simulators.shapes import (
-    COLOURS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    draw_scene,
-    render,
-)
+from heterodiff.simulators.shapes.drawing import render
+from heterodiff.simulators.shapes.scenes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, Thing, draw_scene
 
 VERSION = "3"
-"""Of network, training and renders: change it with any of them, and stored weights are not used any more."""
+"""Version of network, training and renders: change it with any of them, and stored weights are trained again."""
 MAX_SIDE = 64
 LAYOUTS = (*PLACES, *RELATIONS)
 THINGS = 2
@@ -52,14 +45,14 @@ def draw_renders(
     forbidden: Collection[Thing] = frozenset(),
     needed: Collection[Thing] = frozenset(),
 ) -> tuple[list[Scene], Tensor]:
-    """Fresh scenes and real renders of them.
+    """Draw fresh scenes and real renders of them.
 
     Args:
         seed: numbers below 2^32; picture k depends on them and k alone.
         size: (height, width).
         pairs: probability of two things.
         forbidden: things that no scene has.
-        needed: things of which every scene has one; none: any scene.
+        needed: things of which every scene has at least one; empty: no condition.
 
     Returns:
         Scenes, and images (number, 3, H, W) uint8.
@@ -76,7 +69,7 @@ def draw_renders(
 
 
 def _targets(scenes: Sequence[Scene]) -> Tensor:
-    """The right answers (N, 5), in the order of the scores."""
+    """Class labels (N, 5), in the order of the scores."""
     rows = []
     for scene in scenes:
         assert scene.place is not None
@@ -88,9 +81,9 @@ def _targets(scenes: Sequence[Scene]) -> Tensor:
 
 
 class _Network(nn.Module):
-    """Four convolutions down to about 8x8 cells; where each thing is, from all cells at once; what is there.
+    """Four convolutions down to about 8x8 cells, attention of each thing over the cells, colour and shape from there.
 
-    Both things are named by the same layers, wherever they are, which halves what there is to learn.
+    Both things share the layers that name them, wherever they are, which halves what there is to learn.
     """
 
     def __init__(self, height: int, width: int):
@@ -127,16 +120,16 @@ class _Network(nn.Module):
         ]
 
 
-class ShapesReader:
+class ShapesClassifier:
     """Small convolutional network, trained from scratch on renders of scenes that no run has drawn.
 
-    It knows all combinations of colour and shape, those that a run leaves out too, and slightly blurred and noisy
-    pictures. It names the likeliest scene of one or two things whatever it is shown: a third thing, or an empty
-    picture, it cannot report. The result depends on the size and the rounding of the default device alone, and the
-    caller's random state is left alone.
+    It is trained on all combinations of colour and shape, also those that a run leaves out, and on slightly blurred and
+    noisy pictures. It always predicts a scene of one or two things: it cannot report a third one, or an empty picture.
+    The result depends on the size and the rounding of the default device alone, and the caller's random state is left
+    alone.
 
     Args:
-        height, width: of the pictures to read; they are averaged down to a shorter side of 64.
+        height, width: size of the pictures; they are averaged down to a shorter side of 64.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -150,7 +143,7 @@ class ShapesReader:
 
     def fit(
         self, steps: int = STEPS, renders: int = TRAIN_RENDERS, progress: Callable[[int], None] = lambda done: None
-    ) -> "ShapesReader":
+    ) -> "ShapesClassifier":
         """Train on ``renders`` pictures; about a minute at 64x64 on a CPU core.
 
         Args:
@@ -158,31 +151,21 @@ class ShapesReader:
         """
         scenes, images = draw_renders(TRAIN_SEED, renders, self.size, PAIRS)
         images, targets = images.to(self.device), _targets(scenes).to(self.device)
-        network = self.network.train()
         generator = torch.Generator().manual_seed(TRAIN_SEED[0])
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
-        rows_left = torch.empty(0, dtype=torch.long)
-        for step in range(steps):
-            if len(rows_left) < BATCH_SIZE:
-                rows_left = torch.randperm(len(images), generator=generator)
-            rows, rows_left = rows_left[:BATCH_SIZE].to(self.device), rows_left[BATCH_SIZE:]
-            scores = network(augmented(images[rows] / 255, generator))
-            loss = sum(
+
+        def loss_of(rows: Tensor) -> Tensor:
+            scores = self.network(augmented(images[rows] / 255, generator))
+            losses = [
                 F.cross_entropy(score, targets[rows, k], ignore_index=NO_SECOND) for k, score in enumerate(scores)
-            )
-            optimizer.zero_grad()
-            assert isinstance(loss, Tensor)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress(step + 1)
-        network.eval()
+            ]
+            return torch.stack(losses).sum()
+
+        train_network(self.network, loss_of, len(images), BATCH_SIZE, steps, generator, progress)
         return self
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[Scene]:
-        """The scene in each of ``images`` (N, 3, H, W) in [0, 1], with its place or relation."""
+        """Predict the scene of each of ``images`` (N, 3, H, W) in [0, 1], with its place or relation."""
         found = []
         for part in images.split(READ_BATCH):
             part = part.detach().to(self.device).float()
@@ -192,7 +175,7 @@ class ShapesReader:
         return [_scene(*row) for row in found]
 
     def accuracy(self, number: int = TEST_RENDERS) -> float:
-        """Share of ``number`` fresh renders, not of the training, that are read entirely right."""
+        """Share of ``number`` fresh renders, not of the training, whose scene is predicted entirely right."""
         scenes, images = draw_renders(TEST_SEED, number, self.picture_size, PAIRS)
         read = [scene for part in images.split(READ_BATCH) for scene in self.read(part / 255)]
         return float(np.mean([seen == scene for seen, scene in zip(read, scenes, strict=True)]))
@@ -206,7 +189,7 @@ class ShapesReader:
         write_bytes(path, save(self.network.state_dict(), self._key()))
 
     def load(self, path: Path) -> bool:
-        """Take the weights that :meth:`save` wrote, if they are there, intact, and of this size and version."""
+        """Load the weights that :meth:`save` wrote; False if missing, damaged, or of another size or version."""
         try:
             with safe_open(path, "pt") as file:
                 if file.metadata() != self._key():
@@ -224,7 +207,7 @@ def _scene(layout: int, *things: int) -> Scene:
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), half of the batches blurred, all with some noise: what generated pictures may be like."""
+    """Blur half of the batches of images (B, C, H, W) and add some noise to all, as generated pictures may have."""
     blurred, share = torch.rand(2, generator=generator).tolist()
     if blurred < 0.5:
         images = blur(images, share * MOST_BLUR * min(images.shape[2:]))

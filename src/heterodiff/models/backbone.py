@@ -1,5 +1,6 @@
-"""What all denoisers share: embedding of time and condition, the pass down and up with skips, layout of the weights."""
+"""Shared parts of all denoisers: embeddings of time and condition, the pass down and up with skips, weight layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,23 +19,23 @@ from heterodiff.models.normalization import NORM_GROUPS
 
 @dataclass
 class UNetOutput(BaseOutput):
-    """Output of a :class:`Denoiser`: ``sample`` (B, out_channels, H, W)."""
+    """Output of a :class:`Backbone`: ``sample`` (B, out_channels, H, W)."""
 
     sample: Tensor
 
 
 WHITENING_FLOOR = 1e-5
-"""Share of the variance below which directions of conditions count as noise and are not drawn out."""
+"""Share of the total variance below which a direction counts as noise and is not amplified."""
 
 Recompute = Literal["nothing", "cheap", "all"]
-"""What the backward pass computes again instead of keeping it: nothing; what is cheap beside the memory it takes
-(norms, activations, attention, hybrid blocks); or all, block by block."""
+"""Activations recomputed in the backward pass: none; those that are cheap for the memory they take (norms, activations,
+attention, hybrid blocks); or all, block by block."""
 
 
 def whitening(examples: Tensor) -> Tensor:
-    """The symmetric (D, D) matrix that makes ``examples`` (N, D) vary alike in all directions, in float32.
+    """Symmetric (D, D) matrix, float32, after which ``examples`` (N, D) have equal variance in all directions.
 
-    The mean square of a number stays what it was.
+    It preserves the mean square of the entries.
     """
     values, axes = torch.linalg.eigh(examples.double().T @ examples.double() / len(examples))
     total = values.clamp_min(0).sum()
@@ -44,29 +45,28 @@ def whitening(examples: Tensor) -> Tensor:
 
 
 def readable(values: Tensor) -> bool:
-    """Whether ``values`` can be looked at: a device would have to be waited for, and a compiler has none to see."""
+    """True only for CPU tensors outside torch.compile: reading others would wait for a device, or break the graph."""
     return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def embedding_mlp(in_features: int, embedding_dim: int) -> nn.Sequential:
-    """in_features -> E -> E, of the time or of a condition."""
     return nn.Sequential(nn.Linear(in_features, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
 
 
-class Denoiser(ModelMixin, ConfigMixin):
-    """A U-Net that sees (z_t, t, condition), without its blocks.
+class Backbone(ModelMixin, ConfigMixin):
+    """A U-Net with input (z_t, t, condition), without its blocks.
 
     A subclass's constructor calls ``_make_embeddings``, sets ``input_blocks``, ``middle_block``, ``output_blocks`` and
     ``out``, and calls ``_finish``. Its config has ``in_channels``, ``out_channels``, ``sample_size``, ``num_classes``,
-    ``condition_dim`` and ``model_channels``.
+    ``condition_dim``, ``model_channels`` and ``channel_mult``, and ``class_embedding`` if it takes classes.
 
     Attributes:
-        factor: what height and width are divisible by.
-        patch_size: pixels a side of what the first block sees as one position.
+        factor: divisor of height and width.
+        patch_size: side in pixels of the patches that the first block gets as one position each.
         gradient_checkpointing: recompute every block in the backward pass.
-        memory_optimization: recompute what costs the most memory.
-        zero_threshold: with memory_optimization, a condition's embedding whose largest absolute value is at most this
-            counts as none.
+        memory_optimization: recompute the activations that take the most memory.
+        zero_threshold: with memory_optimization, a condition embedding whose largest absolute value is at most this
+            counts as no condition.
     """
 
     _supports_gradient_checkpointing = True
@@ -82,7 +82,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     condition_whitening: Tensor
 
     def _make_embeddings(self) -> int:
-        """Add the embedding of the time and, with ``condition_dim``, of the condition; returns their width E."""
+        """Add the embeddings of time and of the condition, if there is one; returns their width E."""
         c = self.config
         embedding_dim = 4 * c.model_channels
         self.time_embed = embedding_mlp(c.model_channels, embedding_dim)
@@ -91,19 +91,36 @@ class Denoiser(ModelMixin, ConfigMixin):
                 raise ConfigError(f"condition_dim: expected at least 1, or None, found {c.condition_dim}")
             self.condition_emb = embedding_mlp(c.condition_dim, embedding_dim)
             self.register_buffer("condition_whitening", torch.eye(c.condition_dim))
+        if c.num_classes is not None:
+            direct = c.class_embedding == "direct"
+            self.label_emb = nn.Embedding(c.num_classes, embedding_dim if direct else c.model_channels)
+            self.class_emb = None if direct else embedding_mlp(c.model_channels, embedding_dim)
         return embedding_dim
+
+    def _widths(self) -> list[int]:
+        """Channels of each level."""
+        return [int(self.config.model_channels * mult) for mult in self.config.channel_mult]
+
+    def _check_widths(self, *others: int) -> None:
+        """Check that there are levels, and that their channels and ``others`` split into the groups of the norms."""
+        widths = {*others, *self._widths()} if self.config.channel_mult else set()
+        if not widths or any(width < 1 or width % NORM_GROUPS for width in widths):
+            raise ConfigError(
+                f"model_channels * channel_mult: every level needs a multiple of {NORM_GROUPS} channels, "
+                f"found {sorted(widths)}; use model_channels={max(32, round(self.config.model_channels / 32) * 32)}"
+            )
 
     @torch.no_grad()
     def whiten_conditions(self, examples: Tensor) -> None:
-        """See conditions in coordinates in which ``examples`` (N, condition_dim) vary alike in all directions.
+        """Transform conditions by a matrix that gives ``examples`` (N, condition_dim) equal variance in all directions.
 
-        Who is where takes less than a hundredth of the variance of a text's embedding, which a network would learn to
-        see last. Zeros stay zeros, and the mean square of a number what it was.
+        Spatial relations make up less than 1 % of the variance of a text's embedding, so networks learn them last.
+        Zeros stay zeros, and the mean square of the entries is preserved.
         """
         self.condition_whitening.copy_(whitening(examples))
 
     def _whitened(self, condition: Tensor | None) -> Tensor | None:
-        """``condition`` in the network's coordinates; as it is where it does not fit."""
+        """Whitened ``condition``; one of a wrong shape is left for :meth:`vector_condition` to refuse."""
         if condition is None or condition.shape[-1] != self.config.condition_dim:
             return condition
         return condition.to(self.dtype) @ self.condition_whitening.to(self.dtype)
@@ -114,7 +131,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' ``ModelMixin.from_pretrained``."""
+        """Load a network, see diffusers' ``ModelMixin.from_pretrained``."""
         found = super().from_pretrained(*args, **kwargs)
         (found[0] if isinstance(found, tuple) else found)._lay_out_weights()  # files hold them row by row
         return found
@@ -135,15 +152,28 @@ class Denoiser(ModelMixin, ConfigMixin):
         """c (B, E) of ``class_labels`` (B,), exactly zero where the label is -1; None if no row has a condition.
 
         Raises:
-            ConfigError: labels for a network without classes.
+            ConfigError: labels for a network without classes, of a wrong shape, or outside the range.
         """
-        if class_labels is not None:
-            width = self.config.condition_dim
+        if class_labels is None:
+            return None
+        num_classes, width = self.config.num_classes, self.config.condition_dim
+        if num_classes is None:
             hint = "" if width is None else f"; it takes a condition (B, {width}) instead"
             raise ConfigError(
                 f"class_labels given, but this network was built without classes (num_classes=None){hint}"
             )
-        return None
+        if class_labels.shape != (batch,):
+            raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
+        if readable(class_labels):  # elsewhere an index error is raised
+            found = sorted(set(class_labels.tolist()))
+            if found and not -1 <= found[0] <= found[-1] < num_classes:
+                raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
+
+        def embed() -> Tensor:
+            c = self.label_emb(class_labels.clamp(min=0))
+            return c if self.class_emb is None else self.class_emb(c)
+
+        return self._embedded(class_labels >= 0, embed)
 
     def vector_condition(self, condition: Tensor | None, batch: int) -> Tensor | None:
         """c (B, E) of ``condition`` (B, condition_dim), exactly zero where its row is; None if no row has a condition.
@@ -158,17 +188,15 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ConfigError("condition given, but this network was built without one (condition_dim=None)")
         if condition.shape != (batch, width):
             raise ConfigError(f"condition: expected shape ({batch}, {width}), found {tuple(condition.shape)}")
-        given = condition.ne(0).any(dim=1)
-        if self._may_leave_out(given):
+        return self._embedded(condition.ne(0).any(dim=1), lambda: self.condition_emb(condition.to(self.dtype)))
+
+    def _embedded(self, given: Tensor, embed: Callable[[], Tensor]) -> Tensor | None:
+        """Result of ``embed``, zero where ``given`` (B,) is False; None if memory is optimized and no row is given."""
+        if not self.memory_optimization:
+            return zero_rows(embed(), given, None)
+        if not torch.is_grad_enabled() and readable(given) and not given.any():
             return None
-        return zero_rows(self.condition_emb(condition.to(self.dtype)), given, self._threshold())
-
-    def _may_leave_out(self, given: Tensor) -> bool:
-        """Whether no row of ``given`` (B,) has a condition, as far as that may be known, and no gradient is wanted."""
-        return self.memory_optimization and not torch.is_grad_enabled() and readable(given) and not given.any()
-
-    def _threshold(self) -> float | None:
-        return self.zero_threshold if self.memory_optimization else None
+        return zero_rows(embed(), given, self.zero_threshold)
 
     def _recompute(self) -> Recompute:
         if not torch.is_grad_enabled():
@@ -222,7 +250,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
 
 def _on_device(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """``timestep`` on ``device``; one number is written there by a kernel, which nobody has to wait for."""
+    """``timestep`` on ``device``; a single number is written there by a kernel, without a wait."""
     if isinstance(timestep, Tensor) and timestep.numel() == 1 and device.type != "cpu" and readable(timestep):
         timestep = timestep.item()
     if isinstance(timestep, Tensor):
@@ -231,20 +259,7 @@ def _on_device(timestep: Tensor | float, device: torch.device) -> Tensor:
 
 
 def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Let a state dictionary hold weights row by row, as files and other programs expect them."""
+    """State dict hook: weights row by row, as files and other programs expect them."""
     for name, value in state.items():
         if name.startswith(prefix):
             state[name] = value.contiguous()
-
-
-def check_widths(widths: list[int], model_channels: int) -> None:
-    """Check the channels of each level, which are model_channels * channel_mult.
-
-    Raises:
-        ConfigError: there is none, or one of them does not split into the groups of the norms.
-    """
-    if not widths or any(width < 1 or width % NORM_GROUPS for width in widths):
-        raise ConfigError(
-            f"model_channels * channel_mult: every level needs a multiple of {NORM_GROUPS} channels, "
-            f"found {sorted(set(widths))}; use model_channels={max(32, round(model_channels / 32) * 32)}"
-        )

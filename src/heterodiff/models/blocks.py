@@ -1,10 +1,9 @@
 """Building blocks of the ADM U-Net (Dhariwal & Nichol 2021), in channels-last layout.
 
 Parameter names and shapes are those of guided-diffusion, so that its checkpoints load as they are.
-Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view
-(B, H*W, C) free of copies. What a convolution returns is added to in place: it does not keep its output for the
-backward pass, and a map less is written and read. What a linear layer returns for tokens is a view, of which autograd
-would copy the gradient.
+Feature maps are (B, C, H, W) in ``torch.channels_last`` memory format, which makes the token view (B, H*W, C) free of
+copies. Outputs of convolutions are added to in place: autograd does not need them, and one map less is written and
+read. Outputs of linear layers are not: for tokens they are views, whose gradients autograd would copy.
 """
 
 import math
@@ -20,7 +19,7 @@ from heterodiff.models.normalization import GroupNorm32, norm_silu
 
 
 class Pointwise(nn.Conv1d):
-    """A 1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
+    """1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
 
     bias: nn.Parameter
 
@@ -32,7 +31,7 @@ class Pointwise(nn.Conv1d):
 
 
 def zero_(module: nn.Module) -> nn.Module:
-    """Set all parameters of ``module`` to zero: a residual branch that starts as nothing."""
+    """Set all parameters of ``module`` to zero, so that its residual branch adds nothing at the start."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -57,7 +56,7 @@ class Dropout(nn.Dropout):
 
 
 class FusedSequential(nn.Sequential):
-    """Layers in turn; a norm followed by SiLU is computed as one (see :func:`norm_silu`)."""
+    """Layers in turn, with each norm and SiLU fused (see :func:`norm_silu`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = iter(self)
@@ -71,10 +70,9 @@ class FusedSequential(nn.Sequential):
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """``function(*inputs)``, of which only the inputs are kept: the rest is computed again in the backward pass.
+    """``function(*inputs)`` with only the inputs kept; the backward pass recomputes the rest.
 
-    Recomputing stops as soon as all that the backward pass needs is there, so that a convolution at the end is not
-    computed twice.
+    Recomputing stops as soon as the backward pass has all it needs, so a convolution at the end is not computed twice.
     """
     return checkpoint(function, *inputs, use_reentrant=False)
 
@@ -117,28 +115,20 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is None:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
         channels, height, width = x.shape[1:]
-        if (
-            x.device.type == "cpu" and height * width >= 4 * channels
-        ):  # below, making the kernel costs more than it saves
+        # On smaller maps, making the kernel costs more than it saves.
+        if self.conv is not None and x.device.type == "cpu" and height * width >= 4 * channels:
             return upsample_conv(x, self.conv.weight, self.conv.bias)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3 convolution, padding 1, of ``x`` doubled by nearest neighbour, as one transposed convolution of ``x``.
 
     Doubling is a transposed convolution with a 2x2 kernel of ones, so both together are one with their 4x4 product:
-    each output pixel meets 2x2 different pixels instead of 3x3 with copies among them, 4/9 of the operations, and the
-    doubled map is never formed.
-
-    Args:
-        x: (B, C, H, W); weight (O, C, 3, 3), bias (O,) or None.
-
-    Returns:
-        (B, O, 2H, 2W).
+    each output pixel reads 2x2 pixels instead of 3x3 with copies among them, 4/9 of the operations, and the doubled map
+    is never formed. x (B, C, H, W), weight (O, C, 3, 3), bias (O,) or None -> (B, O, 2H, 2W).
     """
     rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
     kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
@@ -146,7 +136,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def embedding_layers(embedding_dim: int, out_features: int) -> nn.Sequential:
-    """What a block makes of SiLU(embedding), which is computed once for all blocks; named as in guided-diffusion."""
+    """Linear layer on SiLU(embedding), which is computed once for all blocks; named as in guided-diffusion."""
     return nn.Sequential(nn.Identity(), nn.Linear(embedding_dim, out_features))
 
 
@@ -154,7 +144,7 @@ class ResBlock(nn.Module):
     """Residual block conditioned on the embedding, by addition or by scale and shift (FiLM).
 
     Args:
-        in_channels, out_channels: of the feature map.
+        in_channels, out_channels: channels of the feature maps.
         embedding_dim: width E of the block embedding.
         dropout: probability before the last convolution.
         use_scale_shift_norm: GN(h) (1 + scale) + shift instead of adding the embedding before the norm.
@@ -177,10 +167,8 @@ class ResBlock(nn.Module):
         self.in_layers = FusedSequential(
             GroupNorm32(in_channels), make_activation(activation), conv3x3(in_channels, out_channels)
         )
-        if resample == "up":
-            self.resample: nn.Module | None = Upsample(in_channels, use_conv=False)
-        else:
-            self.resample = Downsample(in_channels, use_conv=False) if resample == "down" else None
+        sampler = {"up": Upsample, "down": Downsample, None: None}[resample]
+        self.resample = None if sampler is None else sampler(in_channels, use_conv=False)
         self.emb_layers = embedding_layers(embedding_dim, 2 * out_channels if use_scale_shift_norm else out_channels)
         self.out_layers = FusedSequential(
             GroupNorm32(out_channels),
@@ -204,8 +192,8 @@ class ResBlock(nn.Module):
         """x (B, C_in, H, W), SiLU of the embedding (B, E) -> (B, C_out, H', W').
 
         Args:
-            recompute: compute norms, activations and dropout again in the backward pass instead of keeping what the
-                convolutions were given.
+            recompute: recompute norms, activations and dropout in the backward pass instead of keeping the inputs of
+                the convolutions.
         """
         run = recomputed if recompute else lambda layer, *inputs: layer(*inputs)
         h = run(self.in_layers if self.resample is None else self._resampled, x)
@@ -217,7 +205,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + proj(attention(GN(x))) over all positions and, with ``condition_dim``, the condition tokens.
+    """x + proj(attention(GN(x))) over all positions and, with ``condition_dim``, over the condition tokens.
 
     The condition is E tokens, columns of c c^T, as in earlier checkpoints, or with ``one_token`` c itself.
 

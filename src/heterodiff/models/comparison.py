@@ -13,16 +13,15 @@ from heterodiff.models.variants import NETWORKS, VARIANTS, create_model, list_mo
 
 SIZE = ("sample_size", "in_channels", "model_channels", "channel_mult", "attention_resolutions", "num_classes")
 OTHER_SIZE = {"film-unet": ("latent_channels", "latent_size", "condition_dim", "model_channels", "channel_mult")}
-"""What is shown of a network's arguments beside those that are given."""
+"""Arguments that the table shows beside those that are given."""
 
 
 def model_table(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a network: name, parameters, hybrid part, GFLOP of a forward pass, MB saved for backward, and what
-    the row describes.
+    """One row for each network: name, parameters, cost (see :class:`ModelProfile`), summary and configuration.
 
     Args:
-        arguments: of :func:`heterodiff.create_model`, with its defaults. With ``variant`` the table has that network
-            alone; without, the whole family, and with no arguments at all every network.
+        arguments: arguments of :func:`heterodiff.create_model`. With ``variant`` the table has that network alone;
+            without it the whole family, and without any arguments every network.
 
     Raises:
         ConfigError: arguments that no network can be built from.
@@ -43,7 +42,7 @@ def _row(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print :func:`model_table` for people."""
+    """Print the rows of :func:`model_table`."""
     table = Table(box=box.SIMPLE)
     table.add_column("variant", no_wrap=True)
     for column in ("parameters", "of it hybrid", "GFLOP", "MB saved"):
@@ -63,7 +62,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _by_config(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Configuration, as text -> names of the networks that it is of."""
+    """Names of the networks by configuration, as text."""
     found: dict[str, list[str]] = {}
     for row in rows:
         config = ", ".join(f"{key}={value}" for key, value in row["config"].items())

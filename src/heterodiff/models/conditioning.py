@@ -1,4 +1,4 @@
-"""The condition: rows that have none, and the condition tokens of the attention blocks in closed form."""
+"""Conditions: rows without one, and the condition tokens of the attention blocks in closed form."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_CLASS = -1
-"""The class label that means "no condition"."""
+"""Class label of rows without a condition."""
 
 
 def drop_condition(labels: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
@@ -19,11 +19,11 @@ def drop_condition(labels: Tensor, probability: float, generator: torch.Generato
 
 
 def zero_rows(c: Tensor, given: Tensor, zero_threshold: float | None) -> Tensor:
-    """The condition's embedding c (B, E) with exact zeros in the rows that have no condition.
+    """Condition embedding c (B, E) with exact zeros in rows without a condition.
 
     Args:
-        given: (B,) bool, whether a row has one.
-        zero_threshold: a row whose largest absolute value is at most this has none either; None: values do not matter.
+        given: (B,) bool, True for rows with a condition.
+        zero_threshold: rows whose largest absolute value is at most this count as rows without; None: no threshold.
     """
     if zero_threshold is not None:
         given = given & ~(c.detach().abs().amax(dim=1) <= zero_threshold)  # NaN stays visible
@@ -44,17 +44,17 @@ def attend_with_condition(
     product is c c_s, so token s has the key u c_s + b_k and the value w c_s + b_v with u = W_k c, w = W_v c:
     rank one, and the product is never formed.
 
-    The score of token s is alpha c_s + beta with alpha = q.u and beta = q.b_k (both scaled), so that to a query all
-    E tokens together are one: of the score beta + log sum_s exp(alpha c_s) and the value w r + b_v, where r is the
-    mean of c_s under the weights exp(alpha c_s). Where c = 0 that is log E and r = 0.
+    The score of token s is alpha c_s + beta with alpha = q.u and beta = q.b_k (both scaled). For a query, all E tokens
+    together are therefore equivalent to one with score beta + log sum_s exp(alpha c_s) and value w r + b_v, where r is
+    the mean of c_s under the weights exp(alpha c_s). For c = 0 these are beta + log E and b_v.
 
     Args:
         q: (B, T, heads, d).
         kv: (B, T, heads, 2, d), keys and values.
-        condition: c (B, E), rows of zeros where there is no condition; None if that is all rows.
+        condition: c (B, E), zeros in rows without a condition; None if no row has one.
         weight, bias: (2 * heads * d, E) and (2 * heads * d,), rows per head [k; v].
-        merge_tokens: make one token of the E. Default: on a CPU, for at most E positions, where that is less work;
-            elsewhere it is four times the kernel launches, and heads get a width that fused kernels do not take.
+        merge_tokens: replace the E tokens by that one. Default: on a CPU, for at most E positions, where it is less
+            work; elsewhere it takes four times the kernel launches, and fused kernels do not take its head width.
 
     Returns:
         (B, T, heads, d).
@@ -74,7 +74,6 @@ def attend_with_condition(
 
 
 def _attend_merged(q: Tensor, kv: Tensor, condition: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`attend_with_condition` with one token in place of the E."""
     q, (k, v) = q.transpose(1, 2), kv.transpose(1, 2).unbind(3)
     batch, heads, _, width = q.shape
     bias_k, bias_v = bias.to(q.dtype).view(heads, 2, 1, width).unbind(1)
@@ -92,14 +91,12 @@ def _attend_merged(q: Tensor, kv: Tensor, condition: Tensor | None, weight: Tens
 def _attend_with_one(
     q: Tensor, k: Tensor, v: Tensor, total: Tensor, offset: Tensor | None, bias_k: Tensor, bias_v: Tensor
 ) -> Tensor:
-    """Attention over the positions and one token of score q.bias_k + total and value bias_v + offset.
+    """Attention over the positions and one token with score q.bias_k + total and value bias_v + offset.
 
-    Both depend on the query. Two more channels carry the score: q holds ``total`` there as a number and its rounding
-    error, the token's key ones, all other keys zeros. One more value channel is 1 for the token alone, so that the
-    attention's answer there is the token's weight, by which the offset is added.
-
-    Args:
-        total: (B, heads, T); offset: (B, heads, T, d), None for 0; bias_k, bias_v: (heads, 1, d).
+    ``total`` (B, heads, T) and ``offset`` (B, heads, T, d; None: 0) depend on the query; the biases are (heads, 1, d).
+    Two more channels carry the score: q holds ``total`` there as a number and its rounding error, the token's key ones,
+    all other keys zeros. One more value channel is 1 for the token alone, so that its output is the token's weight, by
+    which the offset is multiplied.
     """
     batch, heads, _, width = q.shape
     scale = width**-0.5
@@ -121,13 +118,9 @@ def _attend_with_one(
 
 
 def log_sum_and_mean(alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum_s exp(alpha c_s), and the mean of c_s under those weights.
+    """log sum_s exp(alpha c_s) and the mean of c_s under those weights, (B, heads, T) each.
 
-    Args:
-        alpha: (B, heads, T); c: (B, E).
-
-    Returns:
-        Two tensors (B, heads, T).
+    alpha is (B, heads, T), c (B, E).
     """
     if torch.compiler.is_compiling():  # fused there, without forming the scores
         scores = alpha[..., None] * c[:, None, None]
@@ -137,11 +130,11 @@ def log_sum_and_mean(alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _LogSumAndMean(torch.autograd.Function):
-    """Of alpha (B, N) and c (B, E); the weights (B, N, E) are formed in place and again in the backward pass."""
+    """Function of alpha (B, N) and c (B, E) that recomputes the weights (B, N, E) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        # Relative to the heaviest token: where it takes all the weight, nothing is left of large numbers to cancel.
+        # Relative to the heaviest token, so that no large numbers cancel where it takes all the weight.
         ends = torch.stack([c.amax(1), c.amin(1)], dim=1)  # (B, 2)
         far = c[..., None] - ends[:, None]  # (B, E, 2)
         heaviest = (alpha < 0).long()

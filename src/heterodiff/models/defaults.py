@@ -30,20 +30,20 @@ def default_levels(
     attention_resolutions: Sequence[int] | None = None,
     attention_side: int = ATTENTION_SIDE,
 ) -> tuple[tuple[int | float, ...], tuple[int, ...]]:
-    """Levels of a network of the HAE family, where they are not given.
+    """Choose the levels of a network of the HAE family.
 
     Args:
         sample_size: height and width of the images or latents, or one number for both.
-        patch_size: pixels a side of what the first level sees as one position.
-        channel_mult, attention_resolutions: None where they are to be chosen.
+        patch_size: side in pixels of the patches that the first level gets as one position each.
+        channel_mult, attention_resolutions: returned as they are, unless None.
 
     Returns:
-        channel_mult by the size, and attention_resolutions: all downsampling factors at which maps are at most
+        channel_mult by the size, and as attention_resolutions all downsampling factors at which maps have at most
         ``attention_side`` positions a side.
     """
     side = (sample_size if isinstance(sample_size, int) else max(sample_size)) / max(1, patch_size)
     if channel_mult is None:
-        channel_mult = next((mult for limit, mult in CHANNEL_MULT_BY_SIDE if side <= limit), LARGE_CHANNEL_MULT)
+        channel_mult = next((mult for largest, mult in CHANNEL_MULT_BY_SIDE if side <= largest), LARGE_CHANNEL_MULT)
     if attention_resolutions is None:
         factors = (2**level for level in range(len(channel_mult)))
         attention_resolutions = [factor for factor in factors if side / factor <= attention_side]

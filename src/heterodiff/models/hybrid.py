@@ -1,6 +1,8 @@
-"""The heterogeneous decoder block: a convolution branch beside a sparse multi-scale Transformer branch."""
+"""Heterogeneous decoder block: a convolution branch beside a sparse multi-scale Transformer branch."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ NUM_HEADS = 8
 
 @dataclass(frozen=True)
 class PatternSpec:
-    """The sparse pattern of a model; see :func:`heterodiff.models.attention.patterns.make_pattern`."""
+    """Arguments of :func:`heterodiff.models.attention.patterns.make_pattern` for one model."""
 
     kind: str
     sparsity: float
@@ -43,7 +45,7 @@ class SparseSelfAttention(nn.Module):
         self._placed: dict[tuple[int, int, torch.device], DevicePattern] = {}
 
     def device_pattern(self, height: int, width: int, device: torch.device) -> DevicePattern:
-        """The pattern of a (height, width) map on ``device``; a given mask of its length goes first."""
+        """Pattern of a (height, width) map on ``device``; a given mask for its length takes precedence."""
         if torch.compiler.is_compiling():
             self._place_while_compiling(height, width, device)
         else:
@@ -68,7 +70,7 @@ class SparseSelfAttention(nn.Module):
 
     @torch.compiler.assume_constant_result
     def _place_while_compiling(self, height: int, width: int, device: torch.device) -> None:
-        """Done once, while the graph is made, which then finds the pattern as it finds parameters."""
+        """Place the pattern once, while the graph is traced, which then reads it like parameters."""
         self._place(height, width, device)
 
     def set_mask(self, mask: Tensor) -> None:
@@ -77,12 +79,12 @@ class SparseSelfAttention(nn.Module):
         self._placed.clear()
 
     def use_way(self, way: str | None) -> None:
-        """Compute attention in ``way`` of ``attention_ways.py``, whatever its table says; None: as it says."""
+        """Compute attention by ``way`` (see ``attention/ways.py``); None: as its table says."""
         self.given_way = way
         self._placed.clear()
 
     def forward(self, local: Tensor, regional: Tensor, height: int, width: int) -> Tensor:
-        """local (B, L = height * width, C) asks, local and regional (B, R, C) answer -> (B, L, C)."""
+        """Queries from local (B, L = height * width, C), keys from local and regional (B, R, C) -> (B, L, C)."""
         channels = local.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([channels, 2 * channels])
         q_bias, kv_bias = self.in_proj_bias.split([channels, 2 * channels])
@@ -92,25 +94,13 @@ class SparseSelfAttention(nn.Module):
         return self.out_proj(sparse_attention(q, kv, pattern, self.num_heads))
 
 
-class BottleneckMLP(nn.Module):
-    """C -> ratio C -> C with GELU; wrapped so that its parameters are named as in earlier checkpoints."""
-
-    def __init__(self, channels: int, ratio: float, dropout: float):
-        super().__init__()
-        self.mlp = make_mlp(channels, max(1, int(channels * ratio)), dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
-
-
-def make_mlp(channels: int, hidden: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(channels, hidden),
-        nn.GELU(),
-        Dropout(dropout),
-        nn.Linear(hidden, channels),
-        Dropout(dropout),
+def make_mlp(channels: int, spec: HybridSpec, bottleneck_ratio: float, dropout: float) -> nn.Sequential:
+    """Two layers with GELU, named ``mlp`` inside where they are a bottleneck, as in earlier checkpoints."""
+    hidden = max(1, int(channels * bottleneck_ratio)) if spec.bottleneck_mlp else 4 * channels
+    layers = nn.Sequential(
+        nn.Linear(channels, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, channels), Dropout(dropout)
     )
+    return nn.Sequential(OrderedDict(mlp=layers)) if spec.bottleneck_mlp else layers
 
 
 def _replicate(x: Tensor, dim: int, count: int) -> Tensor:
@@ -125,22 +115,17 @@ class MultiScaleTransformer(nn.Module):
         super().__init__()
         self.local_norm = nn.LayerNorm(channels)
         self.regional_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in REGIONAL_PATCHES)
-        self.patch_projections: nn.ModuleList | None = None
-        self.shared_patch_embed: nn.Conv2d | None = None
+        self.patch_projections = self.shared_patch_embed = None
         if spec.linear_patches:
             self.patch_projections = nn.ModuleList(nn.Linear(channels * p * p, channels) for p in REGIONAL_PATCHES)
         else:
             self.shared_patch_embed = nn.Conv2d(channels, channels, 1)
         self.multihead_attn = SparseSelfAttention(channels, NUM_HEADS, pattern)
         self.norm_out = nn.LayerNorm(channels)
-        self.mlp: nn.Module = (
-            BottleneckMLP(channels, bottleneck_ratio, dropout)
-            if spec.bottleneck_mlp
-            else make_mlp(channels, 4 * channels, dropout)
-        )
+        self.mlp = make_mlp(channels, spec, bottleneck_ratio, dropout)
 
     def _regional_tokens(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, R, C): one token a patch, for each patch size in turn."""
+        """x (B, C, H, W) -> (B, R, C): one token for each patch, patch size by patch size."""
         tokens = []
         for i, p in enumerate(REGIONAL_PATCHES):
             height, width = x.shape[2:]
@@ -176,14 +161,8 @@ class HybridBlock(nn.Module):
     ):
         super().__init__()
         self.concat_fusion = spec.concat_fusion
-        self.conv_branch = FusedSequential(
-            GroupNorm32(channels),
-            nn.SiLU(),
-            conv3x3(channels, channels),
-            GroupNorm32(channels),
-            nn.SiLU(),
-            conv3x3(channels, channels),
-        )
+        layers = [(GroupNorm32(channels), nn.SiLU(), conv3x3(channels, channels)) for _ in range(2)]
+        self.conv_branch = FusedSequential(*chain.from_iterable(layers))
         self.transformer_branch = MultiScaleTransformer(channels, spec, bottleneck_ratio, dropout, pattern)
         self.emb_layers = embedding_layers(embedding_dim, channels)
         self.fusion_conv = nn.Conv2d(2 * channels if spec.concat_fusion else channels, channels, 1)

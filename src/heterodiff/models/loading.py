@@ -1,4 +1,4 @@
-"""Loading networks from folders, strictly: the right kind, all weights there, none of them NaN."""
+"""Strict loading of networks: the right class, all weights there, none of them NaN."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +14,13 @@ from heterodiff.files import COPY_AGAIN, read_json
 
 
 def read_network_config(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> dict[str, Any]:
-    """Configuration of a network saved in ``folder``, without its weights.
-
-    Args:
-        kinds: the class that the network may be of, or several.
-        way_out: the end of an error's message.
+    """Read the configuration of a network saved in ``folder``; arguments as of :func:`load_network`.
 
     Raises:
         CheckpointError: no such folder, not readable, or a network of another class.
     """
     config = read_json(folder / "config.json", way_out=way_out)
-    names = [kind.__name__ for kind in _classes(kinds)]
+    names = _by_name(kinds)
     if (found := config.get("_class_name")) not in names:
         raise CheckpointError(
             f"{folder}: expected a network of class {' or '.join(names)}, found {found!s:.60}; {way_out}"
@@ -33,17 +29,16 @@ def read_network_config(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> 
 
 
 def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
-    """A network of diffusers' ModelMixin from a folder it was saved in, in evaluation mode.
+    """Load a network that ``ModelMixin.save_pretrained`` wrote, in evaluation mode.
 
     Args:
-        kinds: the class that the network may be of, or several.
-        way_out: the end of an error's message.
+        kinds: class of the network, or a tuple of those allowed.
+        way_out: advice at the end of an error's message.
 
     Raises:
         CheckpointError: no such folder, a network of another class, or damaged, incomplete or NaN weights.
     """
-    name = read_network_config(kinds, folder, way_out)["_class_name"]
-    cls = next(kind for kind in _classes(kinds) if kind.__name__ == name)
+    cls = _by_name(kinds)[read_network_config(kinds, folder, way_out)["_class_name"]]
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {way_out}")
@@ -57,7 +52,7 @@ def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: damaged network ({reason(error)}); {way_out}") from None
-    # diffusers gives what a file lacks fresh weights, and only warns.
+    # diffusers fills missing weights with fresh ones, and only warns.
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         names = ", ".join(map(str, wrong[:4]))
         raise CheckpointError(
@@ -68,15 +63,15 @@ def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
 
 
 def refuse_nonfinite(weights: Mapping[str, Tensor], where: object, way_out: str = COPY_AGAIN) -> None:
-    """Check that no weight is NaN or infinite.
+    """Check that no weight is NaN or infinite; ``where`` they come from begins the message.
 
     Raises:
-        CheckpointError: some are; those of ``where``.
+        CheckpointError: some are.
     """
     if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise CheckpointError(f"{where}: NaN or infinite weights ({', '.join(bad[:4])}{more}); {way_out}")
 
 
-def _classes(kinds: Any) -> tuple[Any, ...]:
-    return kinds if isinstance(kinds, tuple) else (kinds,)
+def _by_name(kinds: Any) -> dict[str, Any]:
+    return {kind.__name__: kind for kind in (kinds if isinstance(kinds, tuple) else (kinds,))}

@@ -10,15 +10,15 @@ from torch.autograd.function import once_differentiable
 NORM_GROUPS = 32
 
 NORM_WAYS = {"cpu": "kernel"}
-"""How a kind of device computes norms; ``kernel`` where no row says otherwise.
+"""Computation of norms by device type; default: ``kernel``.
 
 ``kernel`` is torch's own, in float32: one launch where it takes channels-last maps, else two more that copy them.
-``tokens`` reads and writes channels-last maps in their own precision, with statistics in float32: less memory traffic
-and more, small launches. Whether that pays, only a measurement on the device can tell.
+``tokens`` reads and writes channels-last maps in their own precision, with statistics in float32: less memory traffic,
+but more small launches. Only a measurement on the device tells which is faster.
 """
 
 NCHW_KERNELS = ("cuda", "xpu", "mps")
-"""Devices whose group norm takes maps row by row only."""
+"""Device types whose group norm takes NCHW maps only."""
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -34,8 +34,8 @@ class GroupNorm32(nn.GroupNorm):
 def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
     """SiLU(norm(x)), x (B, C, H, W).
 
-    Plain autograd keeps x for the norm, norm(x) for the SiLU and the result for whatever follows. Here norm(x) is
-    computed again in the backward pass, which costs a hundredth of a convolution, and the SiLU works in place.
+    Plain autograd would keep x, norm(x) and the result. Here norm(x) is recomputed in the backward pass, which costs a
+    hundredth of a convolution, and the SiLU works in place.
     """
     return _norm(x, norm, silu=True)
 
@@ -56,7 +56,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 class _KernelNorm(torch.autograd.Function):
-    """torch's kernels, called directly: its own autograd makes gradients NCHW on every device but the CPU."""
+    """torch's kernels, called directly, since its own autograd makes gradients NCHW on every device but the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -73,17 +73,8 @@ class _KernelNorm(torch.autograd.Function):
         if ctx.silu:
             y, *statistics = _kernel(x, weight, bias, ctx.eps)
             grad = torch.ops.aten.silu_backward(grad, y)
-        batch, channels, height, width = x.shape
         found = torch.ops.aten.native_group_norm_backward(
-            grad,
-            _kernel_layout(x, x),
-            *statistics,
-            weight.to(_wide(x)),
-            batch,
-            channels,
-            height * width,
-            NORM_GROUPS,
-            ctx.needs_input_grad[:3],
+            grad, _kernel_layout(x, x), *statistics, weight.to(_wide(x)), *_sizes(x), ctx.needs_input_grad[:3]
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
         return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None
@@ -91,15 +82,17 @@ class _KernelNorm(torch.autograd.Function):
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x), and mean and 1/std of each group (B, 32)."""
-    batch, channels, height, width = x.shape
     weight, bias = weight.to(_wide(x)), bias.to(_wide(x))
-    return torch.native_group_norm(
-        _kernel_layout(x, x), weight, bias, batch, channels, height * width, NORM_GROUPS, eps
-    )
+    return torch.native_group_norm(_kernel_layout(x, x), weight, bias, *_sizes(x), eps)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    batch, channels, height, width = x.shape
+    return batch, channels, height * width, NORM_GROUPS
 
 
 def _kernel_layout(map_: Tensor, x: Tensor) -> Tensor:
-    """``map_`` in the precision and the memory format in which the device's kernel takes ``x``."""
+    """``map_`` in the precision and memory format that the device's kernel expects for ``x``."""
     rows = x.device.type in NCHW_KERNELS or not x.is_contiguous(memory_format=torch.channels_last)
     return map_.to(_wide(x), memory_format=torch.contiguous_format if rows else torch.channels_last)
 
@@ -111,7 +104,7 @@ def _like(map_: Tensor, x: Tensor) -> Tensor:
 
 
 class _TokenNorm(torch.autograd.Function):
-    """The formulas of Wu & He 2018 on channels-last maps, seen as (B, positions, groups, channels of a group)."""
+    """Formulas of Wu & He 2018 on channels-last maps, viewed as (B, positions, groups, channels of a group)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -148,7 +141,7 @@ def _groups(x: Tensor) -> Tensor:
 
 
 def _from_groups(y: Tensor, x: Tensor) -> Tensor:
-    """What :func:`_groups` made, as a map like ``x``."""
+    """Inverse of :func:`_groups`: a map like ``x``."""
     batch, channels, height, width = x.shape
     return _like(y.view(batch, height, width, channels).permute(0, 3, 1, 2), x)
 

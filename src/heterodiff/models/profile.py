@@ -1,4 +1,4 @@
-"""What a network costs: parameters, FLOPs and activation memory, found without computing anything."""
+"""Cost of a network: parameters, FLOPs and activation memory, found without computing anything."""
 
 import math
 from dataclasses import dataclass
@@ -19,14 +19,13 @@ class ModelProfile:
 
     Attributes:
         variant: name of the network.
-        parameters: their number.
-        hybrid_parameters: those of them in hybrid decoder blocks.
-        gflop: 1e9 floating point operations of the forward pass of one image; a multiply-add counts as two.
-            Matrix products, convolutions and attention count, the rest does not. Attention counts for the keys that
-            are scored: for the blocks of the sparse pattern those of its lists, for dense attention all of them.
+        parameters: number of parameters.
+        hybrid_parameters: number of parameters in hybrid decoder blocks.
+        gflop: 1e9 floating point operations of the forward pass of one image, a multiply-add counted as two. Matrix
+            products, convolutions and attention count, the rest does not. Attention counts the keys that are scored:
+            those of the sparse pattern's lists, or all of them where it is dense.
         saved_mb: 1e6 bytes a sample that the forward pass keeps for the backward pass in training: distinct storages
-            of the saved tensors, parameters left out. They are those of the CPU kernels; with gradient checkpointing
-            (hae-v2-conservative) what is recomputed is not kept.
+            of the tensors that the CPU kernels save, without parameters and without activations that are recomputed.
     """
 
     variant: str
@@ -37,14 +36,13 @@ class ModelProfile:
 
 
 def profile(variant: str, height: int, width: int, batch: int = 1, **config: Any) -> ModelProfile:
-    """Profile a network in float32 on images or latents of (height, width), with the condition that it was built for.
+    """Profile a network in float32 on images or latents of (height, width), with the condition it was built for.
 
-    The network is built from fake tensors (shapes without values), so the time and memory this takes hardly depend
-    on its size.
+    The network is built from fake tensors (shapes without values), so this takes little time and memory at any size.
 
     Args:
         variant: one of ``heterodiff.list_models()``.
-        batch: images at once; what a batch shares (index lists) is divided by it in ``saved_mb``.
+        batch: batch size; index lists, which a batch shares, are divided by it in ``saved_mb``.
         **config: arguments of :func:`heterodiff.create_model`.
 
     Raises:
@@ -70,7 +68,7 @@ def profile(variant: str, height: int, width: int, batch: int = 1, **config: Any
 
 
 def count_flops(model: nn.Module, *inputs: Any) -> int:
-    """FLOPs of ``model(*inputs)`` without gradients, a multiply-add as two; inputs may be fake tensors."""
+    """Count the FLOPs of ``model(*inputs)`` without gradients, a multiply-add as two; inputs may be fake tensors."""
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch has none for it
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(*inputs)
@@ -78,14 +76,14 @@ def count_flops(model: nn.Module, *inputs: Any) -> int:
 
 
 def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Of the shapes (..., T, d), (..., S, d), (..., S, e): T S d products for the scores, T S e for the answers."""
+    """Shapes (..., T, d), (..., S, d), (..., S, e): T S d products for the scores, T S e for the outputs."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def count_saved_bytes(model: nn.Module, *inputs: Any) -> int:
-    """Bytes that ``model(*inputs)`` keeps for its backward pass; inputs may be fake tensors.
+    """Count the bytes that ``model(*inputs)`` keeps for its backward pass, without parameters, each storage once.
 
-    Counted are the distinct storages of the saved tensors, except those of the model's parameters.
+    Inputs may be fake tensors.
     """
     # Keeping the storages themselves keeps their addresses from being used again.
     parameters = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}

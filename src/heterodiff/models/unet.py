@@ -1,6 +1,8 @@
 """The conditional U-Net of the HAE family: ADM encoder and, per variant, a hybrid CNN-Transformer decoder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.models.attention.patterns import MIN_KEYS, PATTERNS
-from heterodiff.models.backbone import Denoiser, Recompute, check_widths, embedding_mlp, readable
+from heterodiff.models.backbone import Backbone, Recompute
 from heterodiff.models.blocks import (
     AttentionBlock,
     Downsample,
@@ -21,7 +23,6 @@ from heterodiff.models.blocks import (
     recomputed,
     zero_,
 )
-from heterodiff.models.conditioning import zero_rows
 from heterodiff.models.defaults import (
     ATTENTION_SIDE,
     LAYERS_PER_BLOCK,
@@ -33,39 +34,36 @@ from heterodiff.models.defaults import (
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.pooled import PooledResBlock
-from heterodiff.models.variants import VARIANTS, HybridSpec
+from heterodiff.models.variants import VARIANTS
 
 CONDITION_TOKENS = ("full", "one", "none")
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "num_heads": NUM_HEADS,
     "num_head_channels": None,
     "use_scale_shift_norm": False,
     "condition_tokens": "full",
     "mid_attention": True,
     "memory_optimization": False,
+    "attention_resolutions": None,
     "attention_side": ATTENTION_SIDE,
 }
 """Arguments where they are None and the variant has no default of its own."""
 
 
 class Stage(nn.ModuleList):
-    """Layers applied in turn, each given what it needs of the embedding and the condition."""
+    """Layers applied in turn; residual and hybrid blocks get the embedding, attention blocks the condition."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(layers)
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Tensor | None, recompute: Recompute) -> Tensor:
         for layer in self:
-            if isinstance(layer, PooledResBlock):
+            if isinstance(layer, ResBlock):
+                inputs = (embedding, condition) if isinstance(layer, PooledResBlock) else (embedding,)
                 if recompute == "all":
-                    x = recomputed(layer, x, embedding, condition)
+                    x = recomputed(layer, x, *inputs)
                 else:
-                    x = layer(x, embedding, condition, recompute=recompute == "cheap")
-            elif isinstance(layer, ResBlock):
-                if recompute == "all":
-                    x = recomputed(layer, x, embedding)
-                else:
-                    x = layer(x, embedding, recompute=recompute == "cheap")
+                    x = layer(x, *inputs, recompute=recompute == "cheap")
             elif isinstance(layer, HybridBlock | AttentionBlock):
                 argument = embedding if isinstance(layer, HybridBlock) else condition
                 x = layer(x, argument) if recompute == "nothing" else recomputed(layer, x, argument)
@@ -74,14 +72,14 @@ class Stage(nn.ModuleList):
         return x
 
 
-class HAEUNet(Denoiser):
+class HAEUNet(Backbone):
     """U-Net denoiser with a class or vector condition; with a hybrid CNN-Transformer decoder in the HAE variants.
 
     Args:
-        sample_size: height and width (or one number) it is meant for; other sizes divisible by the network's
-            factor patch_size * 2^(levels - 1) run too.
-        in_channels, out_channels: of the images; out_channels is twice in_channels with a learned variance.
-        variant: a name of ``heterodiff.list_models()``.
+        sample_size: intended height and width (or one number); other sizes divisible by the network's factor
+            patch_size * 2^(levels - 1) run too.
+        in_channels, out_channels: channels of the images; out_channels is twice in_channels with a learned variance.
+        variant: one of ``VARIANTS``.
         model_channels: base width mc; level i has mc * channel_mult[i] channels.
         layers_per_block: residual blocks a level (the decoder has one more).
         attention_resolutions: downsampling factors at which attention follows each residual block; default: those
@@ -90,27 +88,28 @@ class HAEUNet(Denoiser):
         channel_mult: width factor of each level; fractions such as 0.5 are allowed; default: by sample_size, see
             :func:`heterodiff.models.defaults.default_levels`.
         num_classes: class labels are 0 .. num_classes - 1, and -1 for none; None for an unconditional network.
-        num_heads, num_head_channels, num_heads_upsample: attention heads; num_head_channels (if given) sets the
-            width of a head instead of their number; num_heads_upsample (if given) holds in the decoder.
+        num_heads, num_heads_upsample: attention heads, and those in the decoder if they differ.
+        num_head_channels: width of a head, in place of their number.
         use_scale_shift_norm: condition residual blocks by scale and shift (FiLM).
-        resblock_updown: resample inside residual blocks; conv_resample: with a convolution.
+        resblock_updown: resample inside residual blocks.
+        conv_resample: resample with a convolution.
         dims: spatial dimensions; only 2.
         use_checkpoint: recompute every block in the backward pass (less memory, more time).
         use_hae: False removes the hybrid blocks (the plain ``unet``).
         bottleneck_ratio: hidden width of the bottleneck MLP, relative.
-        memory_optimization: recompute what costs the most memory; default of ``hae-v2-conservative``.
+        memory_optimization: recompute the activations that take the most memory; default: as the variant.
         zero_threshold: with memory_optimization, an embedding row whose largest absolute value is at most this
             counts as no condition.
         activation: ``identity`` for earlier checkpoints whose norms ignored their activation.
         class_embedding: ``mlp``, or ``direct``: one embedding table of the block embedding's width.
-        condition_tokens: the condition as keys of the attention: ``full`` (True), E tokens; ``one`` token; ``none``
-            (False).
-        attention_pattern, sparsity, max_keys, pattern_seed: of the hybrid blocks' sparse attention.
-        condition_dim: width of a condition vector, for example a text embedding, that takes the place of the class;
-            None for a network without one.
+        condition_tokens: keys that stand for the condition in attention: ``full`` (True): E tokens, as in earlier
+            checkpoints; ``one`` token; ``none`` (False).
+        attention_pattern, sparsity, max_keys, pattern_seed: sparse attention of the hybrid blocks, see
+            :func:`heterodiff.models.attention.patterns.make_pattern`.
+        condition_dim: width of a condition vector, for example a text embedding, in place of the class; None for none.
         mid_attention: attention between the residual blocks of the coarsest level.
-        patch_size: the first level sees patches of so many pixels a side, each as channels of one position, and the
-            last gives them back; everything between costs patch_size^2 times less.
+        patch_size: patch side in pixels; each patch becomes the channels of one position, so that everything between
+            the first and the last convolution costs patch_size^2 times less.
 
     Raises:
         ConfigError: an argument that no network can be built from.
@@ -157,35 +156,28 @@ class HAEUNet(Denoiser):
         super().__init__()
         if variant not in VARIANTS:
             raise ConfigError(unknown_name("model variant", variant, VARIANTS))
-        self._settle_defaults(variant)
+        self._fill_in_defaults(VARIANTS[variant].defaults)
         self._check_arguments()
-        spec = VARIANTS[variant]
-        channel_mult = self.config.channel_mult
         self.memory_optimization = self.config.memory_optimization
         self.zero_threshold = zero_threshold
         self.gradient_checkpointing = use_checkpoint
         self.patch_size = patch_size
-        self.factor = patch_size * 2 ** (len(channel_mult) - 1)
+        self.factor = patch_size * 2 ** (len(self.config.channel_mult) - 1)
         embedding_dim = self._make_embeddings()
-        if num_classes is not None:
-            direct = class_embedding == "direct"
-            self.label_emb = nn.Embedding(num_classes, embedding_dim if direct else model_channels)
-            self.class_emb = None if direct else embedding_mlp(model_channels, embedding_dim)
-        pattern = PatternSpec(attention_pattern, sparsity, max_keys, pattern_seed)
-        self._build(embedding_dim, spec.hybrid if use_hae else None, pattern, spec.pooled and use_hae)
+        self._build(embedding_dim)
         self._finish()
 
-    def _settle_defaults(self, variant: str) -> None:
-        """Put the variant's defaults in the place of arguments that are None."""
+    def _fill_in_defaults(self, of_variant: Mapping[str, Any]) -> None:
+        """Put defaults in the place of arguments that are None."""
         c = self.config
-        defaults = {**DEFAULTS, **VARIANTS[variant].defaults}
+        defaults = {**DEFAULTS, **of_variant}
         if c.num_heads is not None or c.num_head_channels is not None:
             defaults |= {"num_heads": NUM_HEADS, "num_head_channels": None}
-        side, attention = defaults.pop("attention_side"), defaults.pop("attention_resolutions", None)
+        attention, side = defaults.pop("attention_resolutions"), defaults.pop("attention_side")
         attention = attention if c.attention_resolutions is None else c.attention_resolutions
         levels = default_levels(c.sample_size, c.patch_size, c.channel_mult, attention, side)
         found = {name: value if c[name] is None else c[name] for name, value in defaults.items()}
-        if isinstance(found["condition_tokens"], bool):
+        if isinstance(found["condition_tokens"], bool):  # as in earlier configurations
             found["condition_tokens"] = "full" if found["condition_tokens"] else "none"
         self.register_to_config(**found, **dict(zip(("channel_mult", "attention_resolutions"), levels, strict=True)))
 
@@ -213,8 +205,8 @@ class HAEUNet(Denoiser):
                 f"num_classes={c.num_classes} and condition_dim={c.condition_dim}: a network takes one kind of "
                 "condition; leave one of them out"
             )
-        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
-        check_widths(widths, c.model_channels)
+        self._check_widths()
+        widths = self._widths()
         attended = {w for level, w in enumerate(widths) if 2**level in c.attention_resolutions} | {widths[-1]}
         for width in sorted(attended):
             for heads in (c.num_heads, c.num_heads_upsample):
@@ -228,65 +220,68 @@ class HAEUNet(Denoiser):
         if odd := [f for f in c.attention_resolutions if f < 1 or f & (f - 1)]:
             raise ConfigError(f"attention_resolutions: downsampling factors are powers of 2, found {odd}")
 
-    def _build(self, embedding_dim: int, hybrid: HybridSpec | None, pattern: PatternSpec, pooled: bool) -> None:
+    def _build(self, embedding_dim: int) -> None:
         c = self.config
+        pattern = PatternSpec(c.attention_pattern, c.sparsity, c.max_keys, c.pattern_seed)
+        spec = VARIANTS[c.variant] if c.use_hae else VARIANTS["unet"]
+        widths = self._widths()
         conditional = c.num_classes is not None or c.condition_dim is not None
         token_dim = embedding_dim if conditional and c.condition_tokens != "none" else None
-
-        def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                in_channels,
-                out_channels,
-                embedding_dim,
-                c.dropout,
-                use_scale_shift_norm=c.use_scale_shift_norm,
-                activation=c.activation,
-                resample=resample,
-            )
+        res = partial(
+            ResBlock,
+            embedding_dim=embedding_dim,
+            dropout=c.dropout,
+            use_scale_shift_norm=c.use_scale_shift_norm,
+            activation=c.activation,
+        )
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             if c.num_head_channels is not None:
                 heads = channels // c.num_head_channels
             return AttentionBlock(channels, heads, token_dim, one_token=c.condition_tokens == "one")
 
-        widths = [int(c.model_channels * mult) for mult in c.channel_mult]
+        def layers(in_channels: int, level: int, heads: int, pooled: bool = False) -> list[nn.Module]:
+            width = widths[level]
+            block = (
+                PooledResBlock(in_channels, width, embedding_dim, c.dropout, token_dim)
+                if pooled
+                else res(in_channels, width)
+            )
+            return [block, attention(width, heads)] if 2**level in c.attention_resolutions else [block]
+
+        def resample(channels: int, direction: str) -> nn.Module:
+            if c.resblock_updown:
+                return res(channels, channels, resample=direction)
+            return (Upsample if direction == "up" else Downsample)(channels, c.conv_resample)
+
         channels = widths[0]
         self.input_blocks = nn.ModuleList([Stage(conv3x3(c.in_channels * c.patch_size**2, channels))])
         skips = [channels]
-        last = len(c.channel_mult) - 1
         for level, width in enumerate(widths):
             for _ in range(c.layers_per_block):
-                layers: list[nn.Module] = [res(channels, width)]
+                self.input_blocks.append(Stage(*layers(channels, level, c.num_heads)))
                 channels = width
-                if 2**level in c.attention_resolutions:
-                    layers.append(attention(channels, c.num_heads))
-                self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
-            if level != last:
-                down = res(channels, channels, "down") if c.resblock_updown else Downsample(channels, c.conv_resample)
-                self.input_blocks.append(Stage(down))
+            if level != len(widths) - 1:
+                self.input_blocks.append(Stage(resample(channels, "down")))
                 skips.append(channels)
         middle = [attention(channels, c.num_heads)] if c.mid_attention else []
         self.middle_block = Stage(res(channels, channels), *middle, res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.layers_per_block + 1):
-                if pooled and level and i == c.layers_per_block:
-                    layers = [PooledResBlock(channels + skips.pop(), width, embedding_dim, c.dropout, token_dim)]
-                else:
-                    layers = [res(channels + skips.pop(), width)]
+                before_up = level > 0 and i == c.layers_per_block
+                stage = layers(
+                    channels + skips.pop(), level, c.num_heads_upsample or c.num_heads, spec.pooled and before_up
+                )
                 channels = width
-                if 2**level in c.attention_resolutions:
-                    layers.append(attention(channels, c.num_heads_upsample or c.num_heads))
-                if level and i == c.layers_per_block:
-                    if hybrid is not None:
-                        layers.append(
-                            HybridBlock(channels, embedding_dim, hybrid, c.bottleneck_ratio, c.dropout, pattern)
+                if before_up:
+                    if spec.hybrid is not None:
+                        stage.append(
+                            HybridBlock(channels, embedding_dim, spec.hybrid, c.bottleneck_ratio, c.dropout, pattern)
                         )
-                    layers.append(
-                        res(channels, channels, "up") if c.resblock_updown else Upsample(channels, c.conv_resample)
-                    )
-                self.output_blocks.append(Stage(*layers))
+                    stage.append(resample(channels, "up"))
+                self.output_blocks.append(Stage(*stage))
         self.out = FusedSequential(
             GroupNorm32(channels),
             make_activation(c.activation),
@@ -294,7 +289,7 @@ class HAEUNet(Denoiser):
         )
 
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
-        """The sparse attention of each hybrid block."""
+        """Iterate over the sparse attention of each hybrid block."""
         return (m for m in self.modules() if isinstance(m, SparseSelfAttention))
 
     def set_attention_masks(self, masks: dict[int, Tensor]) -> None:
@@ -316,35 +311,12 @@ class HAEUNet(Denoiser):
         super()._check_sample(sample)
         check_size(sample.shape[2], sample.shape[3], self.factor)
 
-    def class_condition(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
-        """c (B, E) of ``class_labels`` (B,), exactly zero where the label is -1; None if no row has a condition.
-
-        Raises:
-            ConfigError: labels for a network without classes, of a wrong shape, or outside the range.
-        """
-        num_classes = self.config.num_classes
-        if class_labels is None or num_classes is None:
-            return super().class_condition(class_labels, batch)
-        if class_labels.shape != (batch,):
-            raise ConfigError(f"class_labels: expected shape ({batch},), found {tuple(class_labels.shape)}")
-        labelled = class_labels >= 0
-        if readable(class_labels):  # elsewhere an index error is raised
-            found = sorted(set(class_labels.tolist()))
-            if found and not -1 <= found[0] <= found[-1] < num_classes:
-                raise ConfigError(f"class_labels: expected -1 (none) or 0..{num_classes - 1}, found {found}")
-        if self._may_leave_out(labelled):
-            return None
-        c = self.label_emb(class_labels.clamp(min=0))
-        if self.class_emb is not None:
-            c = self.class_emb(c)
-        return zero_rows(c, labelled, self._threshold())
-
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Check that a network that halves its maps log2(factor) times can take (height, width).
+    """Check that ``factor`` divides height and width.
 
     Raises:
-        ConfigError: it cannot; the nearest sizes that it can are named.
+        ConfigError: it does not; the message names the nearest sizes.
     """
     if height % factor == 0 and width % factor == 0:
         return

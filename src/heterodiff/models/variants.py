@@ -1,4 +1,4 @@
-"""The denoisers by name: a row for each variant of the HAE family and for each other network; imports no torch."""
+"""Table of denoisers: a row for each variant of the HAE family and for each other network; imports no torch."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.lazy import loaded
 
 if TYPE_CHECKING:
-    from heterodiff.models.backbone import Denoiser
+    from heterodiff.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class HybridSpec:
-    """What distinguishes the hybrid blocks of the HAE variants.
+    """Differences between the hybrid blocks of the HAE variants.
 
     Attributes:
-        linear_patches: a Linear over each flattened patch makes its regional token; otherwise a shared 1x1
+        linear_patches: make a regional token by a Linear over the flattened patch; otherwise by a shared 1x1
             convolution and the mean over the patch.
         bottleneck_mlp: C -> bottleneck_ratio C -> C instead of C -> 4C -> C.
         concat_fusion: 1x1(concat(a, b)) instead of 1x1((a + b) / 2).
@@ -30,79 +30,66 @@ class HybridSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named network.
+    """A named denoiser.
 
     Attributes:
-        hybrid: block added to the decoder before each upsampling; None for none.
+        hybrid: its hybrid decoder block; None: a plain U-Net.
         pooled: whether the last residual block before each upsampling is a
             :class:`heterodiff.models.pooled.PooledResBlock`.
         defaults: arguments of :class:`heterodiff.models.unet.HAEUNet` where they are None.
+        network: ``module:name`` of its class, imported when it is built.
     """
 
+    summary: str
     hybrid: HybridSpec | None = None
     pooled: bool = False
-    summary: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    network: str = "heterodiff.models.unet:HAEUNet"
 
 
-_LEAN = {"use_scale_shift_norm": True, "num_head_channels": 32, "condition_tokens": "one", "attention_side": 8}
-_CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}
+_HAE = HybridSpec(linear_patches=True, bottleneck_mlp=False, concat_fusion=True)
+_LITE = HybridSpec(linear_patches=False, bottleneck_mlp=False, concat_fusion=False)
 _V2 = HybridSpec(linear_patches=False, bottleneck_mlp=True, concat_fusion=False)
+_LEAN = {"use_scale_shift_norm": True, "num_head_channels": 32, "condition_tokens": "one", "attention_side": 8}
+_SAVING = {"memory_optimization": True}
+_CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}
 
-VARIANTS: dict[str, Variant] = {
-    "unet": Variant(summary="the ADM U-Net with condition tokens"),
-    "unet-lean": Variant(summary="attention on maps of at most 8x8, one condition token, FiLM", defaults=_LEAN),
-    "unet-conv": Variant(summary="convolutions and FiLM alone", defaults=_CONVOLUTIONS | {"mid_attention": False}),
-    "hae-v3": Variant(
-        pooled=True,
-        summary="FiLM; in the decoder attention to pooled maps beside a convolution",
-        defaults=_CONVOLUTIONS,
-    ),
-    "hae": Variant(
-        HybridSpec(linear_patches=True, bottleneck_mlp=False, concat_fusion=True),
-        summary="hybrid decoder, a linear projection a scale",
-    ),
-    "hae-lite": Variant(
-        HybridSpec(linear_patches=False, bottleneck_mlp=False, concat_fusion=False),
-        summary="shared patch embedding, mean fusion",
-    ),
-    "hae-v2": Variant(_V2, summary="as lite, with a bottleneck MLP"),
-    "hae-v2-conservative": Variant(
-        _V2, summary="hae-v2 with recomputation: same outputs, less memory", defaults={"memory_optimization": True}
+VARIANTS = {
+    "unet": Variant("the ADM U-Net with condition tokens"),
+    "unet-lean": Variant("attention on maps of at most 8x8, one condition token, FiLM", defaults=_LEAN),
+    "unet-conv": Variant("convolutions and FiLM alone", defaults=_CONVOLUTIONS | {"mid_attention": False}),
+    "hae": Variant("hybrid decoder, one linear projection for each scale", _HAE),
+    "hae-lite": Variant("shared patch embedding, mean fusion", _LITE),
+    "hae-v2": Variant("as lite, with a bottleneck MLP", _V2),
+    "hae-v2-conservative": Variant("hae-v2 with recomputation: same outputs, less memory", _V2, defaults=_SAVING),
+    "hae-v3": Variant("FiLM; attention to pooled maps in the decoder", pooled=True, defaults=_CONVOLUTIONS),
+}
+"""Denoisers of the HAE family."""
+NETWORKS = {
+    "film-unet": Variant(
+        "for small latents, conditioned on a text embedding", network="heterodiff.models.film_unet:FiLMUNet"
     ),
 }
-
-
-@dataclass(frozen=True)
-class Network:
-    """A denoiser that is no variant of the HAE family: ``module:name`` of its class, imported when it is built."""
-
-    network: str
-    summary: str = ""
-
-
-NETWORKS: dict[str, Network] = {
-    "film-unet": Network("heterodiff.models.film_unet:FiLMUNet", "of small latents, steered by a text embedding"),
-}
+"""Other denoisers."""
 
 
 def list_models() -> list[str]:
-    """Names of all denoisers that :func:`create_model` builds: ``VARIANTS`` of the HAE family, then ``NETWORKS``."""
+    """List the denoisers that :func:`create_model` builds: ``VARIANTS`` of the HAE family, then ``NETWORKS``."""
     return [*VARIANTS, *NETWORKS]
 
 
 def network_class(variant: str) -> Any:
-    """The class of the denoiser ``variant``.
+    """Import the class of the denoiser ``variant``.
 
     Raises:
-        ConfigError: no such denoiser; the nearest name is named.
+        ConfigError: no such denoiser; the message suggests the nearest name.
     """
     if variant not in list_models():
         raise ConfigError(unknown_name("model variant", variant, list_models()))
-    return loaded(NETWORKS[variant].network if variant in NETWORKS else "heterodiff.models.unet:HAEUNet")
+    return loaded((VARIANTS | NETWORKS)[variant].network)
 
 
-def create_model(variant: str, **config: Any) -> "Denoiser":
+def create_model(variant: str, **config: Any) -> "Backbone":
     """Build a denoiser with fresh weights.
 
     Args:
@@ -111,8 +98,8 @@ def create_model(variant: str, **config: Any) -> "Denoiser":
             :class:`heterodiff.models.film_unet.FiLMUNet`.
 
     Raises:
-        ConfigError: an unknown variant or argument (the nearest known one is named), or a value that no network
-            can be built from.
+        ConfigError: an unknown variant or argument (the message suggests the nearest one), or a value that no
+            network can be built from.
     """
     network = network_class(variant)
     known = [name for name in inspect.signature(network.__init__).parameters if name not in ("self", "variant")]

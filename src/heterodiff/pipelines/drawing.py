@@ -15,13 +15,13 @@ from torch import Tensor
 
 from heterodiff.config import SamplingConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.diffusers_loop import (
     check_scheduler,
     describes_training,
     sample_with_scheduler,
     training_scheduler_of,
 )
-from heterodiff.diffusion.guidance import Denoise
 from heterodiff.diffusion.sampling import draw_noise, sample
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import CheckpointError, ConfigError, RunError, is_out_of_memory, unknown_name
@@ -39,22 +39,18 @@ class GenerationOutput(BaseOutput):
     images: Images
 
 
-@dataclass(frozen=True)
-class StepCallback:
-    """What a user of a pipeline wants to be called with after each step, as in diffusers."""
-
-    function: Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None] | None = None
-    tensor_inputs: Sequence[str] = ("latents",)
+Callback = Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None]
+"""Called after each step as (pipeline, step from 0, timestep, {"latents": z}), as in diffusers."""
 
 
 class DrawingPipeline(DiffusionPipeline):
-    """What the pipelines that draw images share.
+    """Base class of the pipelines that draw images.
 
-    A scheduler that is assigned to ``pipe.scheduler`` is checked and then drawn with; the one that the pipeline was
-    loaded with says how the network was trained, and ``defaults.sampler`` draws.
+    The scheduler that a pipeline is loaded with describes the training of its network, and ``defaults.sampler`` draws.
+    A scheduler assigned to ``pipe.scheduler`` is checked, and then draws.
 
     Attributes:
-        defaults: how images are drawn where a call does not say otherwise.
+        defaults: sampling settings of calls that give none.
         spec: size, classes, value range and number type of the training images; None where unknown.
         interrupt: set to True by a callback to stop after the present step.
     """
@@ -65,7 +61,7 @@ class DrawingPipeline(DiffusionPipeline):
     def _take_settings(
         self, sampling: Mapping[str, Any] | None, image_spec: Mapping[str, Any] | None, draws_with_scheduler: bool
     ) -> None:
-        """Take what ``model_index.json`` keeps; called by ``__init__`` after the networks are registered."""
+        """Take the settings kept in ``model_index.json``; ``__init__`` calls it after it registered the networks."""
         try:
             self.defaults = SamplingConfig.model_validate(dict(sampling or {}))
         except ValueError as error:
@@ -78,7 +74,7 @@ class DrawingPipeline(DiffusionPipeline):
             check_scheduler(scheduler, self._trained)
 
     def _settings(self) -> dict[str, Any]:
-        """What :meth:`_take_settings` takes, to be kept in ``model_index.json``."""
+        """Settings to keep in ``model_index.json``, as :meth:`_take_settings` takes them."""
         return {
             "sampling": self.defaults.model_dump(mode="json"),
             "image_spec": self.spec.to_dict() if self.spec else None,
@@ -87,30 +83,25 @@ class DrawingPipeline(DiffusionPipeline):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler" and self.__dict__.get("_trained") is not None:
-            replaced = value is not self._trained
-            if replaced:
+            if value is not self._trained:
                 check_scheduler(value, self._trained)
-            self._replaced = replaced
+            self._replaced = value is not self._trained
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write a pipeline folder that keeps the settings too; ``heterodiff.load`` and ``from_pretrained`` read it."""
+        """Write a pipeline folder with the settings, for ``heterodiff.load`` and ``from_pretrained``."""
         self.register_to_config(**self._settings())
         super().save_pretrained(save_directory, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """Load a run folder, or what :meth:`save_pretrained` wrote, as diffusers does; see also ``heterodiff.load``."""
+        """Load a run folder, or one that :meth:`save_pretrained` wrote; see also ``heterodiff.load``."""
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
         pipeline.read_run(Path(pretrained_model_name_or_path))
         return pipeline
 
     def read_run(self, folder: Path) -> None:
-        """Take the settings of the run in ``folder``: its ``config.yaml`` and ``data.json``, where present.
-
-        Raises:
-            HeterodiffError: a damaged file.
-        """
+        """Take the settings in ``config.yaml`` and ``data.json`` of a run, if present."""
         run = RunFolder(folder)
         if run.has_config:
             self.defaults = run.config().sampling
@@ -119,110 +110,103 @@ class DrawingPipeline(DiffusionPipeline):
     # ---- drawing --------------------------------------------------------------------------------------------
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the training, whatever scheduler draws."""
-        return NoiseSchedule.from_scheduler(self._trained)
+    def denoiser(self) -> Denoiser:
+        """The network, with the schedule and prediction of its training, whatever scheduler draws."""
+        return Denoiser(self.predict, NoiseSchedule.from_scheduler(self._trained), prediction_of(self._trained))
 
-    @property
-    def prediction(self) -> str:
-        """The kind of prediction of the network."""
-        return prediction_of(self._trained)
+    def predict(self, z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        """Return the network's output (B, C or 2C, H, W), float32, at z (B, C, H, W) and network times (B,)."""
+        raise NotImplementedError
 
     @property
     def default_sampler(self) -> str:
-        """The name of what draws where a call names no sampler: a sampler, or the class of an assigned scheduler."""
+        """Name of the sampler, or class of the assigned scheduler, of calls that name no sampler."""
         return type(self.scheduler).__name__ if self._replaced else self.defaults.sampler
 
-    def network(self, z: Tensor, time: Tensor, **condition: Any) -> Tensor:
-        """The denoiser's output (B, C or 2C, H, W) in float32, computed in the precision of its weights.
-
-        Args:
-            z: (B, C, H, W); time: (B,) network times, float32.
-        """
-        output = self.unet(z.to(self.unet.dtype), time, **condition).sample
-        return output.to(torch.float32, copy=True)  # a CUDA graph writes its next output to the same memory
+    def sampling_settings(self, **given: Any) -> SamplingConfig:
+        """Return the sampling settings of a call: those given that are not None, else the defaults."""
+        return self.defaults.model_copy(update={name: value for name, value in given.items() if value is not None})
 
     def draw_latents(
         self,
-        denoise: Denoise,
+        condition: Any,
+        null_condition: Any,
         shape: tuple[int, ...],
         generator: torch.Generator | list[torch.Generator] | None,
+        settings: SamplingConfig,
         *,
         sampler: str | None,
-        num_inference_steps: int,
+        callback: Callable[[int, Any, Tensor], Tensor],
+        progress: Callable[[int], None],
         timesteps: Sequence[int] | None = None,
-        clip_sample: bool = False,
-        dynamic_threshold: float | None = None,
-        callback: StepCallback = StepCallback(),
-        progress: Callable[[int], None] = lambda total: None,
     ) -> Tensor:
         """Draw z (B, C, H, W): with ``sampler``, else with an assigned scheduler, else with the default sampler.
 
         Args:
+            callback: (step from 0, timestep, z) -> the z to go on with, called after each step.
             progress: called after each step with the number of steps.
         """
+        denoiser = self.denoiser.guided(condition, null_condition, settings.guidance_scale, settings.guidance_interval)
         noise = draw_noise(shape, generator, self.device)
 
         def after_step(number: int, total: int, t: Any, z: Tensor) -> tuple[Tensor, bool]:
             progress(total)
-            if callback.function is not None:
-                given = dict.fromkeys(callback.tensor_inputs, z)
-                z = (callback.function(self, number - 1, t, given) or {}).get("latents", z)
-            return z, not self.interrupt
+            return callback(number - 1, t, z), not self.interrupt
 
+        steps = settings.num_inference_steps
         if self._replaced and sampler is None:
             return sample_with_scheduler(
-                denoise, self.scheduler, noise, num_inference_steps, timesteps, generator, after_step
+                denoiser.network, self.scheduler, noise, steps, timesteps, generator, after_step
             )
         return sample(
-            denoise,
-            self.schedule,
-            self.prediction,
+            *denoiser,
             noise=noise,
-            sampler=sampler or self.defaults.sampler,
-            num_inference_steps=num_inference_steps,
+            sampler=sampler or settings.sampler,
+            num_inference_steps=steps,
             timesteps=timesteps,
             generator=generator,
             learned_variance=(self.unet.config.out_channels or shape[1]) == 2 * shape[1],
-            clip_sample=clip_sample,
-            dynamic_threshold=dynamic_threshold,
+            clip_sample=self.codec.clip_sample,
+            dynamic_threshold=settings.dynamic_threshold if self.codec.clip_sample else None,
             after_step=after_step,
         )
 
-    def _callback(self, function: Any, tensor_inputs: Sequence[str]) -> StepCallback:
-        """Check the callback of a call and start it uninterrupted."""
+    def _after_step(
+        self, function: Callback | None, tensor_inputs: Sequence[str]
+    ) -> Callable[[int, Any, Tensor], Tensor]:
+        """Check the callback of a call and start uninterrupted; return it as :meth:`draw_latents` takes it."""
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ConfigError(
                 unknown_name("callback_on_step_end_tensor_inputs", unknown[0], self._callback_tensor_inputs)
             )
         self.interrupt = False
-        return StepCallback(function, tuple(tensor_inputs))
+
+        def call(step: int, t: Any, z: Tensor) -> Tensor:
+            found = function(self, step, t, dict.fromkeys(tensor_inputs, z)) if function is not None else None
+            return (found or {}).get("latents", z)
+
+        return call
 
 
 def check_output_type(output_type: str) -> None:
-    """Check the name of a form of images.
-
-    Raises:
-        ConfigError: it is unknown.
-    """
+    """Raise ConfigError if ``output_type`` is unknown."""
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(unknown_name("output_type", output_type, OUTPUT_TYPES))
 
 
-def to_output(images: Tensor, output_type: str) -> Images:
-    """Images (B, C, H, W) in [0, 1] as a tensor, as an array (B, H, W, C), or as pictures."""
+def to_output(images: Tensor, output_type: str, return_dict: bool) -> GenerationOutput | tuple[Images]:
+    """Return images (B, C, H, W) in [0, 1] in the form that a call asked for."""
+    found: Images = images
     if output_type == "np":
-        return images.permute(0, 2, 3, 1).numpy()
-    return images if output_type == "pt" else [to_pil(image) for image in images]
+        found = images.permute(0, 2, 3, 1).numpy()
+    elif output_type == "pil":
+        found = [to_pil(image) for image in images]
+    return GenerationOutput(images=found) if return_dict else (found,)
 
 
 @contextmanager
 def explaining_memory(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Turn the failure to draw ``batch_size`` images at once for want of memory into a message with what helps.
-
-    Raises:
-        RunError: memory ran out.
-    """
+    """Raise a RunError with a way out if memory runs out while ``batch_size`` images are drawn at once."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,6 +1,6 @@
 """Drawing images from a trained class-conditional model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,26 @@ from torch import Tensor
 
 from heterodiff.codecs.base import Codec, PixelCodec
 from heterodiff.codecs.kl_vae import KLVAECodec, latent_shape
-from heterodiff.diffusion.guidance import guided_denoiser, null_labels
+from heterodiff.diffusion.guidance import null_labels
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import HAEUNet, check_size
-from heterodiff.pipelines.drawing import (
-    DrawingPipeline,
-    GenerationOutput,
-    StepCallback,
-    check_output_type,
-    to_output,
-)
+from heterodiff.pipelines.drawing import Callback, DrawingPipeline, check_output_type, to_output
 from heterodiff.run_folder import RunFolder
 
 Labels = int | str | Sequence[int | str] | Tensor
 
 
 class GenerationPipeline(DrawingPipeline):
-    """Network and schedule of a run, ready to draw images; ``heterodiff.load`` builds it from a run folder.
+    """Draws images of classes; ``heterodiff.load`` builds it from a run folder.
 
     Args:
         unet: the denoiser, called as ``unet(z, time, class_labels=...)``.
         scheduler: the diffusers scheduler that describes the training schedule and the prediction type; one of another
-            kind is also drawn with.
+            kind also draws.
         vae: for a denoiser of latents, the AutoencoderKL that they come from, with their mean and std.
         id2label: names of the classes by index.
-        sampling, image_spec, draws_with_scheduler: what ``save_pretrained`` keeps of the attributes.
+        sampling, image_spec, draws_with_scheduler: attributes as ``save_pretrained`` keeps them.
     """
 
     _optional_components = ["vae"]
@@ -54,7 +48,8 @@ class GenerationPipeline(DrawingPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.codec: Codec = PixelCodec() if vae is None else KLVAECodec(vae)
         self._take_settings(sampling, image_spec, draws_with_scheduler)
-        self.class_names: tuple[str, ...] = _in_order(id2label or {})
+        names = id2label or {}  # JSON keeps the indices as texts
+        self.class_names: tuple[str, ...] = tuple(str(names[key]) for key in sorted(names, key=int))
         height, width = _pair(unet.config.sample_size)
         self.image_size = (height * self.codec.factor, width * self.codec.factor)
 
@@ -67,11 +62,7 @@ class GenerationPipeline(DrawingPipeline):
             self.class_names = self.spec.class_names
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class: an integer is an index (-1: no condition), a text a name or else an index.
-
-        Raises:
-            ConfigError: no such class; the nearest name or the range is named.
-        """
+        """Return the index of a class from an index (-1: no condition), a name, or text; raises ConfigError if none."""
         count = self.unet.config.num_classes or 0
         text = str(label)
         if isinstance(label, str) and text in self.class_names:
@@ -87,10 +78,9 @@ class GenerationPipeline(DrawingPipeline):
         raise ConfigError(f"class '{label}'{hint}: expected a class name, 0..{count - 1}, or -1 for none{names}")
 
     def _labels(self, class_labels: Labels | None, num_images: int | None) -> Tensor:
-        if class_labels is None:
-            return torch.full((_count(num_images),), NO_CLASS)
-        if isinstance(class_labels, int | str):
-            return torch.full((_count(num_images),), self.class_index(class_labels))
+        if class_labels is None or isinstance(class_labels, int | str):
+            count = 1 if num_images is None else max(0, num_images)
+            return torch.full((count,), NO_CLASS if class_labels is None else self.class_index(class_labels))
         items = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
         if num_images not in (None, len(items)):
             raise ConfigError(f"num_images={num_images}, but {len(items)} class labels were given; leave one out")
@@ -113,80 +103,94 @@ class GenerationPipeline(DrawingPipeline):
         batch_size: int = 100,
         output_type: str = "pt",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Draw images.
 
-        A scheduler that was assigned to ``pipe.scheduler`` draws, unless ``sampler`` is given. It decides about the
-        spacing of the steps and about clipping, by its own settings.
+        A scheduler assigned to ``pipe.scheduler`` draws, with the spacing of steps and the clipping of its own
+        settings, unless ``sampler`` is given.
 
         Args:
             class_labels: class names or indices, one an image (-1: no condition); or a single one.
-            num_images: how many, where ``class_labels`` is a single class or None.
+            num_images: number of images, where ``class_labels`` is a single class or None.
             num_inference_steps, guidance_scale, sampler, guidance_interval, dynamic_threshold: default to the
                 run's ``sampling`` section; see :class:`heterodiff.config.SamplingConfig`.
             timesteps: explicit training timesteps, descending, instead of num_inference_steps.
             generator: one for all images, or a list of one an image; with a list, an image does not depend on
                 which others are drawn with it.
             size: (height, width) of the images, or a number for both; default: that of the training images.
-            batch_size: how many images to draw at once.
+            batch_size: number of images to draw at once.
             output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"np"`` for an array (B, H, W, C),
                 ``"pil"`` for pictures.
             callback_on_step_end: called after each step of each batch as (pipeline, step from 0, timestep,
                 {"latents": z}); may return {"latents": z} to go on with. If it sets ``pipeline.interrupt``, the batch
                 is returned as it is then, and no other is drawn.
-            callback_on_step_end_tensor_inputs: what the callback gets: "latents".
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: "latents".
 
         Returns:
-            :class:`GenerationOutput`, or with ``return_dict=False`` a tuple of its images.
+            :class:`heterodiff.pipelines.drawing.GenerationOutput`, or with ``return_dict=False`` a tuple of its images.
 
         Raises:
             ConfigError: unknown class, sampler or output type; a label outside the range; steps that do not fit.
         """
         check_output_type(output_type)
-        callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         labels = self._labels(class_labels, num_images)
         if len(labels) < 1 or batch_size < 1:
             raise ConfigError(f"{len(labels)} images in batches of {batch_size}: expected at least one of each")
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ConfigError(f"{len(generator)} generators for {len(labels)} images: expected one an image")
-        d = self.defaults
-        if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
-            raise ConfigError(f"dynamic_threshold {dynamic_threshold}: expected a quantile above 0 and at most 1")
-        if dynamic_threshold is not None and not self.codec.clip_sample:
-            raise ConfigError("dynamic_threshold is for models of pixels; latents have no fixed range")
-        if dynamic_threshold is not None and self._replaced and sampler is None:
-            raise ConfigError("dynamic_threshold needs a sampler=; an assigned scheduler clips by its own settings")
+        if dynamic_threshold is not None:
+            self._check_dynamic_threshold(dynamic_threshold, sampler)
+        settings = self.sampling_settings(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            dynamic_threshold=dynamic_threshold,
+        )
         latent_size = self._latent_size(_pair(size) if size is not None else self.image_size)
         parts: list[Tensor] = []
         for start in range(0, len(labels), batch_size):
             if self.interrupt:
                 break
-            some = labels[start : start + batch_size]
-            z = self._draw(
-                some,
-                generator[start : start + batch_size] if isinstance(generator, list) else generator,
-                latent_size,
-                scale=d.guidance_scale if guidance_scale is None else guidance_scale,
-                interval=guidance_interval or d.guidance_interval,
-                sampler=sampler,
-                num_inference_steps=d.num_inference_steps if num_inference_steps is None else num_inference_steps,
-                timesteps=timesteps,
-                dynamic_threshold=dynamic_threshold or d.dynamic_threshold,
-                callback=callback,
-            )
+            rows = slice(start, start + batch_size)
+            some = labels[rows].to(self.device)
+            unconditional = bool((labels[rows] < 0).all()) and settings.guidance_scale >= 0
+            with self.progress_bar(total=1) as bar:
+
+                def progress(total: int, bar: Any = bar) -> None:
+                    bar.total = total
+                    bar.update(1)
+
+                z = self.draw_latents(
+                    some,
+                    null_labels(some),
+                    (len(some), self.unet.config.in_channels, *latent_size),
+                    generator[rows] if isinstance(generator, list) else generator,
+                    # Both branches of guidance would be the same.
+                    settings.model_copy(update={"guidance_scale": 1.0}) if unconditional else settings,
+                    sampler=sampler,
+                    timesteps=timesteps,
+                    callback=callback,
+                    progress=progress,
+                )
             parts.append(self.codec.decode(z).cpu())
-        images = to_output(torch.cat(parts), output_type)
-        return GenerationOutput(images=images) if return_dict else (images,)
+        return to_output(torch.cat(parts), output_type, return_dict)
 
-    def predict(self, z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """The denoiser's output (B, C or 2C, H, W) at z (B, C, H, W), network times (B,), for class labels (B,).
+    def predict(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """See :meth:`DrawingPipeline.predict`; the condition is class labels (B,), ignored by a network without."""
+        labels = condition if self.unet.config.num_classes is not None else None
+        output = self.unet(z.to(self.unet.dtype), time, class_labels=labels).sample
+        return output.to(torch.float32, copy=True)  # a CUDA graph writes its next output to the same memory
 
-        A network without classes takes no notice of the labels.
-        """
-        conditional = self.unet.config.num_classes is not None
-        return self.network(z, time, class_labels=labels if conditional else None)
+    def _check_dynamic_threshold(self, quantile: float, sampler: str | None) -> None:
+        if not 0 < quantile <= 1:
+            raise ConfigError(f"dynamic_threshold {quantile}: expected a quantile above 0 and at most 1")
+        if not self.codec.clip_sample:
+            raise ConfigError("dynamic_threshold is for models of pixels; latents have no fixed range")
+        if self._replaced and sampler is None:
+            raise ConfigError("dynamic_threshold needs a sampler=; an assigned scheduler clips by its own settings")
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.vae is None:
@@ -195,46 +199,9 @@ class GenerationPipeline(DrawingPipeline):
         check_size(*size, self.codec.factor * self.unet.factor)  # in pixels, as the user gives them
         return found
 
-    def _draw(
-        self,
-        labels: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        size: tuple[int, int],
-        *,
-        scale: float,
-        interval: tuple[float, float],
-        callback: StepCallback,
-        **steps: Any,
-    ) -> Tensor:
-        alike = bool((labels < 0).all()) and scale >= 0  # without any condition both branches are the same
-        labels = labels.to(self.device)
-        denoise = guided_denoiser(
-            self.predict,
-            labels,
-            null_labels(labels),
-            1.0 if alike else scale,
-            self.schedule.num_train_timesteps,
-            interval,
-        )
-        with self.progress_bar(total=1) as bar:
-
-            def progress(total: int) -> None:
-                bar.total = total
-                bar.update(1)
-
-            return self.draw_latents(
-                denoise,
-                (len(labels), self.unet.config.in_channels, *size),
-                generator,
-                clip_sample=self.codec.clip_sample,
-                callback=callback,
-                progress=progress,
-                **steps,
-            )
-
 
 def seeded_generators(seed: int, count: int, first: int = 0) -> list[torch.Generator]:
-    """One generator an image: image k of a seed is the same however many are drawn and in which batches."""
+    """Return one generator an image, so that image k of a seed depends on neither number nor batch size."""
     generators = []
     for k in range(first, first + count):
         generator = torch.Generator()
@@ -242,13 +209,10 @@ def seeded_generators(seed: int, count: int, first: int = 0) -> list[torch.Gener
     return generators
 
 
-def _in_order(id2label: Mapping[Any, str]) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ...; JSON keeps the indices as texts."""
-    return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
-
-
-def _count(num_images: int | None) -> int:
-    return 1 if num_images is None else max(0, num_images)
+def try_out(pipeline: GenerationPipeline, add: Callable[[bool, str, str], None]) -> None:
+    """Draw one image."""
+    images = pipeline(num_images=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    add(bool(torch.isfinite(images).all()), "sample", f"one image {tuple(images.shape[1:])}, 2 steps")
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,7 +1,9 @@
-"""Where the pictures of a call go: a folder of their own, with the settings that they were drawn with."""
+"""Output folders of calls, with the settings that their pictures were drawn with."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,25 @@ def call_settings(
     guidance: float | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """Return all that the pictures of a call depend on, defaults filled in, for ``settings.json``.
+    """Return everything that the pictures of a call depend on, defaults filled in, for ``settings.json``.
 
     Args:
         number: pictures of each class or prompt.
         sampler, steps, guidance: None for the run's own.
         **others: such as classes or prompts.
     """
-    defaults, folder = pipeline.defaults, RunFolder(run)
+    chosen = pipeline.sampling_settings(num_inference_steps=steps, guidance_scale=guidance)
+    folder = RunFolder(run)
     return {
         "command": command,
         **others,
         "number": number,
         "seed": seed,
         "sampler": sampler or pipeline.default_sampler,
-        "num_inference_steps": defaults.num_inference_steps if steps is None else steps,
-        "guidance_scale": defaults.guidance_scale if guidance is None else guidance,
-        "guidance_interval": list(defaults.guidance_interval),
-        "dynamic_threshold": defaults.dynamic_threshold,
+        "num_inference_steps": chosen.num_inference_steps,
+        "guidance_scale": chosen.guidance_scale,
+        "guidance_interval": list(chosen.guidance_interval),
+        "dynamic_threshold": chosen.dynamic_threshold,
         "dtype": dtype_name(pipeline.unet.dtype) if pipeline.unet is not None else "float32",
         "device": pipeline.device.type,
         "weights": {
@@ -58,13 +61,11 @@ def call_settings(
 
 
 def check_output(out: Path | None, settings: dict[str, Any]) -> None:
-    """Check, before anything is drawn, that pictures of a call with ``settings`` may go to ``out``.
-
-    The same call may write there again: its pictures replace themselves.
+    """Check that a call with ``settings`` may write its pictures to ``out``; the same call may do so again.
 
     Raises:
-        RunError: it holds pictures of another call; the setting that differs is named. Or it, or a folder in it, holds
-            pictures that no call drew, such as images to train on.
+        RunError: the folder holds pictures of another call, or it or a folder in it holds pictures that no call drew,
+            such as images to train on.
     """
     if out is None or not out.is_dir():
         return
@@ -76,29 +77,34 @@ def check_output(out: Path | None, settings: dict[str, Any]) -> None:
                 differing = f"{key} {_short(found.get(key))}, not {_short(settings.get(key))}"
                 raise RunError(f"{out}: holds pictures drawn with {differing}; {way_out}")
         return
-    # One level down as well, where images for training have a folder a class; folders of other calls do no harm.
+    # Training images have a folder for each class; folders of other calls do no harm.
     folders = [path for path in out.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).is_file()]
     if any(path.suffix.lower() in PICTURES for folder in (out, *folders) for path in folder.iterdir()):
         raise RunError(f"{out}: holds pictures of something else (it has no {SETTINGS_FILE}); {way_out}")
 
 
 def make_output(run: Path, out: Path | None, settings: dict[str, Any]) -> Path:
-    """Make the folder for the pictures of a call, with ``settings.json`` in it.
+    """Make the folder for the pictures of a call, with ``settings.json`` in it; raises RunError if the disk refuses.
 
-    Args:
-        out: None for a new folder ``RUN/generated/0001-dpmpp-20-w2-seed0``, numbered by call.
-
-    Raises:
-        RunError: it cannot be written.
+    Without ``out``, this is a new folder ``RUN/generated/0001-dpmpp-20-w2-seed0``, numbered by call.
     """
-    try:
+    with writing(out or run):
         folder = _new_folder(RunFolder(run).generated, settings) if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
-        # What no encoding can express becomes \udcff, which JSON reads back as it was.
+        # Characters that no encoding can express become \udcff, which JSON reads back as it was.
         write_json(folder / SETTINGS_FILE, settings, "backslashreplace", ensure_ascii=False)
-    except OSError as error:
-        raise RunError(f"{out or run}: cannot be written: {error.strerror or error}; choose another --out") from None
     return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk into a :class:`RunError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be written: {error.strerror or error}; make room or choose another --out"
+        ) from None
 
 
 def _new_folder(parent: Path, settings: dict[str, Any]) -> Path:

@@ -4,9 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from heterodiff.files import fresh, read_json, replacing, write_json, write_text
 from heterodiff.pictures import RED, image_grid, tinted
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.load import check_preprocessing, load_generation
+from heterodiff.pipelines.output_folder import writing
 from heterodiff.pipelines.segment import (
     Progress,
     Segmentation,
@@ -41,19 +40,6 @@ SUMMARY_FILE = "patients.csv"
 COLUMNS = ("patient", "slices", "unhealthy_slices", "mask_voxels", "mask_ml", "highest_score")
 
 
-@dataclass(frozen=True)
-class Volumes:
-    """What was found in a patient, in the canonical orientation of its volumes.
-
-    Attributes:
-        mask: (X, Y, Z) bool, empty in slices that are judged healthy.
-        map: (X, Y, Z) float32, 0 in slices that show no brain.
-    """
-
-    mask: np.ndarray
-    map: np.ndarray
-
-
 def segment_folder(
     run: Path,
     data: Path,
@@ -62,22 +48,19 @@ def segment_folder(
     progress: Progress = lambda step, total: None,
     device: Device | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Find anomalies in all patients below ``data``, one after the other; patients that are done already are left.
-
-    A patient whose volumes cannot be used does not stop the others.
+    """Find anomalies in all patients below ``data`` that are not done yet, in the precision of the calibration.
 
     Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
-    shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all.
-
-    The network computes in the precision that the run was calibrated in.
+    shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all. A patient
+    whose volumes cannot be used does not stop the others.
 
     Args:
         report: gets a line about each patient.
-        progress: called after each step of a few slices; what it raises stops the work, and finished patients are kept.
+        progress: called after each step of a batch of slices; if it raises, finished patients are kept.
         device: see :func:`heterodiff.load`.
 
     Returns:
-        the rows of ``patients.csv``, and what is wrong with the patients that are missing in it.
+        the rows of ``patients.csv``, and the errors of the patients missing there.
 
     Raises:
         HeterodiffError: a run that was not trained on volumes or is not calibrated, or folders that cannot be used.
@@ -112,20 +95,16 @@ def segment_folder(
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
-    with _writing(out):  # names that are no UTF-8 are written as they are on disk
+    with writing(out):  # names that are not UTF-8 are written as they are on disk
         write_text(out / SUMMARY_FILE, table.getvalue(), "surrogateescape")
     return rows, problems
 
 
 def prepare_folders(run: Path, data: Path, out: Path) -> tuple[RunConfig, list[PatientFiles]]:
-    """Return the run's configuration and the patients below ``data``, and make the folder ``out``.
-
-    Raises:
-        HeterodiffError: a run that was not trained on volumes, no patients, or ``out`` where it cannot be.
-    """
-    config = RunFolder(run).config() if RunFolder(run).has_config else None
-    if config is None:
-        raise RunError(f"{run}: no config.yaml, so it is not known how its images were made; train a run here")
+    """Return the run's configuration and the patients below ``data``, and make ``out``; raises HeterodiffError."""
+    if not RunFolder(run).has_config:
+        raise RunError(f"{run}: no config.yaml, which describes how its images were made; train a run here")
+    config = RunFolder(run).config()
     if config.data.source != "volumes":
         raise RunError(
             f"{run}: trained on source '{config.data.source}', not on volumes, so it cannot make slices of "
@@ -139,24 +118,13 @@ def prepare_folders(run: Path, data: Path, out: Path) -> tuple[RunConfig, list[P
             "choose an --out elsewhere"
         )
     patients = find_patients(data, layout_of(config.data.volumes))
-    with _writing(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     return config, patients
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a :class:`RunError`."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be written: {error.strerror or error}; make room or choose another --out"
-        ) from None
-
-
 def _key(run: Path, patient: PatientFiles) -> str:
-    """What the result for a patient depends on: settings, limits and weights of the run, and the patient's files."""
+    """Return a digest of a result's inputs: settings, calibration and weights of the run, and the patient's files."""
     files = [*sorted((run / "unet").glob("*")), *patient.volumes]
     try:
         stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -167,7 +135,7 @@ def _key(run: Path, patient: PatientFiles) -> str:
 
 
 def _done(folder: Path, key: str) -> dict[str, Any] | None:
-    """The patient's row, if all its files are there with the sizes they were written with."""
+    """Return the patient's row if all its files have the sizes they were written with."""
     try:
         content = read_json(folder / DONE_FILE)
         found = content["key"], content["sizes"]
@@ -190,8 +158,7 @@ def _segment(
     progress: Progress,
 ) -> dict[str, Any]:
     read = read_patient(PatientFiles(patient.name, patient.volumes, None))
-    size = config.image_size or DEFAULT_SIZE
-    slices = slice_patient(read, size, config.volumes.least_brain)
+    slices = slice_patient(read, config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
     if not len(slices.index):
         raise DataError(f"{patient.volumes[0].parent}: no slice shows enough of the brain to be judged")
     images = torch.from_numpy(np.stack([stretch_slice(image) for image in slices.image]))
@@ -200,26 +167,26 @@ def _segment(
         for first in range(0, len(images), SLICES_AT_ONCE)
     ]
     found = Segmentation.join(parts)
-    volumes = to_volumes(found, slices.index, read.image.shape[1:])
+    mask, anomaly = to_volumes(found, slices.index, read.image.shape[1:])
     reference = load_nifti(patient.volumes[0])
     row = {
         "patient": patient.name,
         "slices": len(slices.index),
         "unhealthy_slices": int(found.unhealthy.sum()),
-        "mask_voxels": int(volumes.mask.sum()),
-        "mask_ml": float(volumes.mask.sum() * abs(np.linalg.det(reference.affine[:3, :3])) / 1000),
+        "mask_voxels": int(mask.sum()),
+        "mask_ml": float(mask.sum() * abs(np.linalg.det(reference.affine[:3, :3])) / 1000),
         "highest_score": float(found.score.max()),
     }
     of_slices = [
-        {"slice": int(z), "score": float(score), "unhealthy": bool(ill)}
-        for z, score, ill in zip(slices.index, found.score, found.unhealthy, strict=True)
+        {"slice": int(z), "score": float(score), "unhealthy": bool(unhealthy)}
+        for z, score, unhealthy in zip(slices.index, found.score, found.unhealthy, strict=True)
     ]
     picture = _overlay(images[:, segmenter.channels[0]], found, slices.index)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DONE_FILE).unlink(missing_ok=True)  # first: it does not hold for what is written now
-        save_like(folder / MASK_FILE, volumes.mask.astype(np.uint8), reference)
-        save_like(folder / MAP_FILE, volumes.map, reference)
+        (folder / DONE_FILE).unlink(missing_ok=True)  # first: it is not valid for the new files
+        save_like(folder / MASK_FILE, mask.astype(np.uint8), reference)
+        save_like(folder / MAP_FILE, anomaly, reference)
         with replacing(folder / PICTURE_FILE) as file:
             picture.save(file, format="PNG")
         content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
@@ -227,24 +194,24 @@ def _segment(
     return row
 
 
-def to_volumes(found: Segmentation, index: np.ndarray, shape: tuple[int, ...]) -> Volumes:
-    """Masks and maps of slices back in a volume (X, Y, Z) of canonical orientation.
+def to_volumes(found: Segmentation, index: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Put masks and maps of slices back into volumes (X, Y, Z) of canonical orientation.
 
     Args:
         index: (S,) of each slice along the last axis.
+
+    Returns:
+        mask, bool, empty in slices judged healthy; anomaly map, float32, 0 in slices that show no brain.
     """
     across, along, depth = shape
     mask, anomaly = np.zeros((depth, 1, along, across), np.float32), np.zeros((depth, 1, along, across), np.float32)
     mask[index] = restore_slices(found.mixed_masks[:, None].astype(np.float32), (along, across), "nearest-exact")
     anomaly[index] = restore_slices(found.maps[:, None].astype(np.float32), (along, across), "bilinear")
-    return Volumes(from_pictures(mask)[0] > 0.5, from_pictures(anomaly)[0])
+    return from_pictures(mask)[0] > 0.5, from_pictures(anomaly)[0]
 
 
 def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
-    """Write a volume in canonical orientation as a NIfTI file with shape, affine and orientation of ``reference``.
-
-    The file is there completely or not at all.
-    """
+    """Write a canonical volume atomically as NIfTI, with shape, affine and orientation of ``reference``."""
     import nibabel
 
     own = nibabel.io_orientation(reference.affine)
@@ -261,7 +228,7 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
 
 
 def _overlay(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:
-    """The slices with the most marked, or those in the middle: as they are and with the mask in red."""
+    """Draw the slices with the largest masks, or the middle ones: plain, and with the mask in red."""
     area = found.mixed_masks.sum(axis=(1, 2))
     order = np.argsort(-area, kind="stable")[:SHOWN] if area.any() else len(index) // 2 + np.arange(SHOWN) - SHOWN // 2
     chosen = np.unique(order.clip(0, len(index) - 1))

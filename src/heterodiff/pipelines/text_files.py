@@ -1,4 +1,4 @@
-"""Pictures of prompts and captions of pictures as files."""
+"""Files of text to image and back: pictures of prompts, and images to caption."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.errors import DataError, RunError
+from heterodiff.errors import DataError
 from heterodiff.files import write_text
-from heterodiff.pictures import image_grid, save_image
-from heterodiff.pipelines.image_files import GRID_FILE, MAX_GRID_IMAGES, UNSAFE
+from heterodiff.pipelines.image_files import GRID_FILE, UNSAFE, save_images
+from heterodiff.pipelines.output_folder import writing
 from heterodiff.pipelines.text_to_image import TextImagePipeline
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -19,43 +19,23 @@ MAX_NAME_LENGTH = 60
 
 
 def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: ImageSpec | None) -> list[Path]:
-    """Write pictures of ``prompts``, equally many of each in order, with a grid and a list of which is of what.
-
-    Args:
-        images: (N, C, H, W) in [0, 1].
-        spec: of the training images, in whose number type and range files are written.
-
-    Raises:
-        RunError: ``folder`` cannot be written.
-    """
+    """Write pictures of ``prompts``, the same number of each in order, and their list; see :func:`save_images`."""
     each = len(images) // len(prompts)
     texts = [prompt for prompt in prompts for _ in range(each)]
-    written: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-            name = UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition"
-            stem = folder / f"{number:04d}_{name}"
-            written.append(save_image(image, stem, spec.dtype, spec.value_range) if spec else save_image(image, stem))
-        rows = [{"file_name": path.name, "text": text} for path, text in zip(written, texts, strict=True)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # What no encoding can express becomes \udcff, which JSON reads back as it was.
+    short = [UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition" for text in texts]
+    names = [f"{number:04d}_{name}" for number, name in enumerate(short)]
+    written = save_images(images, names, texts, folder, spec, columns=each if len(prompts) > 1 else None)
+    rows = [{"file_name": path.name, "text": text} for path, text in zip(written, texts, strict=True)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(folder):  # characters that no encoding can express become \udcff, which JSON reads back as it was
         write_text(folder / PROMPTS_FILE, lines, "backslashreplace")
-        columns = each if len(prompts) > 1 else None
-        grid = image_grid(images[:MAX_GRID_IMAGES], texts[:MAX_GRID_IMAGES], columns=columns)
-        grid.save(folder / GRID_FILE)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
     return [*written, folder / GRID_FILE]
 
 
 def read_usable(
     pipeline: TextImagePipeline, paths: Sequence[Path], at_once: int = 64
 ) -> Iterator[tuple[list[Path], Tensor, list[str]]]:
-    """Yield, of each ``at_once`` of ``paths``, those that can be read, their images, and what is wrong with the rest.
-
-    Images are (B, C, H, W) in [0, 1].
-    """
+    """Yield, for every ``at_once`` paths, the readable ones, their images (B, C, H, W) in [0, 1], and the errors."""
     for start in range(0, len(paths), at_once):
         usable, images, problems = [], [], []
         for path in paths[start : start + at_once]:

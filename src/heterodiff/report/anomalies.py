@@ -1,106 +1,106 @@
-"""The part of the report that shows an evaluated run that finds anomalies."""
+"""Anomalies that a run found in test images, measured against the true masks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from heterodiff.report import page
-from heterodiff.report.curves import is_number
-from heterodiff.report.formatting import MISSING, number, part_of, percent, texts
-from heterodiff.report.writing import ANOMALIES_PICTURE, RunFiles
+from heterodiff.report.content import Block, Card, Section, Table, Text
+from heterodiff.report.files import RunFiles
+from heterodiff.report.formatting import MISSING, count, is_number, number, part_of, percent, rows_of, texts
+from heterodiff.report.metrics import Metric, MetricTable, Value, value_of
 
 MAX_PATIENT_ROWS = 100
 GROUPS = {"unhealthy": "Images with a lesion", "mixed": "All images"}
-EXPLANATIONS = {
-    "dice": "Overlap of found and true masks: 2 |both| / (|found| + |true|); two empty masks agree wholly.",
-    "iou": "|both| / |either|.",
-    "auprc": "Area under precision and recall over the foreground's pixels of the smoothed map; no limit is chosen.",
+OVERLAPS = {
+    "dice": ("Dice", "Overlap of found and true masks: 2 |both| / (|found| + |true|); 1 for two empty masks."),
+    "iou": ("IoU", "|both| / |either|."),
+    "auprc": (
+        "AUPRC",
+        "Area under the precision-recall curve over the foreground's pixels of the smoothed map; no threshold is "
+        "involved.",
+    ),
 }
-TITLES = {"dice": "Dice", "iou": "IoU", "auprc": "AUPRC"}
 METHOD = (
-    "The model and its limits were learned from image labels alone. All images: masks of those judged healthy are "
+    "The model and its thresholds were learned from image labels alone. All images: masks of those judged healthy are "
     "emptied. Images with a lesion: masks as they are. Intervals: 95 % of resamples of patients. Not a medical device."
 )
 
 
-def segmentation_cards(evaluation: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
-    """Yield (label, value, note) of the numbers to read first."""
-    dice = part_of(evaluation, "unhealthy", "dice")
-    if not dice:
-        return
-    best = percent(part_of(evaluation, "threshold").get("dice"))
-    yield "Dice of images with a lesion", percent(dice.get("mean")), f"best intensity threshold: {best}"
-    image = part_of(evaluation, "image")
-    if is_number(image.get("auroc")):
-        note = f"precision {percent(image.get('precision'))}, recall {percent(image.get('recall'))}"
-        yield "AUROC of whole images", number(image["auroc"], "{:.3f}"), note
-    area = part_of(evaluation, "healthy", "false_positive_area")
-    if is_number(area.get("mean")):
-        note = f"{number(area.get('n'), '{:,}')} healthy images"
-        yield "Area marked in healthy images", number(100 * area["mean"], "{:.2f} %"), note
-
-
-def segmentation_section(evaluation: Mapping[str, Any], picture: str) -> str:
-    """Return how well anomalies were found; ``picture`` is HTML or empty."""
+def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
+    """Overlap with the true masks, overlap by size of the lesion, and decisions on whole images."""
     groups = {name: part_of(evaluation, name) for name in GROUPS}
     if not any(groups.values()):
-        return ""
-    rows: list[Sequence[str]] = [
-        (title, *(_value(group, name) for group in groups.values()), EXPLANATIONS[name])
-        for name, title in TITLES.items()
+        return []
+    masks = [
+        Metric(title, [value_of(group.get(key), "{:.1%}") for group in groups.values()], explanation, tag=title)
+        for key, (title, explanation) in OVERLAPS.items()
     ]
-    threshold = part_of(evaluation, "threshold")
-    if threshold:
-        text = f"Dice of {threshold.get('of', MISSING)} {number(threshold.get('threshold'), '{:.2f}')}"
-        area = f"its AUPRC is {percent(threshold.get('auprc'))}"
-        rows.append(
-            ("Best threshold", percent(threshold.get("dice")), "", f"{text}, chosen on the true masks; {area}.")
+    if baseline := part_of(evaluation, "threshold"):
+        values = [value_of(baseline.get("dice"), "{:.1%}"), Value()]
+        explanation = "Dice of the intensity threshold that is best on these images, chosen on the true masks."
+        note = f"{baseline.get('of', MISSING)} {number(baseline.get('threshold'), '{:.2f}')}"
+        note = f"{note[:1].upper()}{note[1:]}; AUPRC {percent(baseline.get('auprc'))}"
+        masks.append(Metric("Best threshold", values, explanation, note, "compare"))
+    sizes = [
+        Metric(
+            f"{row.get('size', MISSING)} lesions",
+            [Value(_range(row.get("pixels"))), value_of(row.get("dice"))],
+            tag="sizes",
         )
-    sizes = evaluation.get("sizes")
-    by_size = [
-        (f"{row.get('size', MISSING)} lesions", _range(row.get("pixels")), _interval(part_of(row, "dice")))
-        for row in (sizes if isinstance(sizes, list) else [])
-        if isinstance(row, dict)
+        for row in rows_of(evaluation.get("sizes"))
     ]
-    patients = evaluation.get("patients")
-    known = [row for row in patients if isinstance(row, dict)] if isinstance(patients, list) else []
-    by_patient = [
-        (str(row.get("patient", MISSING)), number(row.get("n"), "{:,}"), percent(row.get("dice")))
-        for row in sorted(known, key=lambda row: row["dice"] if is_number(row.get("dice")) else 2.0)[:MAX_PATIENT_ROWS]
+    return [
+        MetricTable("Metric", tuple(GROUPS.values()), masks),
+        MetricTable("By size", ("Pixels", "Dice"), sizes),
+        MetricTable("Whole images", ("",), list(_whole_images(evaluation))),
     ]
-    words = [METHOD, f"{number(evaluation.get('calls_per_image'), '{:,.0f}')} network calls an image."]
-    measured = part_of(evaluation, "data")
-    if measured.get("part") == "all":
-        words.append(f"All images at {measured.get('path')} were measured.")
-    words += [f"Note: {note}." for note in texts(measured.get("notes"))]
-    return page.section(
-        "Anomalies found in test images",
-        picture,
-        page.table(("Metric", *GROUPS.values(), "What it says"), rows, numbers=(1, 2), style="explained"),
-        page.table(("By size", "Pixels", "Dice"), by_size, numbers=(1, 2)),
-        page.table(("Patient, worst first", "Images with a lesion", "Dice"), by_patient, numbers=(1, 2)),
-        page.paragraph(" ".join(words), "soft"),
-    )
-
-
-def _value(group: Mapping[str, Any], name: str) -> str:
-    found = group.get(name)
-    return percent(found) if is_number(found) else _interval(part_of(group, name))
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    mean, low, high = (found.get(key) for key in ("mean", "low", "high"))
-    if not (is_number(mean) and is_number(low) and is_number(high)):
-        return MISSING
-    return f"{percent(mean)}\n{100 * low:.1f}–{100 * high:.1f} %"
 
 
 def _range(pixels: Any) -> str:
     if not (isinstance(pixels, list) and len(pixels) == 2):
         return MISSING
-    return f"{number(pixels[0], '{:,}')}–{number(pixels[1], '{:,}')}"
+    return f"{count(pixels[0])}–{count(pixels[1])}"
 
 
-def sections(files: RunFiles) -> list[str]:
+def _whole_images(evaluation: Mapping[str, Any]) -> Iterable[Metric]:
+    image = part_of(evaluation, "image")
+    if is_number(image.get("auroc")):
+        note = ", ".join(f"{key} {percent(image.get(key))}" for key in ("precision", "recall", "accuracy"))
+        yield Metric("AUROC of whole images", [value_of(image["auroc"], "{:.3f}")], note=note, tag="images")
+    area = part_of(evaluation, "healthy", "false_positive_area")
+    if is_number(area.get("mean")):
+        value, note = value_of(area["mean"], "{:.2%}"), f"{count(area.get('n'))} healthy images"
+        yield Metric("Area marked in healthy images", [value], note=note, tag="healthy")
+    yield Metric("Network calls an image", [value_of(evaluation.get("calls_per_image"), "{:,.0f}")], tag="calls")
+
+
+def cards(evaluation: Mapping[str, Any]) -> Iterable[Card]:
+    """Yield the headline numbers."""
+    rows = {row.label: row for table in metrics(evaluation) for row in table.rows}
+    if part_of(evaluation, "unhealthy", "dice"):
+        best = percent(part_of(evaluation, "threshold").get("dice"))
+        yield rows["Dice"].card(f"best intensity threshold: {best}", "Dice of images with a lesion")
+        yield from (row.card() for row in _whole_images(evaluation) if row.note)
+
+
+def sections(files: RunFiles) -> list[Section]:
     """The section on a run that finds anomalies."""
-    overlays = page.figure(files.picture(ANOMALIES_PICTURE), "png", "Images, true masks, found masks and anomaly maps")
-    return [segmentation_section(files.evaluation, overlays)]
+    evaluation = files.evaluation
+    tables = metrics(evaluation)
+    if not tables:
+        return []
+    patients = [
+        (str(row.get("patient", MISSING)), count(row.get("n")), percent(row.get("dice")))
+        for row in sorted(rows_of(evaluation.get("patients")), key=_dice)[:MAX_PATIENT_ROWS]
+    ]
+    data, words = part_of(evaluation, "data"), [METHOD]
+    if data.get("part") == "all":
+        words.append(f"All images at {data.get('path')} were measured.")
+    words += [f"Note: {note}." for note in texts(data.get("notes"))]
+    picture = files.figure(files.folder.anomalies_picture, "Images, true masks, found masks and anomaly maps")
+    by_patient = Table(("Patient, worst first", "Images with a lesion", "Dice"), patients, (1, 2))
+    blocks: list[Block] = [picture, *(table.table() for table in tables), by_patient, Text(" ".join(words), soft=True)]
+    return [Section("Anomalies found in test images", blocks)]
+
+
+def _dice(patient: Mapping[str, Any]) -> float:
+    return patient["dice"] if is_number(patient.get("dice")) else 2.0

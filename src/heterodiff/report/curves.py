@@ -3,12 +3,38 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
+
+import numpy as np
+
+from heterodiff.report.formatting import is_number
 
 MAX_POINTS = 1_500
 FEW_POINTS = 5
 PER_LINE = 3  # small panels side by side
 ACCENT, PALE, SECOND = "#2458a6", "#b9cbe6", "#c4622d"
+NAMES = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images per second"}
+FROM_ZERO = ("lr", "images_per_second")
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#aab2bf",
+    "axes.grid": True,
+    "axes.labelcolor": "#5b6577",
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.xmargin": 0.01,
+    "grid.color": "#e8ebf0",
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "svg.hashsalt": "heterodiff",
+    "xtick.color": "#5b6577",
+    "xtick.labelsize": 8,
+    "ytick.color": "#5b6577",
+    "ytick.labelsize": 8,
+}
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -21,20 +47,12 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], li
     return sorted(found), [found[step] for step in sorted(found)]
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Tell whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return the mean of the last ``window`` values at every position (fewer at the start)."""
-    means, total = [], 0.0
-    for index, value in enumerate(values):
-        total += value
-        if index >= window:
-            total -= values[index - window]
-        means.append(total / min(index + 1, window))
-    return means
+    totals = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return ((totals[ends] - totals[starts]) / (ends - starts)).tolist()
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -59,28 +77,41 @@ def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     shown = losses + val_losses
     if min(shown) > 0 and max(shown) > 8 * min(shown):
         axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8)
 
 
 def _held_out_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys measured on held-out images, but the loss, of which there is a curve: of them, or of the training images."""
+    """Keys, but the loss, that have a curve on held-out images, or a point there and a curve on training images."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("val_") and key != "val_loss")
-    return [
-        key
-        for key in keys
-        if len(series(rows, key)[0]) >= 2 or (series(rows, key)[0] and len(series(rows, key[4:])[0]) >= 2)
-    ]
+    return [key for key in keys if _points(rows, key) >= 2 or (_points(rows, key) and _points(rows, key[4:]) >= 2)]
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> int:
+    return len(series(rows, key)[0])
 
 
 def _draw_held_out(axes: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     """Draw a number measured on held-out images over the same of the training images, if that was logged."""
     steps, values = series(rows, key[4:])
     if len(steps) >= 2:
-        axes.plot(*_thin(steps, values), color=PALE, linewidth=1.3, label="training images")
-    steps, values = series(rows, key)
-    axes.plot(*_thin(steps, values), color=SECOND, linewidth=1.3, marker="o", markersize=3, clip_on=False, zorder=3)
+        axes.plot(*_thin(steps, values), color=PALE, label="training images")
+    axes.plot(*_thin(*series(rows, key)), color=SECOND, marker="o", markersize=3, clip_on=False, zorder=3)
     axes.lines[-1].set(label="held-out images")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    axes.set_title(NAMES.get(key, key.removeprefix("val_").replace("_", " ")), parse_math=False)
+    if key == "loss":
+        _draw_loss(axes, rows)
+        return
+    if key in NAMES:
+        axes.plot(*_thin(*series(rows, key)), color=ACCENT)
+    else:
+        _draw_held_out(axes, rows, key)
+    axes.locator_params(axis="x", nbins=5)
+    if key in FROM_ZERO:
+        axes.set_ylim(bottom=0)
 
 
 def curves_svg(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -96,47 +127,22 @@ def curves_svg(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    names = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images per second"}
-    small = [key for key in names if len(series(rows, key)[0]) >= 2]
+    loss, small = ([key for key in keys if _points(rows, key) >= 2] for keys in (["loss"], NAMES))
     held_out = _held_out_keys(rows)
-    has_loss = len(series(rows, "loss")[0]) >= 2
-    if not has_loss and not small and not held_out:
+    lines = [loss, small, *(held_out[k : k + PER_LINE] for k in range(0, len(held_out), PER_LINE))]
+    lines = [keys for keys in lines if keys]
+    if not lines:
         return None
-    lines = [part for part in (small, *(held_out[k : k + PER_LINE] for k in range(0, len(held_out), PER_LINE))) if part]
-    heights = ([2.0] if has_loss else []) + [1.0] * len(lines)
-    figure = Figure(figsize=(10, 2.1 * sum(heights)), layout="constrained")
-    FigureCanvasSVG(figure)
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    panels = []
-    if has_loss:
-        axes = figure.add_subplot(grid[0])
-        axes.set_title("loss", loc="left", fontsize=10)
-        _draw_loss(axes, rows)
-        panels.append(axes)
-    for line, keys in enumerate(lines, start=int(has_loss)):
-        columns = len(keys) if keys is small else PER_LINE
-        cells = grid[line].subgridspec(1, columns)
-        for column, key in enumerate(keys):
-            axes = figure.add_subplot(cells[column])
-            title = names.get(key, key.removeprefix("val_").replace("_", " "))
-            axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-            if keys is small:
-                axes.plot(*_thin(*series(rows, key)), color=ACCENT, linewidth=1.3)
-            else:
-                _draw_held_out(axes, rows, key)
-            axes.locator_params(axis="x", nbins=5)
-            if keys is small and key != "grad_norm":
-                axes.set_ylim(bottom=0)
-            panels.append(axes)
-    for axes in panels:
-        axes.grid(color="#e8ebf0", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#aab2bf")
-        axes.tick_params(colors="#5b6577", labelsize=8)
-        axes.margins(x=0.01)
-    panels[0].set_xlabel("step", fontsize=9, color="#5b6577")
+    heights = [2.0 if keys == loss else 1.0 for keys in lines]
     target = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "heterodiff"}):
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2.1 * sum(heights)), layout="constrained")
+        FigureCanvasSVG(figure)
+        grid = figure.add_gridspec(len(lines), 1, height_ratios=heights)
+        for line, keys in enumerate(lines):
+            cells = grid[line].subgridspec(1, PER_LINE if keys[0] in held_out else len(keys))
+            for column, key in enumerate(keys):
+                _draw(figure.add_subplot(cells[column]), rows, key)
+        figure.axes[0].set_xlabel("step")
         figure.savefig(target, format="svg", metadata={"Date": None})
     return target.getvalue()

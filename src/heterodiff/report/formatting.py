@@ -1,11 +1,15 @@
-"""Numbers of ``evaluation.json``, which may hold anything, as texts for the report's tables."""
+"""Numbers of ``evaluation.json``, which may hold anything, as text."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
-
-from heterodiff.report.curves import is_number
+from typing import Any, TypeGuard
 
 MISSING = "–"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell whether a value read from JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def part_of(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -18,8 +22,13 @@ def part_of(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return dict(content)
 
 
+def rows_of(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries in a list; none where it is no list."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
 def texts(value: Any) -> list[str]:
-    """A list's items as texts; none where it is no list."""
+    """A list's items as text; none where it is no list."""
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
@@ -28,20 +37,12 @@ def number(value: Any, pattern: str = "") -> str:
     if not is_number(value):
         return MISSING
     whole = 999.5 <= abs(value) < 99_999.5
-    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−")
+    return (pattern or ("{:,.0f}" if whole else "{:.3g}")).format(value).replace("-", "−").replace("%", " %")
+
+
+def count(value: Any) -> str:
+    return number(value, "{:,}")
 
 
 def percent(value: Any) -> str:
-    return number(100 * value if is_number(value) else None, "{:.1f} %")
-
-
-def share_of(proportion: Mapping[str, Any]) -> str:
-    """A proportion with its interval and count on a second line."""
-    count, low, high = (proportion.get(key) for key in ("n", "low", "high"))
-    if not (is_number(count) and is_number(low) and is_number(high)) or count < 1:
-        return MISSING
-    return f"{percent(proportion.get('share'))}\n{100 * low:.0f}–{100 * high:.0f} %, n = {count:,}"
-
-
-def distance(value: Any) -> str:
-    return number(value, "{:.3f}")
+    return number(value, "{:.1%}")

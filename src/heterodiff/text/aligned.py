@@ -1,4 +1,4 @@
-"""The networks that text to image and back are made of, but the denoiser."""
+"""Networks of text to image and back without the denoiser: tokenizer, image codec, text encoder, captioner."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass
-class TextNetworks:
-    """What a run of recipe ``alignment`` leaves behind."""
+class AlignedNetworks:
+    """Result of a run of recipe ``alignment``."""
 
     tokenizer: Any
     image_codec: ImageCodec
@@ -24,13 +24,12 @@ class TextNetworks:
     captioner: Captioner
 
     def to(self, device: Any) -> None:
-        """Move the networks to ``device``."""
         for network in (self.image_codec, self.text_encoder, self.captioner):
             network.to(device)
 
 
-def load_networks(run: Path) -> TextNetworks:
-    """The networks of a run of recipe ``alignment`` or ``text-image``.
+def load_aligned_networks(run: Path) -> AlignedNetworks:
+    """Load the networks of a run of recipe ``alignment`` or ``text-image``, in evaluation mode and frozen.
 
     Raises:
         CheckpointError: parts that are missing, damaged, or do not belong together.
@@ -44,7 +43,7 @@ def load_networks(run: Path) -> TextNetworks:
         )
     if missing:
         raise CheckpointError(f"{run}: incomplete, {', '.join(missing)} missing; {COPY_AGAIN}")
-    networks = TextNetworks(
+    networks = AlignedNetworks(
         load_tokenizer(run / TOKENIZER_FOLDER),
         load_image_codec(run),
         load_text_encoder(run / "text_encoder"),
@@ -55,9 +54,9 @@ def load_networks(run: Path) -> TextNetworks:
     return networks
 
 
-def _check_sizes(networks: TextNetworks, run: Path) -> None:
+def _check_sizes(networks: AlignedNetworks, run: Path) -> None:
     codec, encoder, captioner = networks.image_codec, networks.text_encoder.config, networks.captioner.config
-    for what, first, second in (
+    for part, first, second in (
         ("embeddings of the image codec and the text encoder", codec.config.embedding_dim, encoder.embedding_dim),
         ("embeddings of the text encoder and the captioner", encoder.embedding_dim, captioner.embedding_dim),
         ("map of the image codec and the captioner", codec.config.latent_channels, captioner.latent_channels),
@@ -65,4 +64,4 @@ def _check_sizes(networks: TextNetworks, run: Path) -> None:
         ("vocabulary of the tokenizer and the captioner", len(networks.tokenizer), captioner.vocabulary_size),
     ):
         if first != second:
-            raise CheckpointError(f"{run}: parts of different runs ({what}: {first} and {second}); {COPY_AGAIN}")
+            raise CheckpointError(f"{run}: parts of different runs ({part}: {first} and {second}); {COPY_AGAIN}")

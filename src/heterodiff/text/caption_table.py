@@ -1,4 +1,4 @@
-"""The captions of a data set as token ids, several an image."""
+"""Captions of a data set as token ids, several for each image."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,34 +12,31 @@ from heterodiff.text.tokenizer import Tokens, encode_texts
 
 
 class Columns(NamedTuple):
-    """The table on one device.
-
-    Attributes:
-        first: (images + 1,) first row of each image.
-        ids: (rows, L) token ids, int32.
-        lengths: (rows,) tokens of each caption.
-        wording: (rows,) a number for each different caption.
-    """
+    """Caption table on one device."""
 
     first: Tensor
+    """(images + 1,) first row of each image"""
     ids: Tensor
+    """(rows, L) token ids, int32"""
     lengths: Tensor
+    """(rows,) number of tokens of each caption"""
     wording: Tensor
+    """(rows,) equal numbers for equal captions"""
 
 
 class CaptionTable:
-    """All captions of a data set, tokenised once.
+    """All captions of a data set, tokenised once, a row each.
 
     Args:
-        tokenizer: of the run.
-        captions: of each image; label i of an image points at ``captions[i]``.
+        tokenizer: tokenizer of the run.
+        captions: captions of each image; label i of an image refers to ``captions[i]``.
         max_tokens: longer captions are cut.
-        one_length: give all batches the length of the longest caption, as a compiled network wants them.
+        one_length: pad all batches to the longest caption, for compiled networks.
 
     Attributes:
-        texts: the captions one after another, those of each image together; a row of the table each.
-        wording: (rows,) a number for each different caption.
-        warnings: what was cut, and what the tokenizer does not know.
+        texts: caption of each row, those of an image together.
+        wording: (rows,) equal numbers for equal captions.
+        warnings: messages about captions that were cut or have unknown words.
     """
 
     def __init__(
@@ -58,23 +55,23 @@ class CaptionTable:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def on(self, device: torch.device) -> "Columns":
-        """The table's columns on ``device``, copied there once."""
+    def on(self, device: torch.device) -> Columns:
+        """Columns on ``device``, copied there once."""
         if device not in self._columns:
             self._columns[device] = Columns(*(column.to(device) for column in self.on(torch.device("cpu"))))
         return self._columns[device]
 
     def rows(self, labels: Tensor, choice: Tensor | None = None, count: int | None = None) -> Tensor:
-        """Captions of each image as rows of the table: (B,), or with ``count`` K (B, K).
+        """Choose a caption of each image: its row (B,), or K rows (B, K) with ``count`` K.
 
-        Of K captions, those after the first follow it in the image's list, so that they differ where it has as many.
+        K captions are consecutive in the image's list, so that they differ where it has as many.
 
         Args:
-            labels: (B,) of the images.
-            choice: (B,) in [0, 1): where among the image's captions the first is; None for its very first.
+            labels: (B,) labels of the images.
+            choice: (B,) in [0, 1), relative position of the (first) caption in the image's list; None: 0.
 
         Returns:
-            rows on the device of ``choice``, or of ``labels`` without it.
+            Rows on the device of ``choice``, or of ``labels`` without it.
         """
         device = labels.device if choice is None else choice.device
         labels = send(labels, device)
@@ -90,12 +87,12 @@ class CaptionTable:
         return first[labels + 1] - first[labels]
 
     def tokens(self, rows: Tensor, device: torch.device | None = None, labels: Tensor | None = None) -> Tokens:
-        """Ids and mask (B, L) of ``rows`` (B,), L the longest among them or of all.
+        """Ids and mask (B, L) of ``rows`` (B,), where L is the length of the longest of them, or of all.
 
         Args:
-            device: of the result; default: that of ``rows``.
-            labels: on the CPU, of the images whose captions ``rows`` are. Where ``rows`` are on another device, L is
-                then the longest caption of these images, which is known without waiting for that device.
+            device: device of the result; default: that of ``rows``.
+            labels: labels of their images, on the CPU. For ``rows`` on another device, L is then the longest caption of
+                these images, which is known without waiting for that device.
         """
         device = rows.device if device is None else device
         if self._one_length:

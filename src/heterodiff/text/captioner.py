@@ -1,7 +1,8 @@
-"""The captioner: GPT-2 that writes a caption, token by token, looking at a latent map, or at what an embedding says."""
+"""Captioner: a GPT-2 that writes a caption token by token from a latent map or an embedding."""
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -27,37 +28,37 @@ from heterodiff.models.loading import load_network
 from heterodiff.text.pretrained import make_config
 
 EMBEDDING_TOKENS = 8
-"""What an embedding becomes; the map's cells are as many tokens as there are cells."""
-LEAST_TEMPERATURE = 1e-6
-"""Lower ones take the most likely token, too: logits divided by them would leave the range of float32."""
+"""Tokens made from an embedding; a map gives one token for each position."""
+MIN_TEMPERATURE = 1e-6
+"""Temperatures below take the most likely token, since the divided logits would leave the range of float32."""
 
 
 class TiedHead(nn.Module):
-    """Logits by the token embeddings, which stay the embedding's alone: they are one weight in files, too."""
+    """Output layer that shares the token embeddings, without a second copy of them in files."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self._embedding = [embedding]  # in a list, so that it is no module of this one
+        self._embedding = [embedding]  # in a list, so that it is not registered as a submodule
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self._embedding[0].weight)
 
 
 class Captioner(ModelMixin, ConfigMixin):
-    """Latent map to caption: GPT-2 with cross-attention over the h * w cells of the map.
+    """Latent map to caption: GPT-2 with cross-attention over the h * w positions of the map.
 
-    In place of maps it takes embeddings, of images or texts, (B, D) and of any length: 8 tokens each. These a second
-    GPT-2 reads: one that learned from both would take what texts say for what images show, and misread combinations of
-    words that no training text has.
+    It also takes embeddings (B, D) of images or texts, of any length, as 8 tokens each. These go to a second GPT-2:
+    one trained on both would confuse contents of texts and images, and misread combinations of words that no training
+    text has.
 
     Args:
-        vocabulary_size: of the tokenizer.
+        vocabulary_size: vocabulary size of the tokenizer.
         latent_channels, latent_size: C and (h, w) of the map.
         embedding_dim: D.
-        width, layers, num_heads: of each GPT-2; the MLPs have 4 * width.
+        width, layers, num_heads: sizes of each GPT-2; the MLPs have 4 * width.
         max_tokens: longest caption, start and end token included.
         dropout: probability in residual branches, embeddings and attention.
-        bos_token_id, eos_token_id, pad_token_id: of the tokenizer ([CLS], [SEP] and [PAD]).
+        bos_token_id, eos_token_id, pad_token_id: ids of the tokenizer's [CLS], [SEP] and [PAD].
 
     Raises:
         ConfigError: a width that does not split into heads.
@@ -134,7 +135,7 @@ class Captioner(ModelMixin, ConfigMixin):
         return self.image_norm(cells + self.image_positions)
 
     def forward(self, latents: Tensor, ids: Tensor) -> Tensor:
-        """Logits (B, L, V) of the token after each of ``ids`` (B, L). What follows a token, padding too, has no effect.
+        """Logits (B, L, V) of the token after each of ``ids`` (B, L); attention is causal, so padding has no effect.
 
         Raises:
             ConfigError: a map of another shape than the captioner was made for, or L larger than max_tokens.
@@ -142,14 +143,14 @@ class Captioner(ModelMixin, ConfigMixin):
         if ids.shape[1] > self.config.max_tokens:
             raise ConfigError(f"captions: expected at most {self.config.max_tokens} tokens, found {ids.shape[1]}")
         tokens = self.image_tokens(latents)
-        before = None
-        if ids.device.type != "cpu":  # without a mask, transformers asks the device whether positions are consecutive
+        causal = None
+        if ids.device.type != "cpu":  # without a mask, transformers waits for the device to check the positions
             count = ids.shape[1]
-            before = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril().expand(len(ids), 1, -1, -1)
-        read = self._reader(latents)
-        return read(input_ids=ids, attention_mask=before, encoder_hidden_states=tokens, use_cache=False).logits
+            causal = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril().expand(len(ids), 1, -1, -1)
+        gpt2 = self._gpt2_for(latents)
+        return gpt2(input_ids=ids, attention_mask=causal, encoder_hidden_states=tokens, use_cache=False).logits
 
-    def _reader(self, latents: Tensor) -> GPT2LMHeadModel:
+    def _gpt2_for(self, latents: Tensor) -> GPT2LMHeadModel:
         return self.gpt2 if latents.ndim == 4 else self.embedding_gpt2
 
     def losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -184,18 +185,18 @@ class Captioner(ModelMixin, ConfigMixin):
     ) -> list[list[list[int]]]:
         """Write captions. Caption k of an image depends on the image, k, ``seed`` and the settings alone.
 
-        It does not depend on what else is in the batch (in float32; in bfloat16, rounding depends on the batch).
+        It does not depend on the rest of the batch (in float32; in bfloat16, rounding does).
 
         Args:
             latents: (B, C, h, w), or embeddings (B, D).
-            num_captions: of each image.
-            max_new_tokens: longest caption, its end token included; default and most: max_tokens - 1.
-            temperature: divides the logits; 0 takes the most likely token each time.
+            num_captions: captions for each image.
+            max_new_tokens: longest caption, end token included; default and maximum: max_tokens - 1.
+            temperature: divisor of the logits; 0 takes the most likely token each time.
             top_k: draw from the k most likely tokens only; 0: from all.
             top_p: draw from the fewest tokens that have this probability together (Holtzman et al. 2020).
-            repetition_penalty: above 1, makes tokens that are there already less likely (Keskar et al. 2019).
+            repetition_penalty: above 1, makes tokens of the caption so far less likely (Keskar et al. 2019).
             seed: 0 .. 2^63 - 1.
-            use_cache: keep keys and values of earlier tokens and of the image; without, the same captions, slower.
+            use_cache: keep keys and values of earlier tokens and of the image; faster, same captions.
 
         Returns:
             For each of B images, ``num_captions`` lists of ids, without start, end and padding.
@@ -218,7 +219,7 @@ class Captioner(ModelMixin, ConfigMixin):
                 raise ConfigError(f"{name}: expected {expected}, found {value}")
         if len(latents) == 0:
             return []
-        # Start and padding are no targets in training, so their logits are left to chance.
+        # Start and padding are never targets in training, so their logits are arbitrary.
         never = {self.config.bos_token_id, self.config.pad_token_id} - {self.config.eos_token_id}
         sampler = CaptionSampler(num_captions, never, temperature, top_k, top_p, repetition_penalty, seed)
         training = self.training
@@ -226,7 +227,7 @@ class Captioner(ModelMixin, ConfigMixin):
         try:
             tokens = self.image_tokens(latents).repeat_interleave(num_captions, dim=0)
             start = torch.full((len(tokens), 1), self.config.bos_token_id, device=tokens.device)
-            written = self._reader(latents).generate(
+            written = self._gpt2_for(latents).generate(
                 start,
                 attention_mask=torch.ones_like(start),
                 encoder_hidden_states=tokens,
@@ -242,25 +243,23 @@ class Captioner(ModelMixin, ConfigMixin):
             )
         finally:
             self.train(training)
-        captions = [self._until_end(row) for row in written[:, 1:].tolist()]
+        end = self.config.eos_token_id
+        captions = [list(takewhile(lambda token: token != end, row)) for row in written[:, 1:].tolist()]
         return [captions[i : i + num_captions] for i in range(0, len(captions), num_captions)]
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: ids.index(self.config.eos_token_id)] if self.config.eos_token_id in ids else ids
 
 
 class CaptionSampler(LogitsProcessor):
-    """Logits to scores whose largest is a draw: transformers' own processors, then Gumbel noise.
+    """Processors of transformers, then Gumbel noise, with which greedy search samples.
 
-    With noise, the largest score is a draw from the softmax (Gumbel-max; Maddison et al. 2014, eq. 2), so that a greedy
-    search samples. The noise on caption k at a position is a function of (seed, k, position), the same for every image.
+    The largest noisy score is a draw from the softmax (Gumbel-max; Maddison et al. 2014, eq. 2). The noise on caption k
+    at a position is a function of (seed, k, position), the same for every image.
 
-    One processor, not a list: transformers inspects the signature of each processor at each step. And after top-k only
-    k scores are left to sort for top-p, where a list of processors would sort the whole vocabulary at each step.
+    One processor, not a list, because transformers inspects the signature of each processor at each step, and because
+    top-p then sorts only the k scores that top-k leaves, not the whole vocabulary.
 
     Args:
-        num_captions: K; rows are caption 0 to K - 1 of the first image, then of the second, and so on.
-        never: tokens that are not to be written.
+        num_captions: K; rows are captions 0 to K - 1 of the first image, then of the second, and so on.
+        never: tokens that are never written.
         temperature, top_k, top_p, repetition_penalty, seed: see :meth:`Captioner.generate`.
     """
 
@@ -275,7 +274,7 @@ class CaptionSampler(LogitsProcessor):
         seed: int = 0,
     ):
         self.num_captions, self.never, self.top_k, self.seed = num_captions, list(never), top_k, seed
-        self.draws = temperature >= LEAST_TEMPERATURE
+        self.draws = temperature >= MIN_TEMPERATURE
         self.penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
         self.warpers: list[LogitsProcessor] = []
         if self.draws and temperature != 1:
@@ -305,7 +304,7 @@ class CaptionSampler(LogitsProcessor):
         return scores
 
     def _noise(self, position: int, size: int) -> Tensor:
-        """Standard Gumbel noise (K, size), of a counter-based generator whose stream NumPy promises never to change."""
+        """Standard Gumbel noise (K, size) from a counter-based generator, whose stream NumPy guarantees."""
         bits = [
             np.random.Philox(key=[self.seed, k], counter=[0, position, 0, 0]).random_raw(size)
             for k in range(self.num_captions)
@@ -315,9 +314,5 @@ class CaptionSampler(LogitsProcessor):
 
 
 def load_captioner(folder: str | Path) -> Captioner:
-    """Load a captioner that ``save_pretrained`` wrote, in evaluation mode, frozen.
-
-    Raises:
-        CheckpointError: none there, another kind of network, or damaged, incomplete or NaN weights.
-    """
+    """Load a frozen captioner, see :func:`load_network`."""
     return load_network(Captioner, Path(folder).expanduser()).requires_grad_(False)

@@ -12,7 +12,7 @@ MAX_LOG_SCALE = 4.60517
 
 
 class LogitScale(nn.Module):
-    """Learned inverse temperature, kept as its logarithm in [0, log 100].
+    """Learned inverse temperature, stored as its logarithm in [0, log 100].
 
     Source: Radford et al. 2021 (CLIP), section 2.5.
     """
@@ -22,10 +22,9 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
 
     def forward(self) -> Tensor:
-        """The scale, a number in [1, 100]. The parameter itself is put back into its range first.
+        """Return the scale, in [1, 100], after clamping the parameter itself.
 
-        A clamp inside the graph would have no gradient outside the range, and a parameter that left it could not
-        come back.
+        A clamp in the graph has no gradient outside the range, so a parameter that left it could not come back.
         """
         with torch.no_grad():
             self.log_scale.clamp_(0, MAX_LOG_SCALE)
@@ -39,8 +38,8 @@ def contrastive_losses(
 
     Args:
         image_embeddings, text_embeddings: (B, D), of any length; row i of one belongs to row i of the other.
-        logit_scale: a number, as :class:`LogitScale` gives it.
-        same: (B, B) bool, True where image i and text j agree although i != j (equal captions): no negatives.
+        logit_scale: scalar, see :class:`LogitScale`.
+        same: (B, B) bool, True where image i and text j match although i != j (equal captions): no negatives.
 
     Returns:
         (B,): half the cross-entropy of an image among the texts and half that of a text among the images, in nats.

@@ -1,4 +1,4 @@
-"""The text encoder: BERT, trained from scratch or pretrained, and a projection to the space of the image embeddings."""
+"""Text encoder: BERT, trained from scratch or pretrained, and a projection to the space of the image embeddings."""
 
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,25 @@ _BERT_KEYS = (
     "layer_norm_eps",
     "pad_token_id",
 )
-"""What of a BERT's configuration its forward pass depends on."""
+"""Entries of a BERT's configuration on which its forward pass depends."""
 
 
 class TextEncoder(ModelMixin, ConfigMixin):
     """Texts to embeddings: BERT, the mean of its outputs over a text's tokens, a linear projection.
 
-    The mean, not the output of [CLS]: it learns from every token at once, which a small network from scratch needs, and
-    of a pretrained BERT it is the better sentence embedding before any tuning (Reimers & Gurevych 2019, table 1).
+    The mean, not the output of [CLS]: it gives every token a gradient, which a small network from scratch needs, and
+    for a pretrained BERT it is the better sentence embedding before fine-tuning (Reimers & Gurevych 2019, table 1).
 
     Args:
-        vocabulary_size: of its tokenizer.
-        width, layers, num_heads: of the BERT from scratch; the MLPs have 4 * width.
+        vocabulary_size: vocabulary size of the tokenizer.
+        width, layers, num_heads: sizes of the BERT from scratch; the MLPs have 4 * width.
         max_tokens: longest text, start and end token included.
-        embedding_dim: D, of the vector that stands for a text.
+        embedding_dim: width D of a text's embedding.
         dropout: probability in the BERT from scratch.
-        pad_token_id: of its tokenizer.
-        tokenizer_fingerprint: of its tokenizer, see :func:`check_tokenizer`; empty where it is not known.
+        pad_token_id: id of the tokenizer's padding.
+        tokenizer_fingerprint: see :func:`check_tokenizer`; empty if unknown.
         bert: configuration of a pretrained BERT, by transformers' names; its sizes replace those above.
-        frozen: train the projection alone.
+        frozen: train the projection only.
 
     Raises:
         ConfigError: an argument that no network can be built from.
@@ -110,10 +110,10 @@ class TextEncoder(ModelMixin, ConfigMixin):
         tokenizer_fingerprint: str = "",
         frozen: bool = False,
     ) -> "TextEncoder":
-        """Start from a pretrained BERT: a folder of transformers, or a hub name that is in the local cache.
+        """Start from a pretrained BERT: a folder of transformers, or a hub name in the local cache.
 
         Args:
-            frozen: leave the BERT's weights as they are, and its dropout out; the projection learns.
+            frozen: train the projection only, and use the BERT without dropout.
 
         Raises:
             CheckpointError: neither of the two, another kind of network, or damaged, incomplete or NaN weights.
@@ -144,7 +144,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
 
         Args:
             ids: (B, L) int64.
-            mask: (B, L), nonzero for real tokens; what stands elsewhere does not matter.
+            mask: (B, L), nonzero for real tokens; other ids have no effect.
 
         Raises:
             ConfigError: L larger than max_tokens.
@@ -155,20 +155,16 @@ class TextEncoder(ModelMixin, ConfigMixin):
                 f"found {tuple(ids.shape)} and {tuple(mask.shape)}"
             )
         mask = mask.bool()
-        seen = mask
-        if ids.device.type != "cpu":  # transformers asks the device whether a (B, L) mask hides anything
-            seen = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
-        hidden = self.transformer(input_ids=ids, attention_mask=seen).last_hidden_state
+        visible = mask
+        if ids.device.type != "cpu":  # transformers waits for the device to check if a (B, L) mask hides anything
+            visible = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        hidden = self.transformer(input_ids=ids, attention_mask=visible).last_hidden_state
         weights = mask[..., None].to(hidden)
         return self.projection((hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
 
 
 def load_text_encoder(folder: str | Path) -> TextEncoder:
-    """Load a text encoder that ``save_pretrained`` wrote, in evaluation mode, frozen.
-
-    Raises:
-        CheckpointError: none there, another kind of network, or damaged, incomplete or NaN weights.
-    """
+    """Load a frozen text encoder, see :func:`load_network`."""
     return load_network(TextEncoder, Path(folder).expanduser()).requires_grad_(False)
 
 
@@ -176,7 +172,7 @@ def check_tokenizer(encoder: TextEncoder, tokenizer: PreTrainedTokenizerFast) ->
     """Check that ``tokenizer`` is the one that ``encoder`` was trained with.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it is not.
     """
     expected, found = encoder.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
     if len(tokenizer) > encoder.config.vocabulary_size or expected not in ("", found):
@@ -205,7 +201,7 @@ def _read_bert_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_bert_weights(bert: nn.Module, folder: Path) -> None:
-    """Fill ``bert`` from ``folder``; heads and pooler, which it does not have, are left out."""
+    """Copy weights from ``folder`` into ``bert``; heads and pooler, which it lacks, are ignored."""
     file = folder / "model.safetensors"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; weights are loaded from safetensors only; {AGAIN}")
@@ -216,13 +212,13 @@ def _load_bert_weights(bert: nn.Module, folder: Path) -> None:
     for name, value in bert.state_dict().items():
         found = stored.get(name)
         if found is None or found.shape != value.shape:
-            what = "missing" if found is None else f"of shape {tuple(found.shape)}, expected {tuple(value.shape)}"
-            raise CheckpointError(f"{file}: {name} {what}: weights of another network than its config.json says")
+            problem = "missing" if found is None else f"of shape {tuple(found.shape)}, expected {tuple(value.shape)}"
+            raise CheckpointError(f"{file}: {name} {problem}: weights of another network than its config.json says")
         refuse_nonfinite({name: found}, file, AGAIN)
         value.copy_(found)
 
 
 def _bert_name(name: str) -> str:
-    """Today's name of a weight: checkpoints of heads have a prefix, those of TensorFlow's time gamma and beta."""
+    """Current name of a weight: checkpoints with heads have a prefix, old ones of TensorFlow gamma and beta."""
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

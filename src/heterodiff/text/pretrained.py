@@ -1,4 +1,4 @@
-"""Finding what others made: in a folder, or in the local cache of the Hugging Face hub; never on the net."""
+"""Pretrained networks in a folder or in the local cache of the Hugging Face hub; nothing is downloaded."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ AGAIN = "copy it again, or correct its path"
 
 
 def find_pretrained(name_or_folder: str | Path) -> Path:
-    """The folder that ``name_or_folder`` means: itself, or the snapshot of that hub name in the local cache.
+    """Return the folder itself, or the snapshot of a hub name in the local cache.
 
     Raises:
         CheckpointError: it is neither.
@@ -33,14 +33,14 @@ def find_pretrained(name_or_folder: str | Path) -> Path:
 
 
 def make_config(cls: Any, settings: dict[str, Any]) -> Any:
-    """A configuration of transformers, of class ``cls``, with PyTorch's fused attention.
+    """Make a configuration of class ``cls`` of transformers, with PyTorch's fused attention.
 
     Raises:
-        ConfigError: settings that it does not take.
+        ConfigError: invalid settings.
     """
     try:
         config = cls(**settings)
-    except Exception as error:  # its validation has a family of errors of its own
+    except Exception as error:  # its validation raises errors of several kinds
         raise ConfigError(f"{cls.__name__}: {reason(error)}") from None
     config._attn_implementation = "sdpa"
     return config

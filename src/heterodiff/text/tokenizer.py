@@ -1,4 +1,4 @@
-"""Tokens of captions: WordPiece learned from the captions themselves, or the tokenizer of a pretrained BERT."""
+"""Tokens of captions, by WordPiece learned from the captions themselves or the tokenizer of a pretrained BERT."""
 
 import hashlib
 import json
@@ -11,29 +11,30 @@ from pathlib import Path
 import torch
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from heterodiff.errors import CheckpointError, ConfigError, DataError, reason
 from heterodiff.text.pretrained import AGAIN, find_pretrained
 
-# Threads of the tokenizers library and forked data loaders do not go together: it would say so at every fork.
+# The tokenizers library warns at every fork of a data loader if it has used threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PREFIX = "##"
 LONGEST_WORD = 200
-"""Longer words are unknown. Scripts without spaces (Thai) need more than the usual 100; time grows with the square."""
+"""Longer words are unknown. Scripts without spaces (Thai) need more than the usual 100; time grows quadratically."""
 _CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"
 _SPACING = (
-    r" (?=[.,:;!?%)\]}…”»。、，！？：；」』）】])",  # no space before what closes
-    r"(?<=[(\[{¿¡“«。、，！？：；「『（【]) ",  # nor after what opens
-    r"(?<=\w) (?=['’/_-] \w)",  # what joins two words: d'ivoire, t-shirt
+    r" (?=[.,:;!?%)\]}…”»。、，！？：；」』）】])",  # before closing punctuation
+    r"(?<=[(\[{¿¡“«。、，！？：；「『（【]) ",  # after opening punctuation
+    r"(?<=\w) (?=['’/_-] \w)",  # around joints of words: d'ivoire, t-shirt
     r"(?<=\w['’/_-]) (?=\w)",
     r"(?<=\d[.:]) (?=\d)",  # 3.5, 10:30
     rf"(?<={_CJK}) (?={_CJK})",
 )
-"""Spaces that decoding takes out, in this order. The decoder of `tokenizers` has a list of its own, but it also makes
-`don't` of `do not`."""
+"""Spaces that decoding removes, in this order. The decoder of `tokenizers` has its own list, but it also turns `do not`
+into `don't`."""
 
 
 @dataclass
@@ -48,10 +49,10 @@ class Tokens:
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Learn lower-case word pieces from ``captions``; the same for the same captions, whatever their order.
+    """Learn lower-case word pieces from ``captions``, independently of their order.
 
     Accents are kept. Every word spelt with characters of the captions has tokens, so the vocabulary is larger than
-    ``vocabulary_size`` where the characters alone need more.
+    ``vocabulary_size`` if the characters alone need more.
 
     Args:
         vocabulary_size: number of word pieces, characters and the 5 special tokens included.
@@ -63,8 +64,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     """
     captions = [_valid(caption) for caption in captions]
     tokenizer = _word_pieces({})
-    # The library numbers characters inside words in the random order of a hash table, and ties between merges are
-    # broken by number. Given first, they have numbers of their own.
+    # The library numbers characters inside words in the random order of a hash table, and breaks ties between merges
+    # by number. Passed as special tokens, they have fixed numbers.
     inside = _characters_inside(tokenizer, captions)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary_size,
@@ -106,7 +107,7 @@ def _decoder(prefix: str) -> decoders.Decoder:
 
 
 def _characters_inside(tokenizer: Tokenizer, captions: Sequence[str]) -> list[str]:
-    """``##c`` for every character c of the captions that can stand inside a word, in order."""
+    """``##c`` for every character c of the captions that can occur inside a word, in order."""
 
     def parts(text: str) -> list[str]:
         return [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))]
@@ -117,11 +118,10 @@ def _characters_inside(tokenizer: Tokenizer, captions: Sequence[str]) -> list[st
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder (ours or one of transformers), or by a hub name that is in the local cache.
+    """Load a tokenizer from a folder, or by a hub name in the local cache.
 
     Raises:
-        CheckpointError: neither of the two, no tokenizer there, a damaged one, or one without the tokens that pad,
-            start and end a text.
+        CheckpointError: no or a damaged tokenizer, or one without padding, start and end tokens.
     """
     folder = find_pretrained(name_or_folder)
     try:
@@ -141,7 +141,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """16 hexadecimal digits; two tokenizers of one fingerprint give every text the same ids."""
+    """Hash of 16 hexadecimal digits; tokenizers with equal fingerprints give equal ids."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = [
         sorted(tokenizer.get_vocab().items()),
@@ -153,12 +153,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tokens: int) -> tuple[Tokens, list[str]]:
-    """Tokens of ``texts``, padded to the longest of them and cut at ``max_tokens``, and what the user should know.
+    """Encode texts, padded to the longest of them and cut at ``max_tokens``.
 
-    Start and end token stay when a text is cut. Special tokens spelt out in a text (``[SEP]``) are read as text.
+    Start and end token stay when a text is cut. Special tokens spelt out in a text (``[SEP]``) count as text.
 
     Returns:
-        Tokens of shape (B, L), L <= max_tokens, and a message for each text that was cut or has unknown words.
+        Tokens of shape (B, L), L <= max_tokens, and a warning for each text that was cut or has unknown words.
 
     Raises:
         ConfigError: no texts, or ``max_tokens`` leaves no room for one token of text.
@@ -180,16 +180,13 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_t
         if unknown := _unknown_words(text, encoding, tokenizer.unk_token_id):
             warnings.append(_unknown_warning(text, unknown, tokenizer.unk_token))
         rows.append(backend.post_process(encoding).ids)
-    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     return Tokens(ids, mask), warnings
 
 
 def _valid(text: str) -> str:
-    """``text`` with surrogates, which no encoding can express, joined to characters or replaced."""
+    """``text`` with surrogates, which cannot be encoded, joined to characters or replaced."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

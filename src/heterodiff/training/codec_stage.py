@@ -15,8 +15,8 @@ from heterodiff.training.checkpoints.resume import changed_keys
 from heterodiff.training.loop import check_batch
 from heterodiff.training.precision import precision_of
 from heterodiff.training.preflight.memory_plan import check_fits
+from heterodiff.training.recipes.alignment_networks import codec_arguments
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from heterodiff.training.recipes.text_networks import codec_arguments
 
 
 def codec_run(config: RunConfig) -> RunConfig | None:

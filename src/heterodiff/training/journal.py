@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heterodiff.progress import progress_bar
+from heterodiff.progress import duration, progress_bar
 from heterodiff.run_folder import RunFolder
 
 
@@ -110,7 +110,7 @@ class Journal:
             self._bar.update(self._task, note=note)
             if self._bar.disable:
                 left = self.seconds / step * (self.steps - step)
-                self.console.print(f"step {step}/{self.steps}  {note}  about {left:.0f} s left", highlight=False)
+                self.console.print(f"step {step}/{self.steps}  {note}  about {duration(left)} left", highlight=False)
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what takes time just now."""

@@ -1,13 +1,13 @@
 """The source ``captions``: a folder of images, and texts that describe them."""
 
 import re
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heterodiff.config import DataConfig
 from heterodiff.data.captions.files import CaptionFile, CaptionRow, read_caption_file
-from heterodiff.data.collection import Collection, FileReader
+from heterodiff.data.collection import Collection, read_file
 from heterodiff.data.findings import DataFinding, listing, show
 from heterodiff.data.sources.metadata import file_problem, find_metadata, name_problem
 from heterodiff.data.sources.scan import FolderScan, scan_folder
@@ -17,22 +17,6 @@ COCO_FOLDER, COCO_PATTERN, _COCO_VALIDATION = "annotations", "captions_*.json", 
 SINGLE_FILES = ("results.csv", "captions.txt")
 
 
-@dataclass(frozen=True)
-class _Matched:
-    """Captions brought together with the image files they describe; names are relative to the data folder.
-
-    Attributes:
-        captions: of each image; keys of a dictionary, for order without repetition.
-        present: all images in the folder that was looked into.
-    """
-
-    path: Path
-    captions: dict[str, dict[str, None]]
-    problems: list[DataFinding]
-    present: set[str]
-    unreadable: tuple[DataFinding, ...]
-
-
 def open_captions(config: DataConfig) -> Collection:
     """List the images of ``config.path`` that have captions; nothing is decoded yet.
 
@@ -40,43 +24,51 @@ def open_captions(config: DataConfig) -> Collection:
     ``captions.txt``, ``metadata.csv`` or ``metadata.jsonl``. COCO's validation images are held out.
 
     Raises:
-        DataError: no folder, no captions, a file of captions that cannot be read, images that are not where it says.
+        DataError: no folder, no captions, a file of captions that cannot be read, or images that are not found.
             Single rows that cannot be used become problems of the collection.
     """
-    root = _folder(config)
-    scans: dict[str, FolderScan] = {}
-    matched = [_match(read_caption_file(path, root, config), root, scans) for path in _caption_files(root, config)]
-    captions: dict[str, dict[str, None]] = {}
-    for part in matched:
-        for name, texts in part.captions.items():
-            captions.setdefault(name, {}).update(texts)
-    problems = tuple(item for part in matched for item in part.problems)
-    if not captions:
-        found = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
-        raise DataError(f"{', '.join(str(part.path) for part in matched)}: {found}")
-    names = tuple(sorted(captions))
-    held_out = _held_out(matched)
-    return Collection(
-        where=str(root),
-        names=names,
-        class_of=(None,) * len(names),
-        read=FileReader(root, names, config.channels),
-        unreadable=tuple(dict.fromkeys(item for part in matched for item in part.unreadable)),
-        problems=problems,
-        warnings=_without_captions(set().union(*(part.present for part in matched)) - captions.keys()),
-        captions=tuple(tuple(captions[name]) for name in names),
-        held_out=None if held_out is None else tuple(name in held_out for name in names),
-    )
-
-
-def _folder(config: DataConfig) -> Path:
-    if config.path is None:
-        raise DataError("data.source 'captions' needs data.path: a folder of images and their captions")
+    assert config.path is not None
     root = config.path.expanduser()
     if not root.is_dir():
         found = "a file" if root.exists() else "no such folder"
         raise DataError(f"{root}: {found}; expected a folder of images and their captions in data.path")
-    return root
+    files = [read_caption_file(path, root, config) for path in _caption_files(root, config)]
+    where = ", ".join(str(file.path) for file in files)
+    scans: dict[str, FolderScan] = {}
+    captions: dict[str, dict[str, None]] = {}  # keys of a dictionary, for order without repetition
+    problems: list[DataFinding] = []
+    images_of: dict[Path, set[str]] = {}
+    present: set[str] = set()
+    unreadable: dict[DataFinding, None] = {}
+    for file in files:
+        folder = _image_folder(file, root, scans)
+        prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
+        described, wrong = _match(file, root / folder, scan)
+        problems.extend(wrong)
+        for name, texts in described.items():
+            captions.setdefault(prefix + name, {}).update(texts)
+        images_of[file.path] = {prefix + name for name in described}
+        present.update(prefix + name for name in scan.files)
+        unreadable |= {DataFinding(prefix + item.name, item.problem): None for item in scan.unreadable}
+    if not captions:
+        what = f"none of the captions can be used:\n{listing(problems)}" if problems else "no captions"
+        raise DataError(f"{where}: {what}")
+    warnings = []
+    if bare := present - captions.keys():
+        warnings.append(f"{len(bare):,} images have no caption and were left out, for example {show(min(bare))}")
+    names = tuple(sorted(captions))
+    held_out = _held_out(images_of, where)
+    return Collection(
+        where=str(root),
+        names=names,
+        class_of=(None,) * len(names),
+        read=partial(read_file, root, names, config.channels),
+        unreadable=tuple(unreadable),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+        captions=tuple(tuple(captions[name]) for name in names),
+        held_out=None if held_out is None else tuple(name in held_out for name in names),
+    )
 
 
 def _caption_files(root: Path, config: DataConfig) -> list[Path]:
@@ -99,27 +91,19 @@ def _caption_files(root: Path, config: DataConfig) -> list[Path]:
     )
 
 
-def _held_out(matched: list[_Matched]) -> set[str] | None:
-    """The images of COCO's validation files, if there are training files as well."""
-    is_val = [bool(_COCO_VALIDATION.fullmatch(part.path.name)) for part in matched]
-    if len(set(is_val)) < 2:
+def _held_out(images_of: dict[Path, set[str]], where: str) -> set[str] | None:
+    """Return the images of COCO's validation files, if there are training files as well."""
+    val_files = {path for path in images_of if _COCO_VALIDATION.fullmatch(path.name)}
+    if not val_files or len(val_files) == len(images_of):
         return None
-    train, val = (
-        set().union(*(part.captions for part, found in zip(matched, is_val, strict=True) if found == wanted))
-        for wanted in (False, True)
-    )
+    val = set().union(*(images_of[path] for path in val_files))
+    train = set().union(*(images_of[path] for path in images_of.keys() - val_files))
     if both := train & val:
         raise DataError(
-            f"{', '.join(str(part.path) for part in matched)}: {len(both):,} images are described in the training and "
-            f"in the validation files, for example {show(min(both))}; keep each image in one of them"
+            f"{where}: {len(both):,} images are described in the training and in the validation files, for example "
+            f"{show(min(both))}; keep each image in one of them"
         )
     return val
-
-
-def _without_captions(names: set[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    return (f"{len(names):,} images have no caption and were left out, for example {show(min(names))}",)
 
 
 def clean_caption(text: Any) -> str:
@@ -128,11 +112,9 @@ def clean_caption(text: Any) -> str:
     Raises:
         ValueError: empty, or not a text.
     """
-    if text is None:
-        raise ValueError("the caption is empty")
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise ValueError(f"caption {text!r:.60} is not text")
-    cleaned = " ".join(text.split())
+    cleaned = " ".join((text or "").split())
     if not cleaned:
         raise ValueError("the caption is empty")
     try:
@@ -142,14 +124,8 @@ def clean_caption(text: Any) -> str:
     return cleaned
 
 
-def _match(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> _Matched:
-    """Find the images that ``file`` names.
-
-    Args:
-        scans: of the folders read so far, by name; added to.
-    """
-    folder = _image_folder(file, root, scans)
-    prefix, scan = "" if folder == "." else f"{folder}/", scans[folder]
+def _match(file: CaptionFile, folder: Path, scan: FolderScan) -> tuple[dict[str, dict[str, None]], list[DataFinding]]:
+    """Return the captions of each image in ``folder``, and the rows that cannot be used."""
     present = set(scan.files)
     resolved: dict[str, tuple[str, str | None]] = {}
     captions: dict[str, dict[str, None]] = {}
@@ -160,32 +136,22 @@ def _match(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> _Matc
             continue
         key = row.file if isinstance(row.file, str) else ""
         if key not in resolved:
-            resolved[key] = _resolve(root / folder, key, file.file_column, present)
+            resolved[key] = _resolve(folder, key, file.file_column, present)
         name, problem = resolved[key]
         if problem is not None:
             problems.append(DataFinding(row.where, problem))
             continue
-        texts, wrong = _clean(row)
-        problems.extend(wrong)
-        if texts:
-            captions.setdefault(prefix + name, {}).update(texts)
-    unreadable = tuple(DataFinding(prefix + item.name, item.problem) for item in scan.unreadable)
-    return _Matched(file.path, captions, problems, {prefix + name for name in scan.files}, unreadable)
-
-
-def _clean(row: CaptionRow) -> tuple[dict[str, None], list[DataFinding]]:
-    texts: dict[str, None] = {}
-    problems = [] if row.texts else [DataFinding(row.where, "the caption is empty")]
-    for text in row.texts:
-        try:
-            texts[clean_caption(text)] = None
-        except ValueError as error:
-            problems.append(DataFinding(row.where, str(error)))
-    return texts, problems
+        for text in row.texts or [None]:
+            try:
+                cleaned = clean_caption(text)
+                captions.setdefault(name, {})[cleaned] = None
+            except ValueError as error:
+                problems.append(DataFinding(row.where, str(error)))
+    return captions, problems
 
 
 def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[str, str | None]:
-    """Return the name of ``file`` in ``folder``, and what is wrong with it; asks the disk only about unlisted files."""
+    """Return the name of ``file`` in ``folder``, and why it cannot be used; asks the disk only about unlisted files."""
     if problem := name_problem(folder, file, column):
         return file, problem
     name = PurePosixPath(file).as_posix()
@@ -193,11 +159,7 @@ def _resolve(folder: Path, file: str, column: str, present: set[str]) -> tuple[s
 
 
 def _image_folder(file: CaptionFile, root: Path, scans: dict[str, FolderScan]) -> str:
-    """The first folder that holds any of the images, relative to ``root``.
-
-    Raises:
-        DataError: none does.
-    """
+    """Return the first folder that holds any of the images, relative to ``root``; `DataError` if none does."""
     named = dict.fromkeys(row.file for row in file.rows if isinstance(row, CaptionRow) and isinstance(row.file, str))
     folders = [folder for folder in dict.fromkeys(file.folders) if (root / folder).is_dir()]
     for folder in folders:

@@ -5,34 +5,29 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from heterodiff.config import DataConfig
 from heterodiff.data.findings import DataFinding, show
-from heterodiff.data.sources.metadata import csv_rows, jsonl_rows, read_text
-from heterodiff.errors import DataError
+from heterodiff.data.sources.metadata import read_text, table_rows
+from heterodiff.errors import DataError, reason
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 FLICKR_COLUMNS = ["image_name", "comment_number", "comment"]
 TEXT_COLUMNS = ("image", "caption")
 FLICKR_FOLDERS = ("flickr30k_images", "flickr30k-images", "images", "Images", ".")
-_COLUMNS_NOTE = "; or name the column with data.file_column or data.text_column"
 _NUMBER_AND_COMMENT = re.compile(r"\s*\d+\s+(\S.*)")
 
 
-@dataclass(frozen=True)
-class CaptionRow:
-    """What one row says, before anything is checked.
-
-    Attributes:
-        where: line or place in the file.
-        file: name of the image file; should be a text.
-        texts: its captions; should be texts.
-    """
+class CaptionRow(NamedTuple):
+    """One row, unchecked: its place in the file, the name of an image (should be a text) and its captions (too)."""
 
     where: str
     file: Any
     texts: list[Any]
+
+
+Rows = Iterator[CaptionRow | DataFinding]
 
 
 @dataclass(frozen=True)
@@ -40,8 +35,8 @@ class CaptionFile:
     """The rows of one file of captions.
 
     Attributes:
-        file_column: what the file calls the name of an image.
-        rows: in order; those that are no rows at all as findings.
+        file_column: the column with the names of the images.
+        rows: in order; findings for rows that cannot be parsed.
         folders: where the images may be, relative to the data folder.
     """
 
@@ -64,53 +59,33 @@ def read_caption_file(path: Path, root: Path, config: DataConfig) -> CaptionFile
     if suffix == ".json":
         name = path.stem.removeprefix("captions_")
         return CaptionFile(path, "file_name", tuple(_coco(path, text)), (name, f"images/{name}", "images", "."))
-    columns = config.file_column, config.text_column
-    if suffix == ".jsonl":
-        return CaptionFile(path, columns[0], tuple(_jsonl(path, text, *columns)), _beside(path, root))
     header = text.split("\n", 1)[0].strip()
     if suffix == ".csv" and "|" in header:
         return CaptionFile(path, FLICKR_COLUMNS[0], tuple(_flickr(path, text)), FLICKR_FOLDERS)
-    if suffix == ".csv":
-        return CaptionFile(path, columns[0], tuple(_table(path, text, *columns)), _beside(path, root))
-    if not set(columns) <= set(header.split(",")):
-        columns = TEXT_COLUMNS
-    return CaptionFile(path, columns[0], tuple(_table(path, text, *columns)), FLICKR_FOLDERS)
+    columns, folders = (config.file_column, config.text_column), ["."]
+    if suffix == ".txt":
+        folders = list(FLICKR_FOLDERS)
+        columns = columns if set(columns) <= set(header.split(",")) else TEXT_COLUMNS
+    elif path.is_relative_to(root) and ".." not in path.relative_to(root).parts:
+        folders.append(path.parent.relative_to(root).as_posix())
+    return CaptionFile(path, columns[0], tuple(_table(path, text, *columns)), tuple(folders))
 
 
-def _beside(path: Path, root: Path) -> tuple[str, ...]:
-    """The data folder and, below it, that of the captions."""
-    below = path.is_relative_to(root) and ".." not in path.relative_to(root).parts
-    return (".", path.parent.relative_to(root).as_posix()) if below else (".",)
-
-
-def _table(path: Path, text: str, file_column: str, text_column: str) -> Iterator[CaptionRow | DataFinding]:
-    rows = csv_rows(path, text, [file_column, text_column], way_out=_COLUMNS_NOTE, longest_field=max(len(text), 1))
-    for number, row in rows:
-        where = f"{path.name} line {number}"
-        if None in row:
+def _table(path: Path, text: str, file_column: str, text_column: str) -> Rows:
+    hint = "; or name the column with data.file_column or data.text_column"
+    for where, row in table_rows(path, text, [file_column, text_column], hint, longest_field=max(len(text), 1)):
+        if isinstance(row, str):
+            yield DataFinding(where, row)
+        elif None in row:
             yield DataFinding(
                 where, f"{len(row[None])} fields more than the header has; put texts with commas in double quotes"
             )
         else:
-            yield CaptionRow(where, row[file_column], [row[text_column]])
+            texts = row[text_column]
+            yield CaptionRow(where, row[file_column], texts if isinstance(texts, list) else [texts])
 
 
-def _jsonl(path: Path, text: str, file_column: str, text_column: str) -> Iterator[CaptionRow | DataFinding]:
-    for number, row in jsonl_rows(path, text):
-        where = f"{path.name} line {number}"
-        if not isinstance(row, dict):
-            yield DataFinding(where, f"expected an object with {file_column} and {text_column}, found {row!r:.60}")
-            continue
-        missing = [name for name in (file_column, text_column) if name not in row]
-        if missing:
-            found = ", ".join(show(name) for name in list(row)[:10])
-            yield DataFinding(where, f"no {' and no '.join(missing)}; found {found or 'nothing'}{_COLUMNS_NOTE}")
-            continue
-        texts = row[text_column]
-        yield CaptionRow(where, row[file_column], texts if isinstance(texts, list) else [texts])
-
-
-def _flickr(path: Path, text: str) -> Iterator[CaptionRow | DataFinding]:
+def _flickr(path: Path, text: str) -> Rows:
     """Not CSV: fields end at ``|``, stray blanks are around them, and quotation marks mean nothing."""
     header, *lines = text.split("\n")
     if [name.strip().lower() for name in header.split("|")] != FLICKR_COLUMNS:
@@ -128,26 +103,23 @@ def _flickr(path: Path, text: str) -> Iterator[CaptionRow | DataFinding]:
             yield CaptionRow(where, fields[0].strip(), [fields[2]])
 
 
-def _coco(path: Path, text: str) -> Iterator[CaptionRow | DataFinding]:
+def _coco(path: Path, text: str) -> Rows:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {str(error) or type(error).__name__}") from None
-    lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    if not all(isinstance(found, list) for found in lists):
-        found = f"keys {', '.join(show(key) for key in list(content)[:10])}" if isinstance(content, dict) else "none"
+        raise DataError(f"{path}: not readable as JSON: {reason(error)}") from None
+    keys = list(content) if isinstance(content, dict) else []
+    if not all(key in keys and isinstance(content[key], list) for key in ("images", "annotations")):
+        found = f"keys {', '.join(map(show, keys[:10]))}" if isinstance(content, dict) else "none"
         raise DataError(f"{path}: expected an object with the lists 'images' and 'annotations', found {found}")
-    images, annotations = lists
-    assert images is not None
-    assert annotations is not None
     files: dict[int | str, Any] = {}
-    for position, image in enumerate(images):
+    for position, image in enumerate(content["images"]):
         where = f"{path.name} images[{position}]"
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or "file_name" not in image:
             yield DataFinding(where, f"expected an object with id and file_name, found {image!r:.60}")
         elif files.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            yield DataFinding(where, f"id {image['id']!r:.60} is that of another image, too")
-    for position, row in enumerate(annotations):
+            yield DataFinding(where, f"id {image['id']!r:.60} is also that of another image")
+    for position, row in enumerate(content["annotations"]):
         where = f"{path.name} annotations[{position}]"
         if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
             yield DataFinding(where, f"expected an object with image_id and caption, found {row!r:.60}")

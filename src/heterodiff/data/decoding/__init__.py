@@ -1,9 +1,11 @@
-"""One image file to one array: the only code path for decoding, whatever is kept in memory."""
+"""Decoding of an image file to an array: the only code path, whatever is kept in memory."""
 
 import math
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -13,14 +15,33 @@ from heterodiff.data.decoding.layout import channels_first, check_array_header, 
 from heterodiff.data.decoding.pillow import SUFFIX_FORMATS, content_hint, decode_picture
 from heterodiff.data.decoding.tiff import decode_tiff
 from heterodiff.data.findings import BadImage
+from heterodiff.errors import DataError, reason
 
-ARRAY_SUFFIXES = (".npy", ".npz")
-TIFF_SUFFIXES = (".tif", ".tiff")
-SUFFIXES = (*SUFFIX_FORMATS, *TIFF_SUFFIXES, *ARRAY_SUFFIXES)
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an npz file that holds a data set.
+
+    Raises:
+        DataError: not an npz file; or what is raised as `BadImage` while it is open.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except BadImage as problem:
+        raise DataError(f"{path}: {problem}") from None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
+
+
+def array_names(archive: zipfile.ZipFile) -> list[str]:
+    """Return the names of the arrays in an npz ``archive``."""
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
@@ -74,24 +95,20 @@ def _decode_npz(path: Path, channels: int | None) -> np.ndarray:
     if not head.startswith(b"PK"):
         raise BadImage(f"suffix .npz but not an npz file{content_hint(head)}")
     with zipfile.ZipFile(path) as archive:
-        keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        keys = array_names(archive)
         key = "image" if "image" in keys else keys[0] if len(keys) == 1 else None
         if key is None:
             raise BadImage(f"arrays {keys[:5]}; expected one array, or one named 'image'")
         return channels_first(read_member(archive, key, None), channels)
 
 
-def _decode_by_suffix(path: Path, channels: int | None) -> np.ndarray:
-    suffix = path.suffix.lower()
-    if suffix in SUFFIX_FORMATS:
-        return decode_picture(path, channels)
-    if suffix in TIFF_SUFFIXES:
-        return decode_tiff(path, channels)
-    if suffix == ".npy":
-        return _decode_npy(path, channels)
-    if suffix == ".npz":
-        return _decode_npz(path, channels)
-    raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
+_DECODERS = {
+    **dict.fromkeys(SUFFIX_FORMATS, decode_picture),
+    **dict.fromkeys((".tif", ".tiff"), decode_tiff),
+    ".npy": _decode_npy,
+    ".npz": _decode_npz,
+}
+SUFFIXES = tuple(_DECODERS)
 
 
 def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
@@ -113,9 +130,10 @@ def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
             raise BadImage("not a regular file")
         if status.st_size == 0:
             raise BadImage("empty file (0 bytes)")
-        return plain_numbers(_decode_by_suffix(path, channels))
+        if path.suffix.lower() not in SUFFIXES:
+            raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
+        return plain_numbers(_DECODERS[path.suffix.lower()](path, channels))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files; the file is bad all the same
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(f"cannot be decoded: {reason[:200]}") from error
+        raise BadImage(f"cannot be decoded: {reason(error)}") from error

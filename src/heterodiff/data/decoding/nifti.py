@@ -1,4 +1,4 @@
-"""Patients as NIfTI volumes: which files belong to which, and reading them in one orientation."""
+"""Patients as NIfTI volumes: finding the files of each, and reading them in one orientation."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from heterodiff.errors import DataError
+from heterodiff.errors import DataError, reason
 
 SUFFIXES = (".nii", ".nii.gz")
 AFFINE_TOLERANCE = 1e-3
@@ -39,10 +39,10 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class PatientFiles:
-    """Where the volumes of a patient are, or of one of its scans.
+    """Files of a patient's volumes, or of one of its scans.
 
     Attributes:
-        name: of the scan, unique: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
+        name: unique name of the scan: its folder below the data folder, or from ``sub-*`` on, without ``anat`` (BIDS).
         volumes: file of each modality, in the order of the channels.
         mask: file of the mask, where there is one.
     """
@@ -52,8 +52,12 @@ class PatientFiles:
     mask: Path | None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return self.volumes if self.mask is None else (*self.volumes, self.mask)
+
+    @property
     def patient(self) -> str:
-        """Whose scan it is: ``sub-*`` where its name starts so, else the whole name."""
+        """Name of the patient: ``sub-*`` where that of the scan starts so, else the whole name."""
         return self.name.split("/")[0] if self.name.startswith("sub-") else self.name
 
 
@@ -74,27 +78,20 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _stem(path: Path) -> str:
-    name = path.name
-    return name[:-7] if name.lower().endswith(".nii.gz") else name[:-4]
-
-
-def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[PatientFiles]:
+def find_patients(root: Path, layout: Layout) -> list[PatientFiles]:
     """List the scans of patients below ``root``: every folder that holds volumes. Links are followed.
 
-    Args:
-        needs_mask: whether a patient without a mask is an error.
-
     Raises:
-        DataError: no volumes, a modality missing or there twice, a mask missing, or two patients of one name.
+        DataError: no volumes, a modality missing or there twice, two masks, or two patients of one name.
     """
     folders: dict[Path, list[Path]] = {}
     for path in sorted(files_below(root)):
         if is_nifti(path) and not path.name.startswith("."):
             folders.setdefault(path.parent, []).append(path)
     if not folders:
-        raise DataError(f"{root}: no .nii or .nii.gz files; expected a folder for each patient with {_wanted(layout)}")
-    patients = [_patient_of(root, folder, files, layout, needs_mask) for folder, files in folders.items()]
+        wanted = ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
+        raise DataError(f"{root}: no .nii or .nii.gz files; expected one folder per patient with {wanted}")
+    patients = [_patient_of(root, folder, files, layout) for folder, files in folders.items()]
     seen: dict[str, str] = {}
     for patient in patients:
         short = patient.name if patient.name.startswith("sub-") else Path(patient.name).name
@@ -109,7 +106,7 @@ def find_patients(root: Path, layout: Layout, needs_mask: bool = False) -> list[
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """All files below ``root``, through links too, which may lead back: each folder is entered once."""
+    """Yield all files below ``root``, also through links, which may lead back: each folder is entered once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -129,13 +126,10 @@ def _scan_name(root: Path, folder: Path) -> str:
     return "/".join(part for part in parts[first:] if part != "anat")
 
 
-def _wanted(layout: Layout) -> str:
-    return ", ".join(f"{pattern}.nii[.gz] ({name})" for name, pattern in layout.modalities.items())
-
-
-def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, needs_mask: bool) -> PatientFiles:
+def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout) -> PatientFiles:
     def matching(pattern: str) -> list[Path]:
-        return [path for path in files if fnmatch(_stem(path).casefold(), pattern.casefold())]
+        names = tuple(f"{pattern.casefold()}{suffix}" for suffix in SUFFIXES)
+        return [path for path in files if any(fnmatch(path.name.casefold(), name) for name in names)]
 
     volumes = []
     for name, pattern in layout.modalities.items():
@@ -149,8 +143,8 @@ def _patient_of(root: Path, folder: Path, files: list[Path], layout: Layout, nee
             )
         volumes.append(found[0])
     masks = matching(layout.mask)
-    if len(masks) > 1 or (needs_mask and not masks):
-        there = ", ".join(path.name for path in masks) or "none"
+    if len(masks) > 1:
+        there = ", ".join(path.name for path in masks)
         raise DataError(f"{folder}: expected one mask {layout.mask}.nii[.gz], found {there}; see data.volumes.mask")
     return PatientFiles(_scan_name(root, folder), tuple(volumes), masks[0] if masks else None)
 
@@ -168,11 +162,7 @@ def load_nifti(path: Path) -> Any:
     try:
         return nibabel.load(path)
     except Exception as error:  # nibabel raises what its readers raise
-        raise DataError(f"{path}: not a NIfTI file that can be read ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+        raise DataError(f"{path}: not a NIfTI file that can be read ({reason(error)})") from None
 
 
 def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +194,7 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         canonical = nibabel.as_closest_canonical(file)
         voxels = np.asarray(canonical.dataobj, dtype=np.float32)
     except Exception as error:
-        raise DataError(f"{path}: cannot be read to its end ({_reason(error)}); copy it again") from None
+        raise DataError(f"{path}: cannot be read to its end ({reason(error)}); copy it again") from None
     bad = voxels.size - int(np.isfinite(voxels).sum())
     if bad:
         raise DataError(f"{path}: {bad:,} voxels are NaN or infinite; repair the file")
@@ -220,7 +210,7 @@ def read_patient(files: PatientFiles) -> Patient:
     """
     volumes: list[np.ndarray] = []
     first_affine: np.ndarray | None = None
-    for path in (*files.volumes, *([files.mask] if files.mask else [])):
+    for path in files.files:
         voxels, affine = read_voxels(path)
         if first_affine is None:
             first_affine = affine
@@ -251,10 +241,10 @@ def read_patient(files: PatientFiles) -> Patient:
 
 
 def _refuse_negative(path: Path, voxels: np.ndarray) -> None:
-    """Foreground is what is above 0: of a z-scored volume, half of the tissue would be lost without a word."""
+    """Foreground is above 0: half of the tissue of a z-scored volume would be lost silently."""
     below = voxels < 0
     share = -voxels[below].sum(dtype=np.float64) / np.abs(voxels).sum(dtype=np.float64)
-    if share > MOST_NEGATIVE and not below.all():  # where all are, no slice shows any brain, which is said later
+    if share > MOST_NEGATIVE and not below.all():  # where all are, no slice shows any brain, which is reported later
         raise DataError(
             f"{path}: {below.mean():.0%} of its voxels are below 0, as after z-scoring, and would count as background; "
             "expected background at 0 and tissue above it; use the volumes from before z-scoring"
@@ -262,11 +252,11 @@ def _refuse_negative(path: Path, voxels: np.ndarray) -> None:
 
 
 def label_problem(labels: np.ndarray) -> str | None:
-    """Why ``labels`` are no mask, if they are none."""
+    """Return the reason why ``labels`` are no mask, or ``None``."""
     wrong = labels[~((labels >= 0) & (labels == np.round(labels)))]
     if not wrong.size:
         return None
     return (
-        f"a mask has whole numbers from 0 up, found {wrong[0]:g}; give what is healthy the label 0, and resample masks "
+        f"a mask has whole numbers from 0 up, found {wrong[0]:g}; give healthy voxels the label 0, and resample masks "
         "by nearest neighbours"
     )

@@ -35,23 +35,17 @@ def content_hint(head: bytes) -> str:
 
 
 def _refuse_deep_colour_png(head: bytes) -> None:
-    """Pillow reduces 16-bit colour to 8 bits without a word; bytes 24, 25 of a PNG are bit depth, colour type."""
+    """Pillow silently reduces 16-bit colour to 8 bits; bytes 24 and 25 of a PNG are bit depth and colour type."""
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 25 and head[24] == 16 and head[25] != 0:
         raise BadImage("16-bit PNG with more than one channel cannot be read without loss: save it as TIFF or npy")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     """Turn an 8-bit picture into 1 (grey), 3 (RGB) or 4 (RGBA) channels; alpha is laid over white."""
-    if channels == 4:
-        return image.convert("RGBA")
-    return _on_white(image).convert("L" if channels == 1 else "RGB")
+    if channels != 4 and image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
 def picture_array(image: Image.Image, channels: int | None) -> np.ndarray:

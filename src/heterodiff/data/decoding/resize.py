@@ -18,7 +18,7 @@ def _interpolate(pixels: torch.Tensor, size: Size) -> torch.Tensor:
     return functional.interpolate(pixels[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def _like(pixels: torch.Tensor, dtype: np.dtype) -> np.ndarray:
+def _to_dtype(pixels: torch.Tensor, dtype: np.dtype) -> np.ndarray:
     """Return float ``pixels`` in the stored number type; bilinear weights never leave its range."""
     array = pixels.contiguous().numpy()
     if dtype == np.bool_:
@@ -51,8 +51,8 @@ def resize_image(image: np.ndarray, size: Size, how: Literal["crop", "stretch"])
         return image
     pixels = torch.from_numpy(image.astype(np.float32))
     if how == "stretch":
-        return _like(_interpolate(pixels, size), image.dtype)
+        return _to_dtype(_interpolate(pixels, size), image.dtype)
     height, width = covering_size(image.shape, size)
     pixels = _interpolate(pixels, (height, width))
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return _like(pixels[:, top : top + size[0], left : left + size[1]], image.dtype)
+    return _to_dtype(pixels[:, top : top + size[0], left : left + size[1]], image.dtype)

@@ -11,42 +11,56 @@ from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
-from heterodiff.data.inspection import Known, survey_images
+from heterodiff.data.inspection import inspect_images
 from heterodiff.data.split import draw_group_split, saved_test, split_names
 from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
 
 __all__ = [
+    "DataConfig",
     "LoadedData",
     "TestImages",
+    "encoded_from",
     "image_captions",
     "list_sources",
     "load_data",
     "load_test",
-    "open_part",
     "open_source",
+    "part_of",
     "with_captions",
 ]
 
 
 _SOURCES = {
-    "images": "heterodiff.data.sources.images:open_images",
-    "captions": "heterodiff.data.captions:open_captions",
-    "volumes": "heterodiff.data.sources.volumes:open_volumes",
-    "digits": "heterodiff.data.sources.digits:open_digits",
-    "microdoppler": "heterodiff.simulators.microdoppler:open_microdoppler",
-    "shapes": "heterodiff.simulators.shapes:open_shapes",
-    "brain-phantom": "heterodiff.simulators.brain_phantom:open_brain_phantom",
-    "latents": "heterodiff.latents.reading:refuse_latents",
+    "images": ("heterodiff.data.sources.images:open_images", "a folder of images or an .npz file"),
+    "captions": ("heterodiff.data.captions:open_captions", "a folder of images and their captions"),
+    "volumes": (
+        "heterodiff.data.sources.volumes:open_volumes",
+        "a folder of patients with NIfTI volumes, or an npz file",
+    ),
+    "digits": ("heterodiff.data.sources.digits:open_digits", None),
+    "microdoppler": ("heterodiff.simulators.microdoppler:open_microdoppler", None),
+    "shapes": ("heterodiff.simulators.shapes:open_shapes", None),
+    "brain-phantom": ("heterodiff.simulators.brain_phantom:open_brain_phantom", None),
+    "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
 }
-"""Source -> ``module:name`` of ``DataConfig -> Collection``, imported when the source is asked for."""
-
-STORED_LATENTS = "heterodiff.latents.reading:load_stored"
+"""``module:name`` of the function that opens each source, imported when it is asked for, and what it needs in
+``data.path``: ``DataConfig -> Collection``, for latents to `LoadedData`."""
 
 
 def list_sources() -> list[str]:
     """Return the names that ``data.source`` accepts."""
     return list(_SOURCES)
+
+
+def _open(config: DataConfig, *more: Any) -> Any:
+    """Call the function that opens the source with ``config`` and ``more``."""
+    if config.source not in _SOURCES:
+        raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
+    function, needed = _SOURCES[config.source]
+    if needed and config.path is None:
+        raise DataError(f"data.source '{config.source}' needs data.path: {needed}")
+    return loaded(function)(config, *more)
 
 
 def open_source(config: DataConfig) -> Collection:
@@ -55,18 +69,20 @@ def open_source(config: DataConfig) -> Collection:
     Raises:
         DataError: unknown source, latents, or nothing usable at ``config.path``.
     """
-    if config.source not in _SOURCES:
-        raise DataError(f"data.source: {unknown_name('source', config.source, _SOURCES)}")
-    collection: Collection = loaded(_SOURCES[config.source])(config)
-    return collection
+    if config.source == "latents":
+        raise DataError(
+            f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were "
+            "encoded from are needed: set data.source and data.path to those"
+        )
+    collection: Collection = _open(config)
+    if config.path is None or _SOURCES[config.source][1]:
+        return collection
+    unused = f"data.path is not used by data.source '{config.source}'"
+    return replace(collection, warnings=(unused, *collection.warnings))
 
 
 def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, Any] | None) -> np.ndarray:
-    """Which images (N,) are kept for the last measurement: as saved, by name, or drawn.
-
-    Raises:
-        DataError: images saved or patients named for it that are not there.
-    """
+    """Return the mask (N,) of the images kept for testing: as saved, by name, or drawn."""
     if split is not None:
         saved = saved_test(collection.names, split, collection.where, collection.groups)
         if saved is not None:
@@ -83,21 +99,17 @@ def _is_for_test(collection: Collection, config: DataConfig, split: dict[str, An
     return draw_group_split([f"test {group}" for group in groups], config.test_fraction, config.split_seed)
 
 
-def open_part(config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None) -> Collection:
-    """List the images to train on and to validate with (``train``), or those kept for the last measurement (``test``).
+def part_of(
+    collection: Collection, config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None = None
+) -> Collection:
+    """Return the images for training and validation (``train``), or those kept for testing (``test``).
 
     Args:
         split: a saved ``LoadedData.split_to_dict()``, whose test images stay those whatever was added since.
 
     Raises:
-        DataError: as `open_source`; no images for testing, or not all that were saved as such.
+        DataError: no images for testing, or not all that were saved as such.
     """
-    return _part_of(open_source(config), config, part, split)
-
-
-def _part_of(
-    collection: Collection, config: DataConfig, part: Literal["train", "test"], split: dict[str, Any] | None
-) -> Collection:
     if config.test_fraction == 0 and not config.test_patients:
         if part == "test":
             raise DataError("data.test_fraction=0 keeps no images for testing; set it, for example to 0.2, and train")
@@ -114,11 +126,11 @@ def _part_of(
 
 @dataclass(frozen=True)
 class TestImages:
-    """Images kept for the last measurement.
+    """Images kept for testing.
 
     Attributes:
         images: in the run's size, channels and class order.
-        patients: of each image; its own name where the source knows none.
+        patients: patient of each image; the image's own name where the source knows none.
         mask: number of an image -> (H, W) bool; ``None`` where the source has none.
     """
 
@@ -136,15 +148,17 @@ def load_test(
     """Load the images that a run with the data settings ``config`` never read.
 
     Args:
-        part: of the images of ``config``: those kept for the last measurement, or all, where it was trained on others.
-        split: of the run, whose test images stay those whatever was added since.
+        part: the images of ``config`` that are kept for testing, or all, where the run was trained on others.
+        split: saved split of the run, whose test images stay those whatever was added since.
 
     Raises:
         DataError: none are kept, or they cannot be used.
     """
-    collection = open_source(config) if part == "all" else open_part(config, "test", split)
-    whole = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
-    images = assemble(collection, survey_images(collection, whole, keep=True), whole, spec=spec).train
+    collection = open_source(config)
+    if part == "test":
+        collection = part_of(collection, config, part, split)
+    unsplit = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
+    images = assemble(collection, inspect_images(collection, unsplit, keep=True), unsplit, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
     chosen = collection.take([row_of[name] for name in images.names])
     return TestImages(images, chosen.groups or chosen.names, chosen.mask)
@@ -165,6 +179,19 @@ def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
     return dict(zip(collection.names, collection.captions, strict=True))
 
 
+def encoded_from(config: DataConfig) -> DataConfig:
+    """Return the settings of the images that stored latents were encoded from; for images, ``config`` itself.
+
+    Raises:
+        DataError: the latents are not there any more.
+    """
+    if config.source != "latents":
+        return config
+    assert config.path is not None
+    index = loaded("heterodiff.latents.reading:read_index")(config.path.expanduser())
+    return DataConfig.model_validate(index.data_config)
+
+
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:
     """Read all images once and return the training and validation sets; for latents, open them as they were stored.
 
@@ -181,11 +208,12 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
     if config.source == "latents":
         if config.train_classes is not None:
             raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
-        stored: LoadedData = loaded(STORED_LATENTS)(config, split, spec)
+        stored: LoadedData = _open(config, split, spec)
         return stored
     every = open_source(config)
-    collection = _part_of(every, config, "train", split)
-    known = None if split is None or spec is None else Known(split_names(split), spec)
-    data = assemble(collection, survey_images(collection, config, keep=True, known=known), config, split, spec)
+    collection = part_of(every, config, "train", split)
+    trusted = split_names(split) if split is not None and spec is not None else frozenset()
+    inspection = inspect_images(collection, config, keep=True, trusted=trusted, spec=spec)
+    data = assemble(collection, inspection, config, split, spec)
     used = set(collection.names)
     return replace(data, for_test=tuple(name for name in every.names if name not in used))

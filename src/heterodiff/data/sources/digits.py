@@ -1,9 +1,11 @@
 """The built-in source ``digits``: 1,797 handwritten digits of 8x8 pixels that come with scikit-learn."""
 
+from functools import partial
+
 import numpy as np
 
 from heterodiff.config import DataConfig
-from heterodiff.data.collection import ArrayReader, Collection
+from heterodiff.data.collection import Collection, read_array
 
 
 def open_digits(config: DataConfig) -> Collection:
@@ -17,7 +19,6 @@ def open_digits(config: DataConfig) -> Collection:
         where="digits",
         names=tuple(str(index) for index in range(len(images))),
         class_of=tuple(str(label) if labelled else None for label in digits.target),
-        read=ArrayReader(images),
+        read=partial(read_array, images),
         value_range=(0.0, 16.0),
-        warnings=("data.path is not used by data.source 'digits'",) if config.path else (),
     )

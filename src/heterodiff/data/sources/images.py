@@ -1,13 +1,13 @@
 """The source ``images``: a folder of image files or one npz file."""
 
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from heterodiff.config import DataConfig
-from heterodiff.data.collection import ArrayReader, Collection, FileReader
-from heterodiff.data.decoding import SUFFIXES, read_member
+from heterodiff.data.collection import Collection, read_array, read_file
+from heterodiff.data.decoding import SUFFIXES, array_names, opened_npz, read_member
 from heterodiff.data.decoding.layout import channel_axis
 from heterodiff.data.findings import BadImage
 from heterodiff.data.sources.metadata import find_metadata, read_metadata
@@ -21,10 +21,9 @@ def open_images(config: DataConfig) -> Collection:
     """List the images of ``config.path`` and their labels; nothing is decoded yet (except an npz file).
 
     Raises:
-        DataError: no path, nothing there, nothing in it, or an unusable metadata or npz file.
+        DataError: nothing there, nothing in it, or an unusable metadata or npz file.
     """
-    if config.path is None:
-        raise DataError("data.source 'images' needs data.path: a folder of images or an .npz file")
+    assert config.path is not None
     path = config.path.expanduser()
     if path.is_file() and path.suffix.lower() == ".npz":
         return _open_npz(path, config)
@@ -32,98 +31,76 @@ def open_images(config: DataConfig) -> Collection:
         raise DataError(f"{path}: no such folder; correct data.path")
     if not path.is_dir():
         raise DataError(f"{path}: a file; expected a folder of images or an .npz file in data.path")
-    metadata = find_metadata(path)
-    return _open_listed(path, metadata, config) if metadata else _open_folder(path, config)
+    return _open_folder(path, config)
 
 
 def _open_folder(root: Path, config: DataConfig) -> Collection:
+    labelled = config.labels != "none"
+    metadata = find_metadata(root)
+    class_of: dict[str, str | None]
+    class_of, problems = read_metadata(metadata, labelled) if metadata else ({}, [])
     scan = scan_folder(root)
-    if not scan.files and not scan.unreadable:
+    warnings = list(scan.warnings)
+    if metadata:
+        if unlisted := len(set(scan.files) - class_of.keys()):
+            warnings.append(f"{unlisted:,} images are not listed in {metadata.name} and were left out")
+    elif not scan.files and not scan.unreadable:
         hint = f"; {scan.warnings[0]}" if scan.warnings else ""
         raise DataError(f"{root}: no images found; expected files of type {', '.join(SUFFIXES)}{hint}")
-    class_of: tuple[str | None, ...] = tuple(
-        name.split("/")[0] if "/" in name and config.labels != "none" else None for name in scan.files
-    )
-    return Collection(
-        where=str(root),
-        names=scan.files,
-        class_of=class_of,
-        read=FileReader(root, scan.files, config.channels),
-        unreadable=scan.unreadable,
-        warnings=(*scan.warnings, *_class_folder_warnings(scan, class_of)),
-    )
-
-
-def _class_folder_warnings(scan: FolderScan, class_of: tuple[str | None, ...]) -> list[str]:
-    if not any(class_of):
-        return []
-    warnings = []
-    empty = [folder for folder in scan.first_level if folder not in class_of]
-    if empty:
-        warnings.append(f"subfolders without images are no classes: {', '.join(empty[:10])}")
-    loose = class_of.count(None)
-    if loose:
-        warnings.append(f"{loose:,} images lie beside the class subfolders; they are used without a label")
-    return warnings
-
-
-def _open_listed(root: Path, path: Path, config: DataConfig) -> Collection:
-    metadata = read_metadata(path, with_labels=config.labels != "none")
-    scan = scan_folder(root)
-    rows = sorted(metadata.rows)
-    names = tuple(name for name, _ in rows)
-    unlisted = len(set(scan.files) - set(names))
-    warnings = list(scan.warnings)
-    if unlisted:
-        warnings.append(f"{unlisted:,} images are not listed in {path.name} and were left out")
+    else:
+        class_of = {name: name.split("/")[0] if "/" in name and labelled else None for name in scan.files}
+        warnings += _class_folder_warnings(scan, list(class_of.values()))
+    names = tuple(sorted(class_of))
     return Collection(
         where=str(root),
         names=names,
-        class_of=tuple(label for _, label in rows),
-        read=FileReader(root, names, config.channels),
+        class_of=tuple(class_of[name] for name in names),
+        read=partial(read_file, root, names, config.channels),
         unreadable=scan.unreadable,
-        problems=metadata.problems,
+        problems=tuple(problems),
         warnings=tuple(warnings),
     )
 
 
+def _class_folder_warnings(scan: FolderScan, class_of: list[str | None]) -> list[str]:
+    if not any(class_of):
+        return []
+    warnings = []
+    if empty := [folder for folder in scan.first_level if folder not in class_of]:
+        warnings.append(f"subfolders without images are not classes: {', '.join(empty[:10])}")
+    if loose := class_of.count(None):
+        warnings.append(f"{loose:,} images lie beside the class subfolders; they are used without a label")
+    return warnings
+
+
 def _open_npz(path: Path, config: DataConfig) -> Collection:
-    try:
-        images, labels = _read_npz(path, config)
-    except BadImage as reason:
-        raise DataError(f"{path}: {reason}") from None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
-    names = tuple(str(index) for index in range(len(images)))
-    class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
-    return Collection(str(path), names, class_of, ArrayReader(images))
-
-
-def _read_npz(path: Path, config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return images (N, C, H, W) and labels (N,) or ``None``."""
-    with zipfile.ZipFile(path) as archive:
-        keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        key = next((key for key in ("image", "images") if key in keys), None)
+    with opened_npz(path) as archive:
+        there = array_names(archive)
+        key = next((key for key in ("image", "images") if key in there), None)
         if key is None:
-            raise BadImage(f"arrays {keys[:10]}; expected one named 'image' or 'images'")
+            raise BadImage(f"arrays {there[:10]}; expected one named 'image' or 'images'")
         try:
             images = read_member(archive, key, int(config.memory_limit_gb * 1e9))
         except BadImage as reason:
             raise BadImage(f"{reason}: raise data.memory_limit_gb or save one npy file per image") from None
-        label_key = next((key for key in ("label", "labels") if key in keys), None)
+        label_key = next((key for key in ("label", "labels") if key in there), None)
         labels = read_member(archive, label_key, MAX_LABELS_BYTES) if label_key else None
-    if images.ndim not in (3, 4) or images.dtype.kind not in "buif" or 0 in images.shape:
-        raise BadImage(
-            f"'{key}' has shape {images.shape} and type {images.dtype}; expected numbers of shape (N, H, W), "
-            "(N, H, W, C) or (N, C, H, W)"
-        )
-    if images.ndim == 3:
-        return images[:, None], labels
-    return np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1), labels
+        if images.ndim not in (3, 4) or images.dtype.kind not in "buif" or 0 in images.shape:
+            raise BadImage(
+                f"'{key}' has shape {images.shape} and type {images.dtype}; expected numbers of shape (N, H, W), "
+                "(N, H, W, C) or (N, C, H, W)"
+            )
+        if images.ndim == 3:
+            images = images[:, None]
+        else:
+            images = np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1)
+    names = tuple(str(index) for index in range(len(images)))
+    class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
+    return Collection(str(path), names, class_of, partial(read_array, images))
 
 
 def _npz_classes(path: Path, labels: np.ndarray | None, count: int) -> tuple[str | None, ...]:
-    """Class names from integers (-1 = unlabelled) or texts (empty = unlabelled)."""
+    """Return class names of integers (-1 = unlabelled) or texts (empty = unlabelled)."""
     if labels is None:
         return (None,) * count
     if labels.shape != (count,) or labels.dtype.kind not in "uiU":

@@ -1,27 +1,17 @@
-"""Labels from ``metadata.csv`` or ``metadata.jsonl`` beside the images; reading such files."""
+"""Labels from ``metadata.csv`` or ``metadata.jsonl`` beside the images; reading such tables."""
 
 import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from heterodiff.data.findings import DataFinding, show
 from heterodiff.data.sources.scan import METADATA_NAMES
-from heterodiff.errors import DataError
+from heterodiff.errors import DataError, reason
 
 LONGEST_FIELD = 131_072
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """Usable rows (file name, class name or ``None``) in file order, and the rows that are wrong."""
-
-    path: Path
-    rows: tuple[tuple[str, str | None], ...]
-    problems: tuple[DataFinding, ...]
 
 
 def find_metadata(root: Path) -> Path | None:
@@ -44,38 +34,49 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path} line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def csv_rows(
-    path: Path, text: str, columns: list[str], *, way_out: str = "", longest_field: int = LONGEST_FIELD
-) -> Iterator[tuple[int, Any]]:
-    """Yield the line number and the fields by column name of each row; fields beyond the header are under ``None``.
+def table_rows(
+    path: Path, text: str, columns: list[str], hint: str, longest_field: int = LONGEST_FIELD
+) -> Iterator[tuple[str, dict[Any, Any] | str]]:
+    """Yield the place of each row of a table, and its fields by name or the reason why it cannot be used.
 
     Args:
-        path: named in messages.
-        text: content of the file.
-        columns: columns that must be there.
-        way_out: from a missing column, besides adding it.
-        longest_field: characters; a longer one is taken for a missing quotation mark.
+        path: named in messages; a table that does not end in ``.jsonl`` is CSV.
+        text: content of the file. Fields beyond the header of a CSV file are under ``None``.
+        columns: fields that must be there.
+        hint: end of the message about a missing column.
+        longest_field: characters of a CSV field; a longer one is taken for a missing quotation mark.
 
     Raises:
-        DataError: missing columns, or not CSV.
+        DataError: a CSV file without the columns, or a line that cannot be parsed.
     """
+    is_json = path.suffix.lower() == ".jsonl"
+    for number, row in _json_lines(path, text) if is_json else _csv_rows(path, text, columns, hint, longest_field):
+        where = f"{path.name} line {number}"
+        if not isinstance(row, dict):
+            yield where, f"expected an object with {' and '.join(columns)}, found {row!r:.60}"
+        elif missing := [column for column in columns if column not in row]:
+            found = ", ".join(show(name) for name in list(row)[:10]) or "nothing"
+            yield where, f"no {' and no '.join(missing)}; found {found}{hint}"
+        else:
+            yield where, row
+
+
+def _csv_rows(path: Path, text: str, columns: list[str], hint: str, longest_field: int) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(longest_field)  # of the whole process
     try:
         found = reader.fieldnames or []
-        missing = [column for column in columns if column not in found]
-        if missing:
+        if missing := [column for column in columns if column not in found]:
             raise DataError(
-                f"{path}: no column {' and '.join(missing)}; found {[show(name) for name in found]}. Add it{way_out}"
+                f"{path}: no column {' and '.join(missing)}; found {[show(name) for name in found]}. Add it{hint}"
             )
         for row in reader:
             yield reader.line_num, row
@@ -85,24 +86,20 @@ def csv_rows(
         csv.field_size_limit(limit)
 
 
-def jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the line number and the content, of whatever type, of each line that is not blank.
-
-    Raises:
-        DataError: a line is not JSON.
-    """
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            raise DataError(f"{path} line {number}: not readable as JSON: {reason}; one object per line") from None
+            raise DataError(
+                f"{path} line {number}: not readable as JSON: {reason(error)}; one object per line"
+            ) from None
 
 
 def name_problem(root: Path, name: Any, column: str = "file_name") -> str | None:
-    """What is wrong with ``name`` as that of a file below ``root``, which may not exist."""
+    """Return the reason why ``name`` cannot be that of a file below ``root``, or ``None``; asks no disk."""
     if not isinstance(name, str) or not name.strip():
         return f"{column} is empty or not text"
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or ".." in name.split("/"):
@@ -111,7 +108,7 @@ def name_problem(root: Path, name: Any, column: str = "file_name") -> str | None
 
 
 def file_problem(root: Path, name: Any, column: str = "file_name") -> str | None:
-    """As `name_problem`; or there is no such file."""
+    """Return the reason why ``name`` is no file below ``root``, or ``None``."""
     if problem := name_problem(root, name, column):
         return problem
     try:
@@ -130,27 +127,23 @@ def _label(value: Any) -> str | None:
     return str(value).strip() or None
 
 
-def read_metadata(path: Path, with_labels: bool) -> Metadata:
+def read_metadata(path: Path, with_labels: bool) -> tuple[dict[str, str | None], list[DataFinding]]:
     """Read columns ``file_name`` and, if ``with_labels``, ``label`` (text or integer; empty = unlabelled).
 
+    Returns:
+        Class name, or ``None``, of each file by its name; and the rows that cannot be used.
+
     Raises:
-        DataError: unreadable as a whole: not UTF-8, not CSV or JSON lines, missing columns, no rows. Wrong single
-            rows are returned as problems.
+        DataError: unreadable as a whole: not UTF-8, not CSV or JSON lines, missing columns, no rows.
     """
-    text = read_text(path)
-    columns = ["file_name", "label"] if with_labels else ["file_name"]
-    if path.suffix == ".csv":
-        way_out = "; data.labels=none needs no column label" if with_labels else ""
-        lines = csv_rows(path, text, columns, way_out=way_out)
-    else:
-        lines = jsonl_rows(path, text)
+    columns, hint = ["file_name"], ""
+    if with_labels:
+        columns, hint = ["file_name", "label"], "; data.labels=none needs no column label"
     labels: dict[str, str | None] = {}
     problems: list[DataFinding] = []
-    for number, row in lines:
-        where = f"{path.name} line {number}"
-        missing = columns if not isinstance(row, dict) else [name for name in columns if name not in row]
-        if missing:
-            problems.append(DataFinding(where, f"no {' and no '.join(missing)}"))
+    for where, row in table_rows(path, read_text(path), columns, hint):
+        if isinstance(row, str):
+            problems.append(DataFinding(where, row))
             continue
         problem = file_problem(path.parent, row["file_name"])
         try:
@@ -166,4 +159,4 @@ def read_metadata(path: Path, with_labels: bool) -> Metadata:
             labels[name] = label
     if not labels and not problems:
         raise DataError(f"{path}: no rows; list the images or remove the file")
-    return Metadata(path, tuple(labels.items()), tuple(problems))
+    return labels, problems

@@ -1,4 +1,4 @@
-"""Which source a folder looks made for, where that is another than ``images``."""
+"""Recognition of folders made for another source than ``images``."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ LONGEST_HEADER = 65_536
 def source_hint(config: DataConfig) -> str | None:
     """Return a line on captions or volumes in ``config.path`` and the settings that read them; None if there are none.
 
-    For source ``images`` only, which reads any folder of images and passes over everything else.
+    Only for source ``images``, which reads any folder of images and ignores everything else.
     """
     if config.source != "images" or config.path is None or not config.path.expanduser().is_dir():
         return None
@@ -35,7 +35,7 @@ def source_hint(config: DataConfig) -> str | None:
 
 
 def _captions(root: Path, config: DataConfig) -> Path | None:
-    """The file that source ``captions`` would read here, or one that it reads when it is named."""
+    """Return the file that source ``captions`` would read here, or one that it reads when it is named."""
     if coco := sorted(root.joinpath(COCO_FOLDER).glob(COCO_PATTERN)):
         return coco[0]
     results, plain = (root / name for name in SINGLE_FILES)

@@ -1,4 +1,4 @@
-"""Find the image files below a folder."""
+"""Search for the image files below a folder."""
 
 import os
 from collections import Counter
@@ -21,17 +21,6 @@ class FolderScan:
     warnings: tuple[str, ...]
 
 
-def _relative(root: Path, path: str | Path) -> str:
-    return Path(path).relative_to(root).as_posix()
-
-
-def _ignored_warning(ignored: Counter[str]) -> list[str]:
-    if not ignored:
-        return []
-    kinds = ", ".join(f"{count} x {show(suffix) or 'no suffix'}" for suffix, count in ignored.most_common(5))
-    return [f"{ignored.total():,} files are not images by their suffix and were ignored ({kinds})"]
-
-
 def scan_folder(root: Path) -> FolderScan:
     """List all image files below ``root``, following links; hidden files and folders are left out.
 
@@ -43,8 +32,11 @@ def scan_folder(root: Path) -> FolderScan:
     warnings: list[str] = []
     seen = {os.path.realpath(root)}
 
+    def relative(path: str) -> str:
+        return Path(path).relative_to(root).as_posix()
+
     def note_unreadable(error: OSError) -> None:
-        name = _relative(root, error.filename) if error.filename else str(root)
+        name = relative(error.filename) if error.filename else str(root)
         unreadable.append(DataFinding(name, f"folder cannot be read: {error.strerror}"))
 
     first_level: tuple[str, ...] = ()
@@ -56,7 +48,7 @@ def scan_folder(root: Path) -> FolderScan:
             if subfolder.startswith("."):
                 continue
             if real in seen:
-                warnings.append(f"{show(_relative(root, path))}: links to a folder already read, not entered again")
+                warnings.append(f"{show(relative(path))}: links to a folder already read, not entered again")
                 continue
             seen.add(real)
             entered.append(subfolder)
@@ -69,8 +61,10 @@ def scan_folder(root: Path) -> FolderScan:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
-                files.append(_relative(root, os.path.join(folder, name)))
+                files.append(relative(os.path.join(folder, name)))
             else:
                 ignored[suffix] += 1
-    warnings.extend(_ignored_warning(ignored))
+    if ignored:
+        kinds = ", ".join(f"{count} x {show(suffix) or 'no suffix'}" for suffix, count in ignored.most_common(5))
+        warnings.append(f"{ignored.total():,} files are not images by their suffix and were ignored ({kinds})")
     return FolderScan(tuple(sorted(files)), first_level, tuple(unreadable), tuple(warnings))

@@ -1,4 +1,4 @@
-"""From a patient's volumes to axial slices, and from masks of slices back to a volume."""
+"""Axial slices of a patient's volumes, and a volume from masks of slices."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ from torch.nn import functional
 from heterodiff.data.decoding.nifti import Patient
 from heterodiff.data.decoding.resize import Size
 
+CLASSES = ("healthy", "unhealthy")
 VERSION = 1
-"""Of what is done to a volume; part of the fingerprint of the preprocessing."""
+"""Version of the preprocessing, part of its fingerprint."""
 PERCENTILE = 99.0
 
 
@@ -21,8 +22,8 @@ class Slices:
     Attributes:
         image: (S, C, h, w) float32 in [0, 1].
         mask: (S, h, w) bool, where the patient has one.
-        unhealthy: (S,) bool, whether the mask has any voxel there; tiny ones may be lost when it is made smaller.
-        index: (S,) of each slice along the volume's last axis.
+        unhealthy: (S,) bool, true if the mask has any voxel there; resizing may lose tiny ones.
+        index: (S,) position of each slice along the volume's last axis.
     """
 
     image: np.ndarray
@@ -34,7 +35,7 @@ class Slices:
 def slice_patient(patient: Patient, size: Size, least_brain: float) -> Slices:
     """Scale each modality by the 99th percentile of its foreground, cut axial slices and bring them to ``size``.
 
-    Foreground is what is above 0. Slices are filled up to a square before they are resized, so that nothing is
+    Foreground is above 0. Slices are filled up to a square before they are resized, so that nothing is
     stretched; images bilinear, masks by the nearest voxel.
 
     Args:
@@ -52,7 +53,7 @@ def slice_patient(patient: Patient, size: Size, least_brain: float) -> Slices:
 
 
 def scale_volume(modality: np.ndarray) -> np.ndarray:
-    """Divide (X, Y, Z) by the 99th percentile of what is above 0 in it, and clip to [0, 1]."""
+    """Divide (X, Y, Z) by the 99th percentile of its values above 0, and clip to [0, 1]."""
     inside = modality[modality > 0]
     top = float(np.percentile(inside, PERCENTILE)) if inside.size else 1.0
     return np.clip(modality / max(top, 1e-12), 0, 1).astype(np.float32)
@@ -64,7 +65,7 @@ def to_pictures(volume: np.ndarray) -> np.ndarray:
 
 
 def from_pictures(pictures: np.ndarray) -> np.ndarray:
-    """What :func:`to_pictures` did, undone: (Z, C, H, W) -> (C, X, Y, Z)."""
+    """Undo :func:`to_pictures`: (Z, C, H, W) -> (C, X, Y, Z)."""
     return np.ascontiguousarray(pictures[:, :, ::-1, ::-1].transpose(1, 3, 2, 0))
 
 
@@ -85,7 +86,7 @@ def resize_slices(pictures: np.ndarray, size: Size, mode: str) -> np.ndarray:
 
 
 def restore_slices(pictures: np.ndarray, shape: tuple[int, int], mode: str) -> np.ndarray:
-    """What :func:`resize_slices` did, undone: (S, C, h, w) -> (S, C, H, W) of the original ``shape``."""
+    """Undo :func:`resize_slices`: (S, C, h, w) -> (S, C, H, W) of the original ``shape``."""
     side = max(shape)
     squares = torch.from_numpy(np.ascontiguousarray(pictures))
     if tuple(squares.shape[2:]) != (side, side):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import sys
-import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,27 +13,25 @@ import numpy as np
 
 from heterodiff.config import DataConfig, VolumesConfig
 from heterodiff.data.collection import Collection
-from heterodiff.data.decoding import read_member
+from heterodiff.data.decoding import array_names, opened_npz, read_member
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
-from heterodiff.data.sources.slices import PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
+from heterodiff.data.sources.slices import CLASSES, PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
 from heterodiff.errors import CheckpointError, DataError
 from heterodiff.files import read_json, replacing, write_text
 
 DEFAULT_SIZE = (128, 128)
-CLASSES = ("healthy", "unhealthy")
-PROGRESS_FROM = 4
 
 
 def layout_of(config: VolumesConfig) -> Layout:
-    """File name patterns: those of the layout, or the user's own."""
+    """Return the file name patterns: those of the layout, or the user's own."""
     known = LAYOUTS[config.layout]
     return Layout(config.modalities or known.modalities, config.mask or known.mask)
 
 
 def preprocessing(config: DataConfig) -> dict[str, Any]:
-    """All that decides what a slice of given volumes looks like, ready for JSON."""
+    """Return every setting that changes the slices of given volumes, ready for JSON."""
     return {
         "version": VERSION,
         "channels": list(layout_of(config.volumes).modalities),
@@ -50,22 +47,10 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def known_fingerprint(config: DataConfig) -> str | None:
-    """That of the slices of ``config``; ``None`` of slices that were not made here, such as those in an npz file."""
+    """Return the :func:`fingerprint` of the slices of ``config``; ``None`` if they were not made here (npz files)."""
     if config.source != "volumes" or config.path is None or config.path.suffix.lower() == ".npz":
         return None
     return fingerprint(config)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Slices of one scan of a patient as they are kept."""
-
-    name: str
-    patient: str
-    image: Path
-    mask: Path | None
-    unhealthy: tuple[bool, ...] | None
-    index: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
@@ -73,36 +58,30 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _kept(path: Path, index: int) -> np.ndarray:
-    try:
-        return np.array(_mapped(path)[index])
-    except (OSError, ValueError, IndexError, EOFError) as error:
-        raise BadImage(f"{path}: kept slices cannot be read ({error}); delete the folder to make them again") from None
-
-
 @dataclass(frozen=True)
-class SliceReader:
-    """Row ``i`` is slice ``rows[i][1]`` of the array in file ``rows[i][0]``."""
+class KeptSlices:
+    """Row ``i`` is slice ``rows[i][1]`` of the arrays in files ``rows[i][0]`` + ``.image.npy`` and ``.mask.npy``."""
 
     rows: tuple[tuple[Path, int], ...]
 
     def __call__(self, row: int) -> np.ndarray:
-        path, index = self.rows[row]
-        return stretch_slice(_kept(path, index).astype(np.float32))
+        return stretch_slice(self._read(row, "image").astype(np.float32))
 
-
-@dataclass(frozen=True)
-class MaskReader:
-    """Mask of row ``i``, where the rows' arrays hold masks."""
-
-    rows: tuple[tuple[Path, int], ...]
-
-    def __call__(self, row: int) -> np.ndarray:
-        path, index = self.rows[row]
+    def mask(self, row: int) -> np.ndarray:
         try:
-            return _kept(path, index).astype(bool)
+            return self._read(row, "mask").astype(bool)
         except BadImage as reason:  # no image is bad here, and callers expect none
             raise DataError(str(reason)) from None
+
+    def _read(self, row: int, kind: str) -> np.ndarray:
+        stem, index = self.rows[row]
+        path = Path(f"{stem}.{kind}.npy")
+        try:
+            return np.array(_mapped(path)[index])
+        except (OSError, ValueError, IndexError, EOFError) as error:
+            raise BadImage(
+                f"{path}: kept slices cannot be read ({error}); delete the folder to make them again"
+            ) from None
 
 
 def open_volumes(config: DataConfig) -> Collection:
@@ -113,12 +92,9 @@ def open_volumes(config: DataConfig) -> Collection:
     (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
 
     Raises:
-        DataError: no path, nothing usable there, or a patient's volumes that cannot be used.
+        DataError: nothing usable there, or a patient's volumes that cannot be used.
     """
-    if config.path is None:
-        raise DataError(
-            "data.source 'volumes' needs data.path: a folder of patients with NIfTI volumes, or an npz file"
-        )
+    assert config.path is not None
     path = config.path.expanduser()
     if path.suffix.lower() == ".npz":
         return _open_npz(path, config)
@@ -131,73 +107,68 @@ def open_volumes(config: DataConfig) -> Collection:
         without = next(patient for patient in patients if not patient.mask)
         raise DataError(
             f"{path}: {len(with_mask)} of {len(patients)} patients have a mask {layout.mask}.nii[.gz], {without.name} "
-            "has none; add an empty one where nothing is to be found, or move such patients to a folder of their own"
+            "has none; add an empty one for healthy patients, or move such patients to a folder of their own"
         )
     folder = (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
-    stored = [_stored(patient, folder, config, number, len(patients)) for number, patient in enumerate(patients, 1)]
-    rows = [(one, k) for one in stored for k in range(len(one.index))]
+    rows: list[tuple[PatientFiles, int, bool]] = []
+    places: list[tuple[Path, int]] = []
+    for number, patient in enumerate(patients, start=1):
+        progress = f"patient {number} of {len(patients)}" if len(patients) > 3 else ""
+        stem, facts = _sliced(patient, folder, config, progress)
+        unhealthy = facts["unhealthy"] or [False] * len(facts["index"])
+        rows += [(patient, z, ill) for z, ill in zip(facts["index"], unhealthy, strict=True)]
+        places += [(stem, k) for k in range(len(facts["index"]))]
     if not rows:
         raise DataError(f"{path}: no slice shows enough of the brain; lower data.volumes.least_brain")
     labelled = config.labels != "none" and bool(with_mask)
+    reader = KeptSlices(tuple(places))
     return Collection(
         where=str(path),
-        names=tuple(f"{one.name}/{one.index[k]:04d}" for one, k in rows),
-        class_of=tuple(CLASSES[one.unhealthy[k]] if labelled and one.unhealthy else None for one, k in rows),
-        read=SliceReader(tuple((one.image, k) for one, k in rows)),
+        names=tuple(f"{patient.name}/{z:04d}" for patient, z, _ in rows),
+        class_of=tuple(CLASSES[ill] if labelled else None for _, _, ill in rows),
+        read=reader,
         value_range=(0.0, 1.0),
-        groups=tuple(one.patient for one, _ in rows),
-        mask=MaskReader(tuple((one.mask, k) for one, k in rows if one.mask)) if with_mask else None,
+        groups=tuple(patient.patient for patient, _, _ in rows),
+        mask=reader.mask if with_mask else None,
     )
 
 
-def _safe(name: str) -> str:
-    """A file name for a patient; different patients get different ones."""
+def _file_stem(name: str) -> str:
+    """Return a file name without suffix for a patient; different patients get different ones."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}_{digest}"
 
 
-def _stamp(patient: PatientFiles) -> list[list[Any]]:
-    files = [*patient.volumes, *([patient.mask] if patient.mask else [])]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _stored(patient: PatientFiles, folder: Path, config: DataConfig, number: int, total: int) -> _Stored:
-    """The kept slices of a patient, made anew where its files have changed since."""
-    stem = folder / _safe(patient.name)
-    index_file, image = Path(f"{stem}.json"), Path(f"{stem}.image.npy")
-    mask = Path(f"{stem}.mask.npy") if patient.mask else None
-    stamp = _stamp(patient)
+def _sliced(patient: PatientFiles, folder: Path, config: DataConfig, progress: str) -> tuple[Path, dict[str, Any]]:
+    """Return the path without suffix and the facts of a patient's kept slices, made anew if its files have changed."""
+    stem = folder / _file_stem(patient.name)
+    facts_file, image, mask = (Path(f"{stem}.{suffix}") for suffix in ("json", "image.npy", "mask.npy"))
+    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in patient.files]
     try:
-        content = read_json(index_file)
-        fits = content["stamp"] == stamp and image.is_file() and (mask is None or mask.is_file())
+        facts = read_json(facts_file)
+        if facts["stamp"] == stamp and image.is_file() and (patient.mask is None or mask.is_file()):
+            return stem, facts
     except (CheckpointError, KeyError):
-        fits = False
-    if not fits:
-        if total >= PROGRESS_FROM:
-            print(f"slicing  patient {number} of {total}: {patient.name}", file=sys.stderr, flush=True)
-        slices = slice_patient(read_patient(patient), config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
-        content = {
-            "stamp": stamp,
-            "index": slices.index.tolist(),
-            "unhealthy": None if slices.unhealthy is None else slices.unhealthy.tolist(),
-        }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(image, slices.image.astype(np.float16))
-            if mask is not None:
-                _write(mask, slices.mask)
-            write_text(index_file, json.dumps(content))  # last: with it, the patient is done
-        except OSError as error:
-            raise DataError(
-                f"{folder}: slices cannot be kept here ({error.strerror}); name another folder in data.volumes.cache"
-            ) from None
-    unhealthy = content["unhealthy"]
-    ill = None if unhealthy is None else tuple(unhealthy)
-    return _Stored(patient.name, patient.patient, image, mask, ill, tuple(content["index"]))
+        pass
+    if progress:
+        print(f"slicing  {progress}: {patient.name}", file=sys.stderr, flush=True)
+    slices = slice_patient(read_patient(patient), config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
+    unhealthy = None if slices.unhealthy is None else slices.unhealthy.tolist()
+    facts = {"stamp": stamp, "index": slices.index.tolist(), "unhealthy": unhealthy}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(image, slices.image.astype(np.float16))
+        if slices.mask is not None:
+            _write(mask, slices.mask)
+        write_text(facts_file, json.dumps(facts))  # last: with it, the patient is done
+    except OSError as error:
+        raise DataError(
+            f"{folder}: slices cannot be kept here ({error.strerror}); name another folder in data.volumes.cache"
+        ) from None
+    return stem, facts
 
 
-def _write(path: Path, array: np.ndarray | None) -> None:
-    assert array is not None
+def _write(path: Path, array: np.ndarray) -> None:
     with replacing(path) as file:
         np.save(file, array, allow_pickle=False)
 
@@ -226,19 +197,12 @@ class ArraySlices:
 def _open_npz(path: Path, config: DataConfig) -> Collection:
     if not path.is_file():
         raise DataError(f"{path}: no such file of slices; correct data.path")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            there = {name.removesuffix(".npy") for name in archive.namelist()}
-            if missing := {"image", "patient"} - there:
-                raise BadImage(f"no array '{min(missing)}'; expected image, patient and mask, found {sorted(there)}")
-            limit = int(config.memory_limit_gb * 1e9)
-            arrays = {
-                key: read_member(archive, key, limit) for key in ("image", "patient", "mask", "z") if key in there
-            }
-    except BadImage as reason:
-        raise DataError(f"{path}: {reason}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
+    with opened_npz(path) as archive:
+        there = set(array_names(archive))
+        if missing := {"image", "patient"} - there:
+            raise BadImage(f"no array '{min(missing)}'; expected image, patient and mask, found {sorted(there)}")
+        limit = int(config.memory_limit_gb * 1e9)
+        arrays = {key: read_member(archive, key, limit) for key in ("image", "patient", "mask", "z") if key in there}
     image, patient, mask = arrays["image"], arrays["patient"], arrays.get("mask")
     count = len(image) if image.ndim else 0
     for name, found, expected in (

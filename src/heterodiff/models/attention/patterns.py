@@ -1,8 +1,8 @@
-"""Deterministic sparse attention patterns; ``attention_ways.py`` computes the attention.
+"""Deterministic sparse attention patterns; ``ways.py`` computes the attention.
 
-A sequence holds S = L + R tokens: L = H*W local ones in row-major order, then the regional tokens of each patch
-size p in turn, ceil(H/p) * ceil(W/p) of them. Only local tokens ask. Queries are grouped into blocks that share
-one key list, so that attention can be one gather and one dense product per block.
+A sequence has S = L + R tokens: L = H*W local ones in row-major order, then ceil(H/p) * ceil(W/p) regional ones for
+each patch size p in turn. Only local tokens are queries. Queries are grouped into blocks that share one key list, so
+that attention can be one gather and one dense product per block.
 """
 
 import math
@@ -12,11 +12,11 @@ from functools import lru_cache
 import numpy as np
 
 DENSE_LIMIT = 512
-"""Up to this sequence length every query has keys of its own, for dense attention under a mask."""
+"""Longest sequence in which every query has keys of its own, for dense attention under a mask."""
 BLOCK_ROUNDING = 1.16
-"""Blocks of queries may share up to this many times the nominal number of keys."""
+"""Largest number of keys that a block of queries shares, relative to the nominal number."""
 MIN_KEYS = 16
-"""Below this many keys sparsity saves nothing and starves small maps."""
+"""Least number of keys; fewer would save nothing and starve small maps."""
 FAR_SHARE = 0.1
 LARGEST_TILE = 8
 """Side of the largest square of queries that share their keys."""
@@ -28,7 +28,7 @@ PATTERNS = ("multiscale", "sequence")
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the keys of a pattern live: a local map and one coarser map per patch size."""
+    """Positions of keys: a local map and one coarser map per patch size."""
 
     height: int
     width: int
@@ -49,12 +49,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class KeyPattern:
-    """Which keys each local query sees.
+    """Keys of each local query.
 
     Attributes:
         queries: (blocks, queries per block) indices of local tokens; a token may appear twice.
         keys: (blocks, K) distinct indices of tokens, shared by the queries of a block.
-        position: (L,) where in ``queries.flatten()`` each local token's answer is found.
+        position: (L,) index in ``queries.flatten()`` of each local token's output.
         length: S.
     """
 
@@ -64,7 +64,7 @@ class KeyPattern:
     length: int
 
     def visible(self) -> np.ndarray:
-        """Boolean (L, S): True where a query sees a key."""
+        """Boolean (L, S), True where a query attends to a key."""
         block_of = self.position // self.queries.shape[1]
         seen = np.zeros((len(self.position), self.length), dtype=bool)
         np.put_along_axis(seen, self.keys[block_of], True, axis=1)
@@ -76,25 +76,25 @@ def make_pattern(kind: str, grid: Grid, sparsity: float, max_keys: int, seed: in
     """Draw the pattern ``kind`` (one of ``PATTERNS``) for ``grid``; the same arguments give the same pattern.
 
     Args:
-        sparsity: share of the S keys that a query does not see (0.9: it sees a tenth).
+        sparsity: fraction of the S keys that a query does not attend to.
         max_keys: upper bound on the keys of a query, which makes the cost linear in L for large maps.
-        seed: of the fixed far keys.
+        seed: seed of the fixed far keys.
     """
     builder = {"multiscale": _multiscale, "sequence": _sequence}[kind]
-    # The legacy generator: its stream is frozen, and a model's keys must not change with the NumPy version.
+    # The legacy generator has a frozen stream: a model's keys must not change with the NumPy version.
     return builder(grid, sparsity, max_keys, np.random.RandomState(seed))
 
 
 def _near_square(count: int, height: int, width: int) -> tuple[int, int]:
-    """The largest near-square window of at most ``count`` cells in a (height, width) map."""
+    """Largest near-square window of at most ``count`` positions in a (height, width) map."""
     rows = max(1, min(height, math.isqrt(count)))
     columns = max(1, min(width, count // rows))
     return max(1, min(height, count // columns)), columns
 
 
-def _window(centre: np.ndarray, size: int, limit: int) -> np.ndarray:
-    """(n, size) consecutive indices around each ``centre``, shifted to stay inside [0, limit)."""
-    start = np.clip(np.floor(centre - (size - 1) / 2 + 0.5).astype(np.int64), 0, limit - size)
+def _window(centre: np.ndarray, size: int, length: int) -> np.ndarray:
+    """(n, size) consecutive indices around each ``centre``, shifted to stay inside [0, length)."""
+    start = np.clip(np.floor(centre - (size - 1) / 2 + 0.5).astype(np.int64), 0, length - size)
     return start[:, None] + np.arange(size)
 
 
@@ -105,13 +105,13 @@ def _map_windows(rows: np.ndarray, columns: np.ndarray, size: tuple[int, int], s
     return (r[:, :, None] * shape[1] + c[:, None, :]).reshape(len(rows), -1)
 
 
-def _tile_starts(limit: int, tile: int) -> np.ndarray:
-    """Starts of tiles that cover [0, limit); the last one is shifted back inside where it would stick out."""
-    return np.minimum(np.arange(0, limit, tile), limit - tile)
+def _tile_starts(length: int, tile: int) -> np.ndarray:
+    """Starts of tiles that cover [0, length); the last one is shifted back inside where it would stick out."""
+    return np.minimum(np.arange(0, length, tile), length - tile)
 
 
 def _tile_size(window_keys: int, height: int, width: int) -> int:
-    """The largest tile whose queries all keep neighbours on every side within ``window_keys`` keys."""
+    """Largest tile whose queries all keep neighbours on every side within ``window_keys`` keys."""
     for tile in (LARGEST_TILE, 4, 2):
         if tile <= min(height, width) and _window_of(tile) <= window_keys:
             return tile
@@ -133,13 +133,13 @@ def _far_keys(rng: np.random.RandomState, local: int, window: np.ndarray, count:
 
 
 def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.RandomState) -> KeyPattern:
-    """Every query sees all scales: regional tokens, a local window around it, a few far local keys."""
+    """Keys at all scales: regional tokens, a local window around the query, a few far local tokens."""
     height, width, length = grid.height, grid.width, grid.length
     nominal = int((1 - sparsity) * length)
     budget = min(max(nominal, MIN_KEYS), max_keys, length)
     far = min(int(FAR_SHARE * budget), max(0, grid.local - budget))
     rounded = min(int(BLOCK_ROUNDING * (1 - sparsity) * length), max_keys)
-    # Where not all regional tokens fit anyway, they leave room for the window of the largest tile.
+    # Where not all regional tokens fit, they leave room for the window of the largest tile.
     at_most = max(budget // 2, rounded - far - _window_of(LARGEST_TILE))
     scales = _regional_sizes(grid, int(REGIONAL_SHARE * budget), at_most)
     regional = sum(math.prod(size) for size in scales)
@@ -164,9 +164,9 @@ def _multiscale(grid: Grid, sparsity: float, max_keys: int, rng: np.random.Rando
 
 
 def _regional_sizes(grid: Grid, budget: int, at_most: int) -> list[tuple[int, int]]:
-    """The window each regional map is seen through.
+    """Window in each regional map: the whole map if all fit ``budget``, else equal shares, coarsest map first.
 
-    Whole maps if they fit ``budget``; else, of ``at_most`` of it, equal shares, coarsest first.
+    These together have at most ``at_most`` keys.
     """
     if sum(h * w for h, w in grid.regional) <= budget:
         return grid.regional
@@ -201,5 +201,5 @@ def _sequence(grid: Grid, sparsity: float, max_keys: int, rng: np.random.RandomS
 def _pattern(queries: np.ndarray, keys: np.ndarray, grid: Grid) -> KeyPattern:
     flat = queries.reshape(-1)
     position = np.empty(grid.local, dtype=np.int64)
-    position[flat[::-1]] = np.arange(len(flat))[::-1]  # the first answer of a token that appears twice
+    position[flat[::-1]] = np.arange(len(flat))[::-1]  # the first output of a token that appears twice
     return KeyPattern(queries, np.sort(keys, axis=1), position, grid.length)

@@ -1,9 +1,9 @@
 """Three ways to compute attention under a sparse pattern, and the table that chooses one.
 
-- ``dense``: all scores, most of them hidden by a mask. Short sequences.
-- ``gather``: blocks of queries gather the keys they share; what a block does not see is neither scored nor stored.
-- ``flex``: torch's FlexAttention over tiles of tokens; tiles that nobody sees are skipped. Compiled, so not for a CPU,
-  where it has no backward pass.
+- ``dense``: all scores under a mask, for short sequences.
+- ``gather``: blocks of queries gather the keys they share; other keys are neither scored nor stored.
+- ``flex``: torch's FlexAttention over tiles of tokens, which skips tiles without visible keys. Compiled, so not for a
+  CPU, where it has no backward pass.
 """
 
 import json
@@ -22,28 +22,27 @@ from torch.autograd.function import once_differentiable
 from heterodiff.models.attention.patterns import KeyPattern
 
 GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
-"""Keys and values gathered at once: on a CPU what stays in its cache, elsewhere what keeps it busy."""
+"""Keys and values gathered at once: on a CPU as many as fit its cache, elsewhere enough to keep the device busy."""
 FLEX_TILE = 128
 """Side of the tiles that FlexAttention computes or skips."""
 FEW_KEYS = 16
-"""Keys in a tile that are not worth computing the tile."""
+"""Number of visible keys below which a tile is not worth computing."""
 
 
 @cache
 def way_rows() -> tuple[dict[str, Any], ...]:
-    """The table: rows of ``device`` (or "any"), ``length`` and ``head_width`` (at most; null: any) and ``way``.
+    """Read ``ways.json``: rows of ``device`` (or "any"), largest ``length`` and ``head_width`` (null: any) and ``way``.
 
-    ``ways.json`` beside this file. A row is put in front of the others where a benchmark has measured, on
-    such a device, that its way is the fastest.
+    A row goes in front of the others where a benchmark on such a device has found its way to be the fastest.
     """
     return tuple(json.loads(files(__package__).joinpath("ways.json").read_text("utf-8")))
 
 
 def choose_way(device: str, length: int, head_width: int) -> str:
-    """The first row of :func:`way_rows` that fits a kind of device, S tokens and the width of a head."""
+    """Choose by the first row of :func:`way_rows` that fits a device type, S tokens and the width of a head."""
     for row in way_rows():
-        limits = ((length, row["length"]), (head_width, row["head_width"]))
-        if row["device"] in (device, "any") and all(limit is None or value <= limit for value, limit in limits):
+        bounds = ((length, row["length"]), (head_width, row["head_width"]))
+        if row["device"] in (device, "any") and all(bound is None or value <= bound for value, bound in bounds):
             return row["way"]
     raise AssertionError("the last row of ways.json fits all")
 
@@ -53,11 +52,11 @@ class DevicePattern:
     """A :class:`KeyPattern` as tensors on one device, ready for one way of :func:`sparse_attention`.
 
     Attributes:
-        way: ``dense``, ``gather`` or ``flex``; each has those of the others that it needs.
-        mask: (L, S), True where a query sees a key.
-        queries, keys, position: of the :class:`KeyPattern`.
+        way: ``dense``, ``gather`` or ``flex``; attributes that it does not need are None.
+        mask: (L, S), True where a query attends to a key.
+        queries, keys, position: see :class:`KeyPattern`.
         order: (n,) tokens in the order of the tiles, some of them twice.
-        block_mask: of FlexAttention, for queries in the order of ``queries`` and keys in that of ``order``.
+        block_mask: FlexAttention's, for queries in the order of ``queries`` and keys in that of ``order``.
     """
 
     way: str
@@ -82,10 +81,10 @@ class DevicePattern:
 
 
 def _tiles(pattern: KeyPattern) -> tuple[np.ndarray, np.ndarray]:
-    """Keys in an order that leaves most tiles unseen: their tokens (n,), and (blocks, n), True where a block sees one.
+    """Tokens (n,) in an order that leaves most tiles without visible keys, and (blocks, n), True for visible ones.
 
-    Tokens that a block asks for lie side by side, and so do most of the keys around it. The few keys that some queries
-    see in a tile of their own are repeated at the end, those of one tile of queries together.
+    The queries of a block lie side by side, and so do most of the keys around it. Few visible keys alone in a tile are
+    repeated at the end, those of one tile of queries together.
     """
     local, blocks = np.argsort(pattern.position), len(pattern.keys)
     order = np.concatenate([local, np.arange(len(local), pattern.length)])
@@ -122,13 +121,11 @@ def _block_mask(pattern: KeyPattern, seen: Tensor) -> Any:
 
 
 def sparse_attention(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
-    """Multi-head attention in which a query only meets the keys of its pattern.
+    """Multi-head attention of each query over the keys of its pattern.
 
     Args:
         q: (B, L, C) queries.
         kv: (B, S, 2C) keys and values side by side, so that one gather serves both.
-        pattern: the key lists, and the way that uses them.
-        num_heads: C is split into so many heads.
 
     Returns:
         (B, L, C).
@@ -142,9 +139,13 @@ def _heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tenso
     return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
 
 
-def _dense(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
-    out = F.scaled_dot_product_attention(*_heads(q, kv, num_heads), attn_mask=pattern.mask)
+def _joined(out: Tensor) -> Tensor:
+    """(B, heads, L, C / heads) -> (B, L, C)."""
     return out.transpose(1, 2).flatten(2)
+
+
+def _dense(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
+    return _joined(F.scaled_dot_product_attention(*_heads(q, kv, num_heads), attn_mask=pattern.mask))
 
 
 def _flex(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tensor:
@@ -153,8 +154,7 @@ def _flex(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Tens
     assert pattern.position is not None
     q, kv = _take(q, _flat(pattern.queries, q)), _take(kv, _flat(pattern.order, kv))
     compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
-    out = _flex_kernel(compiled)(*_heads(q, kv, num_heads), block_mask=pattern.block_mask)
-    out = out.transpose(1, 2).flatten(2)
+    out = _joined(_flex_kernel(compiled)(*_heads(q, kv, num_heads), block_mask=pattern.block_mask))
     return _take(out, _flat(pattern.position, out))
 
 
@@ -178,7 +178,7 @@ def _gather(q: Tensor, kv: Tensor, pattern: DevicePattern, num_heads: int) -> Te
 
 
 def _flat(index: Tensor, x: Tensor) -> Tensor:
-    """Tokens ``index`` of every row of x (B, S, C) as indices of its B*S tokens, along which gathering is fastest."""
+    """Indices among the B*S tokens of x (B, S, C) of tokens ``index`` in every row; gathering along them is fastest."""
     batch, length = x.shape[:2]
     if batch == 1:
         return index.flatten()
@@ -199,18 +199,15 @@ def _attend_blocks(q: Tensor, kv: Tensor, queries: Tensor, keys: Tensor, num_hea
 def _attend(qb: Tensor, kvb: Tensor, blocks: int, num_heads: int) -> Tensor:
     """qb (B, n Q, C), kvb (B, n K, 2C), gathered -> (B, n Q, C)."""
     batch, _, channels = qb.shape
-    width = channels // num_heads
-    qh = qb.view(batch * blocks, -1, num_heads, width).transpose(1, 2)
-    kh, vh = kvb.view(batch * blocks, -1, 2, num_heads, width).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).reshape(batch, -1, channels)
+    q, kv = (x.view(batch * blocks, -1, x.shape[2]) for x in (qb, kvb))
+    return _joined(F.scaled_dot_product_attention(*_heads(q, kv, num_heads))).reshape(batch, -1, channels)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """:func:`_attend_blocks` some blocks at a time, gathered again in the backward pass.
+    """:func:`_attend_blocks`, a few blocks at a time, recomputed in the backward pass.
 
-    A key is gathered by every block that sees it, so that all gathered keys together are many times the keys: they
-    are neither kept nor ever all there, and those of a few blocks stay in the processor's cache. Attention is computed
-    a second time in the backward pass, which costs less than writing and reading what it would have kept.
+    Every block gathers its keys, so all gathered keys together take many times the memory of the keys. A few blocks at
+    a time fit the processor's cache, and recomputing attention costs less than writing and reading saved tensors.
     """
 
     @staticmethod
@@ -225,7 +222,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, queries, keys = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # many small numbers are added up
+        wide = torch.promote_types(q.dtype, torch.float32)  # for sums of many small numbers
         grad_q, grad_kv = torch.zeros_like(q, dtype=wide), torch.zeros_like(kv, dtype=wide)
         start = 0
         for some_queries, some_keys in _parts(kv, queries, keys):
@@ -242,8 +239,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _parts(kv: Tensor, queries: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some blocks at a time, so many that their gathered keys and values fit ``GATHER_BYTES``."""
+    """Groups of blocks whose gathered keys and values fit ``GATHER_BYTES``."""
     block = kv.shape[0] * keys.shape[1] * kv.shape[2] * kv.element_size()
-    limit = GATHER_BYTES["cpu" if kv.device.type == "cpu" else "other"]
-    count = max(1, limit // block)
+    count = max(1, GATHER_BYTES["cpu" if kv.device.type == "cpu" else "other"] // block)
     return zip(queries.split(count), keys.split(count), strict=True)

@@ -1,4 +1,4 @@
-"""One random head: how its tissues lie in a slice, and what each of four MRI modalities shows of them.
+"""One random head: its tissues in a slice, and their intensity in each of four MRI modalities.
 
 Lengths are in units of half the shorter side of the picture, x to the right, y down, z from -1 to 1 along the slices.
 """
@@ -19,8 +19,8 @@ INTENSITY = {
     "core": (0.56, 0.40, 0.42, 0.68),
     "rim": (0.65, 0.52, 0.95, 0.61),
 }
-"""Of each tissue in each of :data:`MODALITIES`. On FLAIR and T2 a lesion is hardly brighter than grey matter: where it
-lies gives it away, so no threshold finds it."""
+"""Intensity of each tissue in each of :data:`MODALITIES`. On FLAIR and T2 a lesion is hardly brighter than grey matter:
+only its position gives it away, so no threshold finds it."""
 _TISSUE_SPREAD = 0.03
 _SCALP, _SKULL, _FLUID, _CORTEX = 1.0, 0.95, 0.89, 0.86
 """Outer borders, as a share of the head's radius."""
@@ -50,13 +50,13 @@ class Waves:
 
 @dataclass(frozen=True)
 class Lesion:
-    """In which slices, where in the head, and how large.
+    """Slices, position and size of a lesion.
 
     Attributes:
         first, count: slices that show it.
         place: share of the head's radius, and angle in radians, of its centre.
         radius: in its middle slice.
-        phase: of its outline's waves.
+        phase: phases of its outline's waves.
     """
 
     first: int
@@ -75,7 +75,7 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Head:
-    """What stays the same in all slices of a patient."""
+    """Everything that is the same in all slices of a patient."""
 
     half_width: float
     half_height: float
@@ -91,13 +91,9 @@ class Head:
 
     @classmethod
     def draw(
-        cls,
-        rng: np.random.RandomState,
-        slices: int,
-        unhealthy: float,
-        lesion_radius: tuple[float, float],
+        cls, rng: np.random.RandomState, slices: int, unhealthy: float, lesion_radius: tuple[float, float]
     ) -> "Head":
-        """Draw a patient of so many ``slices``, of which about a share ``unhealthy`` show a lesion."""
+        """Draw a patient of ``slices`` slices, of which about the share ``unhealthy`` show a lesion."""
         outlines = rng.uniform(0.70, 0.80), rng.uniform(0.84, 0.94)
         folds = rng.uniform(0, 2 * np.pi, (len(_FOLDS), 2))
         shift = Waves.draw(rng, 1.2), Waves.draw(rng, 1.2)
@@ -112,7 +108,7 @@ class Head:
         return cls(*outlines, folds, shift, bend, ventricle, nuclei, caps, bias, intensity, lesion)
 
     def has_lesion(self, index: int) -> bool:
-        """Whether slice ``index`` shows a lesion."""
+        """Return True if slice ``index`` shows a lesion."""
         return self.lesion is not None and self.lesion.radius_at(index) > 0
 
 
@@ -128,7 +124,7 @@ def _draw_lesion(
 
 
 def _ellipse(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float, tilt: float = 0.0) -> np.ndarray:
-    """Distance from the outline, about, negative inside."""
+    """Approximate distance from the outline, negative inside."""
     x, y = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
     return (np.sqrt((x / half_width) ** 2 + (y / half_height) ** 2) - 1) * min(half_width, half_height)
 
@@ -191,9 +187,9 @@ def render(
     """Draw slice ``index`` at height ``z``.
 
     Args:
-        rng: of the noise alone.
+        rng: generator of the noise alone.
         shape: (H, W).
-        contrast: of a lesion against white matter; 1 as in :data:`INTENSITY`.
+        contrast: contrast of a lesion against white matter; 1 as in :data:`INTENSITY`.
         bias: strength of the field that brightens one side of each modality.
         noise: std in each of the two parts of the complex signal.
 

@@ -1,4 +1,4 @@
-"""How the joints of a walking or running human turn over one stride.
+"""Joint angles of a walking or running human over one stride.
 
 Walking is the model that Boulic, Thalmann and Thalmann fitted to measured gaits ("A global human walking model with
 real-time kinematic personification", The Visual Computer 6, 1990): everything follows from the relative velocity

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from heterodiff.config import MicrodopplerConfig
-from heterodiff.simulators.microdoppler.gait import SHANK, THIGH, Gait, periodic_curve, running_gait, walking_gait
+from heterodiff.simulators.microdoppler.gait import SHANK, THIGH, Gait, periodic_curve
 from heterodiff.simulators.microdoppler.targets import Echo, View, radial_speed
 
 HEIGHTS_M = (1.6, 1.95)
@@ -29,7 +28,7 @@ def _beside(turn: np.ndarray, offset: float) -> np.ndarray:
 
 
 def segments(gait: Gait, height_m: float, phase: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return where each part of the body is, without the mean motion.
+    """Return the ends of each part of the body, without the mean motion.
 
     Args:
         phase: (N,) strides since right heel strike.
@@ -94,9 +93,8 @@ def _ellipsoid(axes: tuple[float, float, float], height_m: float, sight: np.ndar
     return float(np.sqrt(np.pi) * a * b * c / np.sum((np.array([a, b, c]) * sight) ** 2))
 
 
-def _human(
-    make_gait: Callable[[float, float], Gait], rng: np.random.RandomState, view: View, times: np.ndarray
-) -> Echo:
+def human(make_gait: Callable[[float, float], Gait], rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
+    """A human with the gait that ``make_gait`` gives for a speed (m/s) and a height (m)."""
     height = rng.uniform(*HEIGHTS_M)
     gait = make_gait(view.speed_m_s, height)
     phase = gait.stride_hz * times + rng.uniform()
@@ -113,18 +111,10 @@ def _human(
     return Echo(moving, np.stack(amplitudes), radial_speed(moving, times), gait.stride_hz)
 
 
-def walking(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
-    """A walking human, see :func:`gait.walking_gait`."""
-    return _human(walking_gait, rng, view, times)
-
-
-def running(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
-    """A running human, see :func:`gait.running_gait`."""
-    return _human(running_gait, rng, view, times)
-
-
-def _fastest(make_gait: Callable[[float, float], Gait], speed_m_s: float) -> float:
-    """The highest level speed of any scatterer, over the heights, at this speed (speeds grow with it)."""
+def fastest_limb(
+    make_gait: Callable[[float, float], Gait], speed_m_s: float, _elevation_deg: tuple[float, float]
+) -> float:
+    """Return the highest level speed of any scatterer in m/s, over all heights, at this speed (it grows with it)."""
     phase = np.linspace(0, 1, 1001)
     fastest = 0.0
     for height in np.linspace(*HEIGHTS_M, 8):
@@ -134,13 +124,3 @@ def _fastest(make_gait: Callable[[float, float], Gait], speed_m_s: float) -> flo
         velocity[:, 0] += speed_m_s
         fastest = max(fastest, float(np.linalg.norm(velocity, axis=1).max()))
     return 1.02 * fastest  # what heights and phases in between may add
-
-
-def fastest_walking(config: MicrodopplerConfig) -> float:
-    """Return the highest speed of a walker's limb in m/s."""
-    return _fastest(walking_gait, config.speeds_m_s.walking[1])
-
-
-def fastest_running(config: MicrodopplerConfig) -> float:
-    """Return the highest speed of a runner's limb in m/s."""
-    return _fastest(running_gait, config.speeds_m_s.running[1])

@@ -26,9 +26,9 @@ class Observation:
         prf_hz: pulses, and so complex samples, a second.
         duration_s: time that the columns of the picture span.
         window: samples of the analysis window, at most ``height``: no Doppler line can fall between two rows.
-        looks: windows whose powers are averaged in one column, so many that neighbours overlap by two thirds or more:
+        looks: windows whose powers are averaged in one column, enough for neighbours to overlap by two thirds or more:
             squared Hann windows then add up to a constant, and a flash is as bright wherever it falls.
-        height, width: of the picture.
+        height, width: size of the picture.
     """
 
     prf_hz: float

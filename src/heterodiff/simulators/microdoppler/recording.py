@@ -1,35 +1,56 @@
 """One simulated recording: draw a target, let it move, listen, transform."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from heterodiff.config import MicrodopplerConfig
 from heterodiff.errors import DataError, unknown_name
-from heterodiff.simulators.microdoppler.human import fastest_running, fastest_walking, running, walking
+from heterodiff.simulators.microdoppler.gait import running_gait, walking_gait
+from heterodiff.simulators.microdoppler.human import fastest_limb, human
 from heterodiff.simulators.microdoppler.radar import Observation, add_noise, baseband, spectrogram_db, wavelength
-from heterodiff.simulators.microdoppler.rotors import fastest_helicopter, fastest_quadrotor, helicopter, quadrotor
-from heterodiff.simulators.microdoppler.targets import Target, View, bird, fastest_bird, fastest_pendulum, pendulum
+from heterodiff.simulators.microdoppler.rotors import HELICOPTER_TIP_M_S, QUADROTOR_TIP_M_S, TRIM, helicopter, quadrotor
+from heterodiff.simulators.microdoppler.targets import Echo, View, bird, fastest_bird, pendulum
 
 MAX_SAMPLES = 2_000_000
 MIN_PRF_HZ = 16.0  # where nothing moves
 PRF_MARGIN = 1.2  # room for the width of a line in the spectrum
 
-TARGETS: dict[str, Target] = {
-    "walking": Target(walking, fastest_walking, flies=False, duration_s=3.0, window_s=0.06),
-    "running": Target(running, fastest_running, flies=False, duration_s=1.2, window_s=0.03),
-    "quadrotor": Target(quadrotor, fastest_quadrotor, flies=True, duration_s=0.03, window_s=0.002),
-    "helicopter": Target(helicopter, fastest_helicopter, flies=True, duration_s=0.3, window_s=0.0015),
-    "bird": Target(bird, fastest_bird, flies=True, duration_s=1.0, window_s=0.02),
-    "pendulum": Target(pendulum, fastest_pendulum, flies=False, duration_s=5.0, window_s=0.15),
+
+@dataclass(frozen=True)
+class Target:
+    """One class of targets.
+
+    Attributes:
+        echo: random numbers, view and times (N,) in seconds -> echo.
+        fastest_m_s: highest speed and range of elevations (degrees) of the class -> a speed that no part exceeds.
+        duration_s, window_s: recording and analysis window that suit the class.
+        flies: seen from below, at ``elevation_deg``.
+    """
+
+    echo: Callable[[np.random.RandomState, View, np.ndarray], Echo]
+    fastest_m_s: Callable[[float, tuple[float, float]], float]
+    duration_s: float
+    window_s: float
+    flies: bool = False
+
+
+TARGETS = {
+    "walking": Target(partial(human, walking_gait), partial(fastest_limb, walking_gait), 3.0, 0.06),
+    "running": Target(partial(human, running_gait), partial(fastest_limb, running_gait), 1.2, 0.03),
+    "quadrotor": Target(quadrotor, lambda speed, _: speed + QUADROTOR_TIP_M_S[1] * (1 + TRIM), 0.03, 0.002, flies=True),
+    "helicopter": Target(helicopter, lambda speed, _: speed + HELICOPTER_TIP_M_S[1], 0.3, 0.0015, flies=True),
+    "bird": Target(bird, fastest_bird, 1.0, 0.02, flies=True),
+    "pendulum": Target(pendulum, lambda speed, _: speed, 5.0, 0.15),
 }
 CLASSES = tuple(TARGETS)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the physics says about one picture; frequencies in Hz, positive Doppler = approaching.
+    """Physical parameters of one picture; frequencies in Hz, positive Doppler = approaching.
 
     Attributes:
         wavelength_m, prf_hz, duration_s, snr_db, aspect_deg, elevation_deg, speed_m_s: as drawn.
@@ -65,12 +86,13 @@ def highest_doppler(class_name: str, config: MicrodopplerConfig) -> float:
     Raises:
         DataError: unknown class.
     """
-    return 2 * _target(class_name).fastest_m_s(config) / wavelength(config.carrier_frequency_hz)
+    target, (_, speed) = _target(class_name), getattr(config.speeds_m_s, class_name)
+    return 2 * target.fastest_m_s(speed, config.elevation_deg) / wavelength(config.carrier_frequency_hz)
 
 
 @lru_cache(maxsize=256)
 def observe(class_name: str, config: MicrodopplerConfig, height: int, width: int) -> Observation:
-    """Return how a class is recorded: as ``config`` says, or else as suits the class.
+    """Return the sampling of a class: as configured, or else as suits the class.
 
     Raises:
         DataError: unknown class, or a recording of more than two million samples.

@@ -1,4 +1,4 @@
-"""Rotors and what flies with them.
+"""Rotors, quadrotors and helicopters.
 
 A blade is a line of scatterers from its root to its tip whose echoes add up in closed form (Chen, The Micro-Doppler
 Effect in Radar, 2011, ch. 3): with r the distance from the hub, q(t) the cosine between blade and line of sight and k
@@ -14,10 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterodiff.config import MicrodopplerConfig
 from heterodiff.simulators.microdoppler.targets import Echo, View
 
 ROOT = 0.15  # share of the radius without blade
+QUADROTOR_RADII_M = (0.10, 0.14)
+QUADROTOR_TIP_M_S = (45.0, 70.0)
+TRIM = 0.06  # relative differences in speed between the rotors of a flying quadrotor
+HELICOPTER_RADII_M = (3.8, 7.0)
+HELICOPTER_TIP_M_S = (180.0, 220.0)
+_BLADES = (2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Rotor:
         radius_m: from hub to tip.
         revolutions_hz: a second, counter-clockwise in the plane of ``axes`` when positive.
         phase: angle of the first blade at time 0, radians.
-        amplitude: of a blade square to the line of sight.
+        amplitude: amplitude of a blade square to the line of sight.
         axes: (2, 3) orthonormal vectors that span the rotor's plane; default: level.
     """
 
@@ -88,11 +93,6 @@ def aircraft(
     )
 
 
-QUADROTOR_RADII_M = (0.10, 0.14)
-QUADROTOR_TIP_M_S = (45.0, 70.0)
-_TRIM = 0.06  # the rotors of a flying quadrotor differ in speed
-
-
 def quadrotor(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
     """A quadrotor: four rotors of two blades, neighbours turning against each other, and a small hull."""
     radius = rng.uniform(*QUADROTOR_RADII_M)
@@ -101,20 +101,10 @@ def quadrotor(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo
     for index in range(4):
         azimuth = np.pi / 4 + index * np.pi / 2
         hub = 1.8 * radius * np.array([np.cos(azimuth), np.sin(azimuth), 0.0])
-        turning = revolutions * rng.uniform(1 - _TRIM, 1 + _TRIM) * (-1) ** index
+        turning = revolutions * rng.uniform(1 - TRIM, 1 + TRIM) * (-1) ** index
         rotors.append((Rotor(2, radius, turning, rng.uniform(0, 2 * np.pi), 0.8), hub))
     hull = rng.uniform(-1, 1, (3, 3)) * radius
     return aircraft(rotors, hull, np.array([1.0, 0.5, 0.3]), view, times)
-
-
-def fastest_quadrotor(config: MicrodopplerConfig) -> float:
-    """Return the highest speed of a blade tip in m/s."""
-    return config.speeds_m_s.quadrotor[1] + QUADROTOR_TIP_M_S[1] * (1 + _TRIM)
-
-
-HELICOPTER_RADII_M = (3.8, 7.0)
-HELICOPTER_TIP_M_S = (180.0, 220.0)
-_BLADES = (2, 3, 4, 5)
 
 
 def helicopter(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
@@ -129,8 +119,3 @@ def helicopter(rng: np.random.RandomState, view: View, times: np.ndarray) -> Ech
     hull = rng.uniform(-1, 1, (4, 3)) * np.array([0.6 * radius, 1.0, 1.0])
     hubs = [(main, np.array([0.0, 0.0, 1.5])), (tail, np.array([-1.2 * radius, 0.0, 1.0]))]
     return aircraft(hubs, hull, np.array([1.0, 0.7, 0.5, 0.3]), view, times)
-
-
-def fastest_helicopter(config: MicrodopplerConfig) -> float:
-    """Return the highest speed of a blade tip in m/s."""
-    return config.speeds_m_s.helicopter[1] + HELICOPTER_TIP_M_S[1]

@@ -1,23 +1,20 @@
-"""What a target returns to the radar, and the two targets of few parts: a pendulum and a bird."""
+"""Echoes of targets, and the two targets of few parts: a pendulum and a bird."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-
-from heterodiff.config import MicrodopplerConfig
 
 GRAVITY_M_S2 = 9.81
 
 
 @dataclass(frozen=True)
 class View:
-    """How the radar sees one target.
+    """Motion of one target and the direction it is seen from.
 
     Attributes:
         speed_m_s: along the x axis, the heading (a pendulum: of the bob at its lowest point).
         sight: unit vector (3,) from the target to the radar; x forward, y left, z up.
-        wavelength_m: of the carrier.
+        wavelength_m: wavelength of the carrier.
     """
 
     speed_m_s: float
@@ -53,24 +50,6 @@ class Echo:
     flash_rate_hz: float | None = None
 
 
-@dataclass(frozen=True)
-class Target:
-    """One class of targets.
-
-    Attributes:
-        echo: random numbers, view and times (N,) in seconds -> echo.
-        fastest_m_s: configuration -> a speed that no part of any target of the class exceeds.
-        flies: seen from below, at ``elevation_deg``.
-        duration_s, window_s: recording and analysis window that suit the class.
-    """
-
-    echo: Callable[[np.random.RandomState, View, np.ndarray], Echo]
-    fastest_m_s: Callable[[MicrodopplerConfig], float]
-    flies: bool
-    duration_s: float
-    window_s: float
-
-
 def radial_speed(ranges_m: np.ndarray, times: np.ndarray) -> float:
     """Return the highest |dR/dt| in m/s of ranges (K, N) sampled at ``times`` (N,)."""
     return float(np.abs(np.diff(ranges_m)).max() / (times[1] - times[0]))
@@ -100,11 +79,6 @@ def pendulum(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
     ranges = along * bob
     amplitudes = np.array([[0.05], [0.05], [0.05], [0.05], [1.0]])
     return Echo(ranges, amplitudes, abs(view.closing_m_s), float(np.sqrt(GRAVITY_M_S2 / length)) / (2 * np.pi))
-
-
-def fastest_pendulum(config: MicrodopplerConfig) -> float:
-    """Return the highest speed of a bob in m/s."""
-    return config.speeds_m_s.pendulum[1]
 
 
 HALF_SPANS_M = (0.3, 0.6)
@@ -155,15 +129,15 @@ def bird(rng: np.random.RandomState, view: View, times: np.ndarray) -> Echo:
     return Echo(ranges, amplitudes, radial_speed(ranges, times), float(frequency))
 
 
-def fastest_bird(config: MicrodopplerConfig) -> float:
+def fastest_bird(speed_m_s: float, elevation_deg: tuple[float, float]) -> float:
     """Return the highest radial speed of a wing in m/s, found on one beat of the fastest wing, seen from all sides."""
     flap = np.linspace(0, 2 * np.pi, 181)
     rate = 2 * np.pi * BEAT_SPEED_M_S * 1.15  # half span times angular frequency
     velocity = rate * np.gradient(wing(flap, 1.0), flap, axis=-1)
     velocity[:, 2] += rate * HEAVE * np.sin(flap)
     turn = np.linspace(0, 2 * np.pi, 73)[:, None]
-    tilt = np.deg2rad(np.linspace(*config.elevation_deg, 9))
+    tilt = np.deg2rad(np.linspace(*elevation_deg, 9))
     sights = np.stack([np.cos(turn) * np.cos(tilt), np.sin(turn) * np.cos(tilt), np.sin(-tilt) + 0 * turn])
-    own = config.speeds_m_s.bird[1] * np.abs(sights[0])
+    own = speed_m_s * np.abs(sights[0])
     radial = np.abs(np.einsum("iab,pin->abpn", sights, velocity)).max(axis=(2, 3))
     return 1.02 * float((own + radial).max())  # what angles in between may add

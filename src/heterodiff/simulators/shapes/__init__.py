@@ -1,87 +1,40 @@
 """The built-in source ``shapes``: drawn pictures of one or two coloured shapes, with true captions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from heterodiff.config import DataConfig, ShapesConfig
 from heterodiff.data.collection import Collection
-from heterodiff.errors import DataError
+from heterodiff.simulators import drawn_size, random_state
 from heterodiff.simulators.shapes.drawing import render
-from heterodiff.simulators.shapes.scenes import (
-    ALL_THINGS,
-    COLOURS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    draw_scene,
-    matches,
-    parse_thing,
-    unseen_things,
-)
-from heterodiff.simulators.shapes.words import captions_of, complete_caption, read_caption
+from heterodiff.simulators.shapes.scenes import Scene, draw_scene, unseen_things
+from heterodiff.simulators.shapes.words import captions_of
 
-__all__ = [
-    "ALL_THINGS",
-    "COLOURS",
-    "PLACES",
-    "RELATIONS",
-    "SHAPES",
-    "Scene",
-    "ShapesRenderer",
-    "Thing",
-    "captions_of",
-    "complete_caption",
-    "draw_scene",
-    "matches",
-    "open_shapes",
-    "parse_thing",
-    "read_caption",
-    "render",
-    "scene_of",
-    "unseen_things",
-]
-
-DEFAULT_SIZE = (64, 64)
 MIN_SIDE = 16
 _CONTENT, _DRAWING = range(2)
-
-
-def _random_state(config: ShapesConfig, picture: int, purpose: int) -> np.random.RandomState:
-    """Random numbers for one picture: for its scene and captions or, whatever its size, for its drawing."""
-    return np.random.RandomState([config.seed & 0xFFFFFFFF, config.seed >> 32, picture, purpose])
+"""Last number of a picture's random states: for scene and captions, and for the drawing, whatever its size."""
 
 
 def scene_of(config: ShapesConfig, picture: int) -> Scene:
-    """What picture number ``picture`` shows, whatever its size.
+    """Return the scene that picture number ``picture`` shows, whatever its size.
 
     Raises:
         DataError: ``config.unseen`` cannot be used.
     """
-    return draw_scene(_random_state(config, picture, _CONTENT), config.pairs, unseen_things(config))
+    return draw_scene(random_state(config.seed, picture, _CONTENT), config.pairs, unseen_things(config))
 
 
 def _captions(config: ShapesConfig) -> Iterator[tuple[str, ...]]:
     unseen = unseen_things(config)
     for picture in range(config.images):
-        rng = _random_state(config, picture, _CONTENT)
+        rng = random_state(config.seed, picture, _CONTENT)
         yield captions_of(draw_scene(rng, config.pairs, unseen), rng)
 
 
-@dataclass(frozen=True)
-class ShapesRenderer:
-    """Draw picture ``row``."""
-
-    config: ShapesConfig
-    height: int
-    width: int
-
-    def __call__(self, row: int) -> np.ndarray:
-        rng = _random_state(self.config, row, _DRAWING)
-        return render(scene_of(self.config, row), rng, self.height, self.width)
+def _draw(config: ShapesConfig, height: int, width: int, picture: int) -> np.ndarray:
+    return render(scene_of(config, picture), random_state(config.seed, picture, _DRAWING), height, width)
 
 
 def open_shapes(config: DataConfig) -> Collection:
@@ -92,21 +45,12 @@ def open_shapes(config: DataConfig) -> Collection:
     Raises:
         DataError: ``image_size`` below 16, ``channels`` other than 3, or ``shapes.unseen`` that cannot be used.
     """
-    height, width = config.image_size or DEFAULT_SIZE
-    if min(height, width) < MIN_SIDE:
-        raise DataError(
-            f"data.image_size: 'shapes' expects at least {MIN_SIDE}, found [{height}, {width}]; "
-            f"set it to [{max(height, MIN_SIDE)}, {max(width, MIN_SIDE)}] or more"
-        )
-    if config.channels not in (None, 3):
-        raise DataError(f"data.channels: 'shapes' has 3, found {config.channels}; leave it out")
     settings = config.shapes
     return Collection(
         where="shapes",
         names=tuple(f"{picture:07d}" for picture in range(settings.images)),
         class_of=(None,) * settings.images,
-        read=ShapesRenderer(settings, height, width),
+        read=partial(_draw, settings, *drawn_size(config, MIN_SIDE, 3)),
         value_range=(0.0, 255.0),
-        warnings=("data.path is not used by data.source 'shapes'",) if config.path else (),
         captions=tuple(_captions(settings)),
     )

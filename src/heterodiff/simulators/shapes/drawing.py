@@ -19,7 +19,7 @@ _COLOUR_SPREAD = 12
 _GROUND = (215, 250)
 _RADIUS = (0.11, 0.19)
 _JITTER = 0.06
-"""Of the centre of a single thing, as a share of height and width."""
+"""Largest shift of the centre of a single thing, as a share of height and width."""
 _SIDES = {"top": 0.26, "left": 0.26, "bottom": 0.74, "right": 0.74}
 _GAP = 0.07
 """Least distance between two things, as a share of the shorter side."""
@@ -41,7 +41,7 @@ def _square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """With a level base at the bottom: as wide as ``2 radius``, 0.9 times as high."""
+    """Triangle with a level base at the bottom, ``2 radius`` wide and 0.9 times as high."""
     bottom, height = 0.9 * radius, 1.8 * radius
     slope = math.hypot(height, radius)
     sides = (height * np.abs(x) + radius * (y - bottom + height) * -1) / slope

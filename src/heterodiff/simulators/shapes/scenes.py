@@ -1,6 +1,6 @@
-"""What a picture of the source ``shapes`` shows: one or two coloured things, and where."""
+"""Scenes of the source ``shapes``: one or two coloured things, and their place or relation."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ class Scene:
     """One thing, or two different ones.
 
     Attributes:
-        things: of two, ``things[0]`` is above or left of ``things[1]``.
+        things: one or two; ``things[0]`` is above or left of ``things[1]``.
         place: one of `PLACES` for one thing, of `RELATIONS` for two; ``None`` where a text does not say, and then two
             things are in the order of the text.
     """
@@ -58,10 +58,10 @@ def parse_thing(text: str) -> Thing:
 
 
 def unseen_things(config: ShapesConfig) -> frozenset[Thing]:
-    """The things that no picture shows.
+    """Return the things that no picture shows.
 
     Raises:
-        DataError: one that cannot be read, or so many that too few are left to draw.
+        DataError: one that cannot be read, or too few are left to draw.
     """
     unseen = frozenset(parse_thing(text) for text in config.unseen)
     needed, left = (2 if config.pairs > 0 else 1), len(ALL_THINGS) - len(unseen)
@@ -73,20 +73,14 @@ def unseen_things(config: ShapesConfig) -> frozenset[Thing]:
     return unseen
 
 
-def draw_scene(
-    rng: np.random.RandomState,
-    pairs: float,
-    forbidden: Collection[Thing] = frozenset(),
-    among: Sequence[Thing] = ALL_THINGS,
-) -> Scene:
+def draw_scene(rng: np.random.RandomState, pairs: float, forbidden: Collection[Thing] = frozenset()) -> Scene:
     """Draw a scene; all things, and all places and relations, are equally likely.
 
     Args:
         pairs: probability of two things; they differ in colour, shape or both.
         forbidden: things that are not drawn.
-        among: things to draw from.
     """
-    allowed = [thing for thing in among if thing not in forbidden]
+    allowed = [thing for thing in ALL_THINGS if thing not in forbidden]
     pair = rng.random_sample() < pairs
     chosen = rng.choice(len(allowed), size=1 + pair, replace=False)
     places = RELATIONS if pair else PLACES
@@ -94,7 +88,7 @@ def draw_scene(
 
 
 def matches(asked: Scene, seen: Scene) -> bool:
-    """Whether ``seen`` shows what ``asked`` says: the things and, where it says one, the place or relation."""
+    """Return True if ``seen`` has the things of ``asked`` and, if it names one, the place or relation."""
     if asked.place is not None:
         return asked == seen
     return len(asked.things) == len(seen.things) and set(asked.things) == set(seen.things)

@@ -1,4 +1,4 @@
-"""Captions of scenes: writing true ones, and reading what a text says."""
+"""Captions of scenes: writing true ones, and reading texts."""
 
 import re
 
@@ -21,43 +21,37 @@ def _named(thing: Thing) -> str:
 
 
 def complete_caption(scene: Scene) -> str:
-    """Everything there is to say about ``scene``: colour, shape and place or relation of each thing."""
+    """Describe all of ``scene``: colour, shape and place or relation of each thing."""
     if len(scene.things) == 1:
         return f"{_named(scene.things[0])} in the {scene.place}"
     first, second = map(_named, scene.things)
     return f"{first} {scene.place} {second}"
 
 
-def _of_one(scene: Scene, rng: np.random.RandomState) -> list[str]:
-    thing = _named(scene.things[0])
-    start = _STARTS[rng.randint(len(_STARTS))]
-    corner = "" if scene.place == "centre" else " corner"
-    return [f"{start}{thing} in the {scene.place}{corner}", thing]
+def captions_of(scene: Scene, rng: np.random.RandomState) -> tuple[str, ...]:
+    """Return true captions of a drawn ``scene`` in different words: 3 of one thing, 4 of two.
 
-
-def _of_two(scene: Scene, rng: np.random.RandomState) -> list[str]:
-    first, second = map(_named, scene.things)
+    The first is complete; the last leaves out the place or relation.
+    """
+    first, *others = map(_named, scene.things)
+    complete = complete_caption(scene)
+    if not others:
+        start = _STARTS[rng.randint(len(_STARTS))]
+        corner = "" if scene.place == "centre" else " corner"
+        return complete, f"{start}{first} in the {scene.place}{corner}", first
+    (second,) = others
     assert scene.place is not None
     relation, inverse = (
         f"to the {words}" if words.endswith(" of") and rng.randint(2) else words
         for words in (scene.place, _INVERSE[scene.place])
     )
     start = _STARTS[rng.randint(len(_STARTS))]
-    both = (first, second) if rng.randint(2) else (second, first)
-    return [f"{second} {inverse} {first}", f"{start}{first} {relation} {second}", f"{both[0]} and {both[1]}"]
-
-
-def captions_of(scene: Scene, rng: np.random.RandomState) -> tuple[str, ...]:
-    """True captions of a drawn ``scene`` in different words: of one thing 3, of two 4. The first is the complete one.
-
-    The last leaves out the place or relation.
-    """
-    others = _of_one(scene, rng) if len(scene.things) == 1 else _of_two(scene, rng)
-    return (complete_caption(scene), *others)
+    both = f"{first} and {second}" if rng.randint(2) else f"{second} and {first}"
+    return complete, f"{second} {inverse} {first}", f"{start}{first} {relation} {second}", both
 
 
 def read_caption(text: str) -> Scene | None:
-    """Return what a caption says, ``None`` if it is not one of those that `captions_of` writes.
+    """Return the scene that a caption describes, ``None`` if `captions_of` writes no such caption.
 
     Case, punctuation and blanks do not count, and articles may be missing.
     """
@@ -69,13 +63,11 @@ def read_caption(text: str) -> Scene | None:
     if found := _PAIR.fullmatch(plain):
         colour, shape, relation, other_colour, other_shape = found.groups()
         things = Thing(colour, shape), Thing(other_colour, other_shape)
-        return None if things[0] == things[1] else _canonical(things, relation.split())
+        if things[0] == things[1]:
+            return None
+        if relation == "and":
+            return Scene(things, None)
+        if "below" in relation or "right" in relation:
+            things = things[1], things[0]
+        return Scene(things, "above" if relation in ("above", "below") else "left of")
     return None
-
-
-def _canonical(things: tuple[Thing, Thing], relation: list[str]) -> Scene:
-    if "and" in relation:
-        return Scene(things, None)
-    if "below" in relation or "right" in relation:
-        things = things[1], things[0]
-    return Scene(things, "above" if relation[0] in _INVERSE.keys() | _INVERSE.values() else "left of")

@@ -15,6 +15,7 @@ from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load, pipeline_task
+from heterodiff.progress import duration
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import check_denoiser, codec_run
@@ -134,7 +135,8 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
         cached = isinstance(recipe.codec, LatentCodec) and config.codec.cache
         encoding = cached and trainer.data.latents is None
         note = "; with its images encoded, which the run does once, before" if encoding else ""
-        findings.add(True, "time", f"{result.step_seconds:.2f} s a step, about {result.total_hours:.1f} hours{note}")
+        step, total = duration(result.step_seconds), duration(result.total_seconds)
+        findings.add(True, "time", f"{step} a step, about {total} in all{note}")
     except HeterodiffError as error:
         findings.add(False, "set-up", str(error))
 

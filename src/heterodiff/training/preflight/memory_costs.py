@@ -19,10 +19,9 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
 from heterodiff.training.precision import precision_of
-from heterodiff.training.recipes.alignment import AlignmentModel
+from heterodiff.training.recipes.alignment_networks import AlignmentModel, build_networks
 from heterodiff.training.recipes.diffusion import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
-from heterodiff.training.recipes.text_networks import build_networks
 from heterodiff.training.recipes.vae import Autoencoder, build_vae
 
 BYTES_PER_PARAMETER = 5 * 4

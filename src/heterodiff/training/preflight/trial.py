@@ -7,6 +7,7 @@ from pathlib import Path
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import HeterodiffError
+from heterodiff.progress import duration
 from heterodiff.training.checkpoints.resume import check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import Trainer
@@ -30,7 +31,7 @@ class DryRun:
     parameters: int
     memory_gb: float
     step_seconds: float
-    total_hours: float
+    total_seconds: float
     loss: float
     notes: tuple[str, ...] = ()
 
@@ -106,7 +107,7 @@ def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:
         parameters=sum(p.numel() for p in recipe.model.parameters()),
         memory_gb=training_memory_bytes(config, spec) / 1e9,
         step_seconds=seconds,
-        total_hours=seconds * config.training.steps / 3600,
+        total_seconds=seconds * config.training.steps,
         loss=loss,
     )
 
@@ -114,14 +115,13 @@ def timed_steps(trainer: Trainer, recipe: Recipe) -> DryRun:
 def print_dry_run(result: DryRun) -> None:
     """Print what :func:`dry_run` found."""
     shape = f"{result.spec.channels}x{result.spec.height}x{result.spec.width}"
-    minutes = result.total_hours * 60
     for name, text in (
         ("images", f"{shape}, {result.train_images} to train on, {result.val_images} held out"),
         ("classes", str(result.classes or "none")),
         ("model", f"{result.network}, {result.parameters:,} parameters"),
         ("memory", f"about {result.memory_gb:.2f} GB for a training step"),
-        ("step", f"{result.step_seconds:.2f} s, loss {result.loss:.4f}"),
-        ("total", f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"),
+        ("step", f"{duration(result.step_seconds)}, loss {result.loss:.4f}"),
+        ("total", f"about {duration(result.total_seconds)}"),
     ):
         print(f"{name:8} {text}")
     for note in result.notes:

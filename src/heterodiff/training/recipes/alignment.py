@@ -1,4 +1,4 @@
-"""The recipe ``alignment``: image codec, text encoder and captioner together; with the denoiser if joint."""
+"""Recipe ``alignment``: image codec, text encoder and captioner, trained together."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -10,121 +10,60 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from PIL.Image import Image
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from heterodiff.codecs.cnn import CNNCodec, ImageCodec
+from heterodiff.codecs.cnn import CNNCodec
 from heterodiff.compiling import compiles
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.diffusion.schedule import training_scheduler
 from heterodiff.errors import DataError
 from heterodiff.metrics.reconstruction import psnr
 from heterodiff.metrics.retrieval import recall
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings
-from heterodiff.text.aligned import TextNetworks
+from heterodiff.text.aligned import AlignedNetworks
 from heterodiff.text.caption_table import CaptionTable
-from heterodiff.text.captioner import Captioner
-from heterodiff.text.contrastive import LogitScale, contrastive_losses
-from heterodiff.text.encoder import TextEncoder
-from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Losses, refuse_without_captions, store_scale
-from heterodiff.training.recipes.text_networks import build_networks, make_tokenizer
+from heterodiff.text.contrastive import contrastive_losses
+from heterodiff.training.recipes.alignment_networks import (
+    EMBEDDING_STRIDE,
+    AlignmentModel,
+    build_networks,
+    make_tokenizer,
+)
+from heterodiff.training.recipes.base import Draws, Losses, Recipe, refuse_without_captions, spread, store_scale
 
-EMBEDDING_STRIDE = 4
-CAPTION_SHARE = 0.1
-"""Of the captions' gradient, what reaches the image encoder: all costs images too much, none costs captions."""
 PREVIEW_IMAGES = 8
-SPREAD_IMAGES = 1024
-SPREAD_BATCH = 64
-
-
-class AlignmentModel(nn.Module):
-    """All networks but the denoiser, as one call, which distributed training needs."""
-
-    def __init__(self, networks: TextNetworks):
-        super().__init__()
-        self.image_codec: ImageCodec = networks.image_codec
-        self.text_encoder: TextEncoder = networks.text_encoder
-        self.captioner: Captioner = networks.captioner
-        self.logit_scale = LogitScale()
-
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, coin: Tensor) -> dict[str, Tensor]:
-        """All that the losses need.
-
-        Args:
-            images: (B, C, H, W) in [-1, 1].
-            ids, mask: (B K, L), K captions of each, those of an image together.
-            noise: (B, c, h, w), what is added to the map that the decoder gets.
-            coin: (B,) bool, whether the picture of an embedding is made from the text's or from the image's (of every
-                fourth image: decoding is the greater part of a step), and whether a text is retold in its own words.
-        """
-        codec = self.image_codec
-        latents = codec.encode(images)
-        count = len(ids) // len(images)
-        # The encoder learns from the image and, a little, from captions of its map. What embeddings need would cost
-        # images more than it helps; and the decoder would lose what it can do with real maps if it learned from guessed
-        # ones, which are blurred.
-        seen = latents.detach()
-        decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
-        of_images = codec.embed(seen)
-        of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
-        by_image = codec.get_latent_from_embedding(of_images)[:, None]
-        # Guessing maps, texts would learn where things lie on average, at the cost of what they say themselves.
-        by_texts = codec.get_latent_from_embedding(of_texts.detach().flatten(0, 1)).unflatten(0, (-1, count))
-        errors = [
-            (guess.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for guess in (by_image, by_texts)
-        ]
-        shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
-        read = seen.lerp(latents, CAPTION_SHARE)
-        some = slice(None, None, EMBEDDING_STRIDE)
-        # Half in their own words, which teach to say all, half in another's: what is told counts, not how it is put.
-        own = torch.arange(len(ids), device=ids.device).view(-1, count)
-        told = torch.where(coin[:, None], own, own.roll(-1, dims=1)).flatten()
-        known = torch.cat([own[some, 0], told])  # of images and of texts, in one call
-        of_embeddings = self.captioner.losses(
-            torch.cat([of_images[some], of_texts.flatten(0, 1)]), ids[known], mask[known]
-        )
-        from_images, retold = of_embeddings.split([len(known) - len(told), len(told)])
-        return {
-            "latents": latents,
-            "image_embeddings": of_images.float(),
-            "text_embeddings": of_texts.float(),
-            "logit_scale": self.logit_scale().expand(len(images)),
-            "from_map": codec.decode(latents + noise).float(),
-            "from_embedding": functional_call(codec.decoder, decoder, (shown,)).float(),
-            "map": sum(errors) / 2,
-            "caption": self.captioner.losses(read, ids[::count], mask[::count]),
-            "caption_from_embedding": from_images,
-            "retold": retold.view(-1, count).mean(dim=1),
-        }
+SCALE_IMAGES = 1024
+SCALE_BATCH = 64
 
 
 @dataclass
-class AlignmentDraws:
-    """Where among its captions each image's begin (B,), the noise on its map, and a coin tossed for it (B,)."""
+class AlignmentDraws(Draws):
+    """First of each image's captions (B,) in [0, 1), the noise on its map (B, c, h, w), and a coin (B,) bool."""
 
     choice: Tensor
     noise: Tensor
     coin: Tensor
 
-    def rows(self, part: slice) -> "AlignmentDraws":
-        return AlignmentDraws(self.choice[part], self.noise[part], self.coin[part])
 
+class AlignmentRecipe(Recipe):
+    """Training of the image codec and the text networks.
 
-class AlignmentRecipe:
-    """What the loop needs to know to train the image codec and the text networks.
+    The loss of an image and one or more of its captions is the sum of
 
-    The loss of an image and one or more of its captions: symmetric InfoNCE among the pairs of the part of the batch
-    that all processes compute at once (Radford et al. 2021); mean squared error of the image from its map, of every
-    fourth image from its own or the text's embedding, and of the map from both (an absolute error keeps the decoder at
-    the median picture for hundreds of steps); cross-entropy per token of the caption from the map, and of a caption
-    from both embeddings, of every fourth image and of every text. The embedding of a text learns from telling images
-    apart and from retelling, half in its own words, half in those of another caption of the image where a step has
-    several: maps and pictures of a text are blurs on average, and would teach it these. Errors of images are relative
-    to those of the mean training image, so that weights mean the same for all data. The decoder learns from the image's
-    own map alone, the encoder from that and, by a tenth, from captions of it.
+    - symmetric InfoNCE (Radford et al. 2021) among the pairs that all processes compute at once;
+    - mean squared errors: of the image decoded from its map; of every fourth image decoded from its own or the text's
+      embedding; of the map predicted from both. An absolute error keeps the decoder at the median image for hundreds of
+      steps. Errors of images are relative to that of the mean training image, so that weights mean the same for all
+      data;
+    - cross-entropy per token: of the caption given the map, and of a caption given the embeddings of every fourth image
+      and of every text.
+
+    The text encoder learns from the contrastive loss and from captioning its own embedding (half the targets are the
+    text itself, half another caption of the image where a step has several), not from maps or images, which are blurred
+    on average. The decoder learns from the image's own map alone, the encoder from that and, by a tenth, from captions.
 
     Args:
         config: the run.
@@ -135,37 +74,20 @@ class AlignmentRecipe:
         ConfigError, CheckpointError: no networks for these images.
     """
 
-    adversary = codec = None
-
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
         self.config, self.spec, self.train = config, data.spec, data.train
-        self.shown = data.val if len(data.val) else data.train
-        networks = build_networks(config, data.spec, make_tokenizer(config, data))
-        self.tokenizer = networks.tokenizer
+        self.shown = data.val or data.train
+        tokenizer = make_tokenizer(config, data)
+        self.networks = build_networks(config, data.spec, tokenizer)
         self.captions = CaptionTable(
-            networks.tokenizer, data.captions, config.text.max_tokens, one_length=compiles(config.training)
+            tokenizer, data.captions, config.text.max_tokens, one_length=compiles(config.training)
         )
-        self.model = AlignmentModel(networks)
-        self.spread = spread_of(data.train)
-        self.latent_shape = (config.alignment.latent_channels, *networks.image_codec.latent_size)
+        self.warnings = self.captions.warnings
+        self.model = AlignmentModel(self.networks)
+        self.scale = mean_image_error(data.train)
+        self.latent_shape = (config.alignment.latent_channels, *self.networks.image_codec.latent_size)
         self.summary = "image codec to {}x{}x{}, text encoder, captioner".format(*self.latent_shape)
-
-    @property
-    def warnings(self) -> list[str]:
-        """Captions that were changed to be read."""
-        return self.captions.warnings
-
-    def to(self, device: torch.device) -> None:
-        pass
-
-    def before_training(
-        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
-    ) -> tuple[LoadedData, list[str]]:
-        return data, []
-
-    def prepare(self, images: Tensor) -> Tensor:
-        return images * 2 - 1
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> AlignmentDraws:
         choice = torch.rand(batch_size, generator=generator, device=device)
@@ -180,75 +102,61 @@ class AlignmentRecipe:
         return self.losses_of(found, inputs, self.captions.on(inputs.device).wording[rows])
 
     def _arguments(self, draws: AlignmentDraws) -> tuple[Tensor, ...]:
-        """What the model takes beside images and tokens."""
+        """Arguments of the model after images and tokens."""
         return draws.noise, draws.coin
 
     def losses_of(self, found: dict[str, Tensor], inputs: Tensor, wording: Tensor) -> Losses:
-        """The losses of what :class:`AlignmentModel` found; captions of one number in ``wording`` (B, K) are alike."""
+        """Losses from the outputs of :class:`AlignmentModel`; equal numbers in ``wording`` (B, K): equal captions."""
         weights = self.config.alignment
         contrastive = contrastive_of(found | {"wording": wording})
-        spread = self.spread
         some = found["from_embedding"] - inputs[::EMBEDDING_STRIDE]
         parts = {
             "contrastive": contrastive,
-            "from_map": (found["from_map"] - inputs).square().flatten(1).mean(dim=1) / spread,
-            "from_embedding": _of_some(some.square().flatten(1).mean(dim=1) / spread, len(inputs)),
-            "caption_from_embedding": _of_some(found["caption_from_embedding"], len(inputs)),
+            "from_map": (found["from_map"] - inputs).square().flatten(1).mean(dim=1) / self.scale,
+            "from_embedding": _over_all(some.square().flatten(1).mean(dim=1) / self.scale, len(inputs)),
+            "caption_from_embedding": _over_all(found["caption_from_embedding"], len(inputs)),
         } | {name: found[name] for name in ("map", "caption", "retold")}
         reconstruction = sum(value for name, value in parts.items() if name != "contrastive")
         each = weights.contrastive_weight * contrastive + weights.reconstruction_weight * reconstruction
         return Losses(each, {name: value.detach() for name, value in parts.items()})
 
-    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise AssertionError("alignment has no adversary")
-
-    def judges(self, draws: Any) -> bool:
-        return False
-
-    def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:
-        pass
-
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
         """Losses, PSNR in dB of the image from its map, and recall at 5 among the held-out images, both ways."""
         found: dict[str, list[Tensor]] = {}
-        embeddings: dict[str, list[Tensor]] = {"image_embeddings": [], "text_embeddings": []}
-        every_row: list[Tensor] = []
-        for inputs, labels in batches:
+        for number, (inputs, labels) in enumerate(batches):
             rows = self.captions.rows(labels, count=1)
             tokens = self.captions.tokens(rows[:, 0], inputs.device)
-            generator = torch.Generator(inputs.device).manual_seed(seed + len(every_row))
+            generator = torch.Generator(inputs.device).manual_seed(seed + number)
             draws = self.draw(0, len(inputs), generator, inputs.device)
             draws = replace(draws, noise=torch.zeros_like(draws.noise))
             output = self.model(inputs, tokens.ids, tokens.mask, *self._arguments(draws))
             losses = self.losses_of(output, inputs, self.captions.wording[rows].to(inputs.device))
             quality = psnr((inputs + 1) / 2, ((output["from_map"] + 1) / 2).clamp(0, 1))
-            for name, value in {"loss": losses.each, **losses.parts, "psnr": quality}.items():
-                found.setdefault(f"val_{name}", []).append(value)
-            for name, kept in embeddings.items():
-                kept.append(output[name])
-            every_row.append(rows)
+            embedded = {
+                "images": output["image_embeddings"],
+                "texts": output["text_embeddings"][:, 0],
+                "rows": rows[:, 0],
+            }
+            for name, value in {"loss": losses.each, **losses.parts, "psnr": quality, **embedded}.items():
+                found.setdefault(name, []).append(value)
         if not found:
             return {}
-        images, texts = torch.cat(embeddings["image_embeddings"]), torch.cat(embeddings["text_embeddings"])[:, 0]
-        captions = [self.captions.texts[row] for row in torch.cat(every_row)[:, 0].tolist()]
+        images, texts, rows = (torch.cat(found.pop(name)) for name in ("images", "texts", "rows"))
+        captions = [self.captions.texts[row] for row in rows.tolist()]
         retrieved = recall(images, texts, torch.arange(len(images)), captions, ks=(5,))
-        measured = {name: float(torch.cat(values).mean()) for name, values in found.items()}
-        return measured | {f"val_{name}": value for name, value in retrieved.items()}
+        measured = {name: float(torch.cat(values).mean()) for name, values in found.items()} | retrieved
+        return {f"val_{name}": value for name, value in measured.items()}
 
     def pipeline(self) -> TextImagePipeline:
-        """A pipeline around the networks as they are now."""
-        model = self.model
-        pipeline = TextImagePipeline(model.image_codec, model.text_encoder, self.tokenizer, model.captioner)
-        return pipeline.set_up(self.config, self.spec)
+        return make_pipeline(self.config, self.spec, self.networks)
 
     def _ways(self) -> tuple[tuple[str, bool], ...]:
-        """From a text to a picture: what it is called, and whether it uses the denoiser."""
+        """Ways from a text to an image: name, and whether the denoiser is used."""
         return (("text, directly", False),)
 
     def preview(self, seed: int) -> Image:
-        """Held-out images with their caption, from their map with the caption written for them, and from the text."""
-        spread = torch.linspace(0, len(self.shown) - 1, min(PREVIEW_IMAGES, len(self.shown))).long().tolist()
-        images, labels = self.shown.batch(spread)
+        """Rows of held-out images with their caption, decoded maps with the generated caption, and images of texts."""
+        images, labels = self.shown.batch(spread(len(self.shown), PREVIEW_IMAGES).tolist())
         pipeline = self.pipeline()
         texts = [self.captions.captions[int(label)][0] for label in labels]
         written = [found[0] for found in pipeline.generate_text_from_image(images, seed=seed)]
@@ -263,33 +171,36 @@ class AlignmentRecipe:
     def save(self, folder: Path) -> None:
         """Write all networks, with the mean and std of the maps of up to 4,096 training images in the codec's."""
         store_scale(CNNCodec(self.model.image_codec), self.train)
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
+        super().save(folder)
 
 
-def _of_some(values: Tensor, count: int) -> Tensor:
+def make_pipeline(config: RunConfig, spec: ImageSpec, networks: AlignedNetworks, unet: Any = None) -> TextImagePipeline:
+    """A pipeline around ``networks`` and the denoiser ``unet``, if any."""
+    scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
+    pipeline = TextImagePipeline(
+        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
+    )
+    return pipeline.set_up(config, spec)
+
+
+def _over_all(values: Tensor, count: int) -> Tensor:
     """Losses of every fourth image as losses of all (count,), so that their mean is that of those computed."""
     each = values.new_zeros(count)
     each[::EMBEDDING_STRIDE] = values * (count / len(values))
     return each
 
 
-def spread_of(train: ImageDataset) -> float:
+def mean_image_error(train: ImageDataset) -> float:
     """Mean squared error, in [-1, 1], of the mean image, on up to 1,024 training images."""
-    rows = torch.linspace(0, len(train) - 1, min(SPREAD_IMAGES, len(train))).long().tolist()
-    parts = [rows[k : k + SPREAD_BATCH] for k in range(0, len(rows), SPREAD_BATCH)]
+    rows = spread(len(train), SCALE_IMAGES)
+    parts = [part.tolist() for part in rows.split(SCALE_BATCH)]
     mean = sum(train.batch(part)[0].double().sum(dim=0) for part in parts) / len(rows) * 2 - 1
     squared = 0.0
     for part in parts:
         difference = train.batch(part)[0].double() * 2 - 1 - mean
         squared += float(difference.square().mean(dim=(1, 2, 3)).sum())
     if squared == 0:
-        raise DataError("all training images are the same; there is nothing to learn")
+        raise DataError("all training images are identical; there is nothing to learn")
     return squared / len(rows)
 
 
@@ -298,7 +209,7 @@ def contrastive_of(found: dict[str, Tensor]) -> Tensor:
 
     Args:
         found: ``image_embeddings`` (B, D), ``text_embeddings`` (B, K, D), ``logit_scale`` (B,), and ``wording`` (B, K):
-            captions of one number are alike.
+            equal numbers are equal captions.
     """
     images, texts, wording = (found[name] for name in ("image_embeddings", "text_embeddings", "wording"))
     count = len(images)
@@ -325,8 +236,8 @@ def everywhere(values: Tensor) -> Tensor:
 
 
 def doubts(config: RunConfig, data: LoadedData) -> list[str]:
-    """Batches that the contrastive loss learns nothing from."""
+    """Note on batches that the contrastive loss learns nothing from."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.training.batch_size != config.training.accumulation_steps * processes:
         return []
-    return ["one image at a time: with nothing to tell it from, the contrastive loss teaches nothing"]
+    return ["batches of one image: the contrastive loss has nothing to compare it with and teaches nothing"]

@@ -1,9 +1,10 @@
-"""What the loop asks of a recipe."""
+"""Base of the recipes: the interface that the training loop calls, and steps that several recipes share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from PIL.Image import Image
@@ -21,22 +22,24 @@ STATISTICS_IMAGES = 4096
 STATISTICS_BATCH = 32
 
 
-class Draws(Protocol):
-    """The random numbers of a step, one row an image."""
+@dataclass
+class Draws:
+    """Random numbers of a step; tensors have a row for each image."""
 
-    def rows(self, part: slice) -> Any:
-        """Those of the images in ``part``."""
-        ...
+    def rows(self, part: slice) -> Self:
+        """Return the draws of the images in ``part``."""
+        tensors = {name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass
 class Losses:
-    """Of a batch.
+    """Losses of a batch.
 
     Attributes:
-        each: the loss of each image (B,), with gradient.
-        parts: what it is made of, each (B,) and detached, to log.
-        outputs: what the network made (B, ...), detached, if anybody is to look at it.
+        each: loss of each image (B,), with gradient.
+        parts: its terms, each (B,) and detached, to log.
+        outputs: output of the network (B, ...), detached, where an adversary needs it.
     """
 
     each: Tensor
@@ -44,85 +47,96 @@ class Losses:
     outputs: Tensor | None = None
 
 
-class Recipe(Protocol):
-    """What one run trains.
+class Recipe(ABC):
+    """Networks, losses and previews of one kind of run.
 
     Attributes:
         model: the network that is trained and averaged (EMA).
         adversary: a second network with an optimiser of its own, trained against the first; or None.
         summary: the network in a few words.
-        codec: what images go through before ``model`` sees them; None where such a codec is what is trained.
-        warnings: what is to be said of the data before training.
+        codec: encodes images before ``model`` sees them; None where such a codec is what is trained.
+        warnings: problems of the data, to report before training.
     """
 
+    model: Any
+    adversary: nn.Module | None = None
     summary: str
-    codec: Any
-    warnings: Sequence[str]
+    codec: Any = None
+    warnings: Sequence[str] = ()
 
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def adversary(self) -> nn.Module | None: ...
-
-    def to(self, device: torch.device) -> None:
-        """Move what is not trained to ``device``."""
-        ...
+    def to(self, device: torch.device) -> None:  # noqa: B027 (not every recipe has something to do here)
+        """Move to ``device`` what is used but not trained."""
 
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
     ) -> tuple[LoadedData, list[str]]:
-        """Do what is done once before the first step (``begins``) or the next one.
+        """Prepare for the first step (``begins``) or the next one.
 
         Returns:
-            What the loop is to train on, ``data`` or their latents, and notes to print.
+            The data to train on, ``data`` or their latents, and notes to print.
         """
-        ...
+        return data, []
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> what :meth:`losses` takes; cached latents hold it ready."""
-        ...
+        """Images (B, C, H, W) in [0, 1] -> input of :meth:`losses`, which stored latents are already; here [-1, 1]."""
+        return images * 2 - 1
 
+    @abstractmethod
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Any:
-        """All random numbers of ``step`` for ``batch_size`` images (the whole batch, whoever computes which part)."""
-        ...
+        """All random numbers of ``step``, for the whole batch of ``batch_size`` images, as :class:`Draws`."""
 
+    @abstractmethod
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Any) -> Losses:
-        """The losses of prepared ``inputs`` (B, ...); ``network`` is the model, possibly wrapped.
+        """The losses of prepared ``inputs`` (B, ...).
 
-        Labels (B,) lie on the CPU, where they can be looked at without waiting for the device.
+        Args:
+            network: ``self.model``, possibly wrapped.
+            labels: (B,) on the CPU, where they can be read without waiting for the device; -1 for none.
         """
-        ...
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         """The adversary's loss of each image (B,)."""
-        ...
+        raise AssertionError(f"{type(self).__name__} has no adversary")
 
     def judges(self, draws: Any) -> bool:
-        """Whether the adversary takes part in the step of ``draws``."""
-        ...
+        """Return whether the adversary takes part in the step of ``draws``."""
+        return False
 
-    def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:
+    def observe(self, draws: Any, losses: Tensor, left_out: Tensor) -> None:  # noqa: B027
         """Take note of the losses (B,) of a whole batch after its step, unless it was ``left_out`` (bool scalar)."""
-        ...
 
+    @abstractmethod
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
         """Numbers to log, from batches of prepared held-out inputs and labels; the same noise at every call."""
-        ...
 
+    @abstractmethod
     def preview(self, seed: int) -> Image:
-        """A picture of what the network can do now."""
-        ...
+        """A picture of the network's current results."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """A diffusers pipeline around the networks as they are now."""
 
     def save(self, folder: Path) -> None:
-        """Write the network as it is now as a diffusers pipeline folder."""
-        ...
+        """Write the networks as they are now as a diffusers pipeline folder."""
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """State outside the networks that a resumed run needs."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` returned."""
+
+
+def spread(count: int, most: int) -> Tensor:
+    """Up to ``most`` rows of ``count``, evenly spread, int64."""
+    return torch.linspace(0, count - 1, min(most, count)).long()
+
+
+def shown_images(data: LoadedData) -> ImageDataset:
+    """The images of previews: held-out ones, or training images where there are none."""
+    return data.val if len(data.val) else data.train
 
 
 def store_scale(codec: LatentCodec, train: ImageDataset) -> None:
@@ -131,9 +145,8 @@ def store_scale(codec: LatentCodec, train: ImageDataset) -> None:
     Raises:
         DataError: NaN or infinite latents, or a channel that never varies.
     """
-    rows = torch.linspace(0, len(train) - 1, min(STATISTICS_IMAGES, len(train))).long().tolist()
-    parts = (rows[k : k + STATISTICS_BATCH] for k in range(0, len(rows), STATISTICS_BATCH))
-    posteriors = (codec.posterior(train.batch(part)[0].to(codec.device)) for part in parts)
+    parts = spread(len(train), STATISTICS_IMAGES).split(STATISTICS_BATCH)
+    posteriors = (codec.posterior(train.batch(part.tolist())[0].to(codec.device)) for part in parts)
     codec.set_statistics(*measure(posteriors, codec.latent_channels))
 
 
@@ -141,7 +154,7 @@ def refuse_without_captions(config: RunConfig, data: LoadedData) -> None:
     """Raise DataError for data that have no captions."""
     if not data.captions:
         raise DataError(
-            f"data.source={config.data.source}: no captions, which recipe {config.recipe} learns from; use source "
-            "captions (a folder of images with metadata.csv|jsonl, captions.txt, results.csv or COCO's annotations), "
-            "or shapes"
+            f"data.source={config.data.source}: recipe {config.recipe} needs captions, and these images have none; use "
+            "source captions (a folder of images with metadata.csv|jsonl, captions.txt, results.csv or COCO's "
+            "annotations), or shapes"
         )

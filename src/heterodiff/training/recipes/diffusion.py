@@ -1,8 +1,7 @@
-"""The recipe ``diffusion``: a denoiser of images, steered by their class labels."""
+"""Recipe ``diffusion``: a denoiser of images, conditioned on their class labels."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,18 @@ from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Losses
+from heterodiff.training.recipes.base import Draws, Losses, Recipe
 
+HAE_KEYS = (
+    "patch_size",
+    "num_head_channels",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "memory_optimization",
+    "attention_pattern",
+    "sparsity",
+)
+"""Keys of section ``model`` that only the networks of the HAE family read."""
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
 PREVIEW_COLUMNS_LARGE = 4  # of images above 32x32, which take long to draw on a CPU
@@ -46,53 +55,40 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     m = config.model
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
     with_text = config.recipe == "text-image"
-    condition_dim = config.text.embedding_dim if with_text else None
-    # Beside the latents: the map to be expected of a text, and its features, which joint training has none of.
-    guess_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
-    out_channels = channels * (2 if config.diffusion.learn_variance else 1)
+    # Beside the latents: the text's prior over the map and, but for joint training, over its features.
+    prior_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
+    common = {
+        "condition_dim": config.text.embedding_dim if with_text else None,
+        "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
+        "model_channels": m.model_channels,
+        "layers_per_block": m.layers_per_block,
+        "num_heads": m.num_heads,
+        "dropout": m.dropout,
+        "use_checkpoint": m.gradient_checkpointing,
+    }
     if m.variant == "film-unet":
-        return {
+        return common | {
             "latent_channels": channels,
             "latent_size": (height, width),
-            "condition_dim": condition_dim,
-            "guess_channels": guess_channels,
-            "out_channels": out_channels,
-            "model_channels": m.model_channels,
+            "guess_channels": prior_channels,
             "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
-            "layers_per_block": m.layers_per_block,
-            "num_heads": m.num_heads,
-            "dropout": m.dropout,
-            "use_checkpoint": m.gradient_checkpointing,
         }
     channel_mult, attention = default_levels((height, width), m.patch_size, m.channel_mult, m.attention_resolutions)
     factor = m.patch_size * 2 ** (len(channel_mult) - 1) * (spec.height // height)
     check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
-    return {
+    return common | {
         "sample_size": (height, width),
-        "in_channels": channels + guess_channels,
-        "out_channels": out_channels,
+        "in_channels": channels + prior_channels,
         "num_classes": len(spec.class_names) or None,
-        "condition_dim": condition_dim,
-        "model_channels": m.model_channels,
         "channel_mult": channel_mult,
-        "layers_per_block": m.layers_per_block,
-        "patch_size": m.patch_size,
         "attention_resolutions": attention,
-        "dropout": m.dropout,
-        "num_heads": m.num_heads,
-        "num_head_channels": m.num_head_channels,
-        "use_scale_shift_norm": m.use_scale_shift_norm,
-        "resblock_updown": m.resblock_updown,
-        "use_checkpoint": m.gradient_checkpointing,
-        "memory_optimization": m.memory_optimization,
-        "attention_pattern": m.attention_pattern,
-        "sparsity": m.sparsity,
+        **{key: getattr(m, key) for key in HAE_KEYS},
     }
 
 
 @dataclass
-class Draws:
-    """The random numbers of a step, one row an image."""
+class DiffusionDraws(Draws):
+    """Timesteps (B,) and their loss weights, noise (B, c, h, w), and where the condition is dropped (B,)."""
 
     t: Tensor
     weights: Tensor
@@ -101,45 +97,42 @@ class Draws:
     latent_noise: Tensor | None = None  # of the draw from the codec's posterior
     choice: Tensor | None = None  # among an image's captions
 
-    def rows(self, part: slice) -> "Draws":
-        latent_noise, choice = (None if x is None else x[part] for x in (self.latent_noise, self.choice))
-        return Draws(self.t[part], self.weights[part], self.noise[part], self.drop[part], latent_noise, choice)
+
+def make_objective(config: RunConfig) -> DiffusionObjective:
+    """The objective of the denoiser.
+
+    Raises:
+        ConfigError: a sampler that does not work with it, which would otherwise stop the run at the first preview.
+    """
+    schedule = NoiseSchedule.from_config(config.diffusion)
+    make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)
+    return DiffusionObjective(config.diffusion, schedule)
 
 
-class DiffusionRecipe:
-    """What the loop needs to know to train a denoiser.
+class DiffusionRecipe(Recipe):
+    """Training of a denoiser.
 
     Args:
         config: the run.
         spec: of the images.
-
-    Attributes:
-        model: the network that is trained.
 
     Raises:
         ConfigError: no network can be built for these images.
         CheckpointError: the codec's VAE cannot be loaded.
     """
 
-    adversary = None
-    warnings: Sequence[str] = ()
-
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
         self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
-        self.model: Any = create_model(config.model.variant, **model_arguments(config, spec))
+        self.model = create_model(config.model.variant, **model_arguments(config, spec))
         self.codec = make_codec(config.codec)
         self.summary = config.model.variant
         if self.codec.factor > 1:
             self.summary += " on {}x{}x{} latents".format(*self.latent_shape)
-        self.schedule = NoiseSchedule.from_config(config.diffusion)
-        self.objective = DiffusionObjective(config.diffusion, self.schedule)
+        self.objective = make_objective(config)
         self.timesteps = make_timestep_sampler(config.diffusion.timestep_sampler, config.diffusion.num_train_timesteps)
-        # A sampler that does not work should not be found out at the first preview.
-        make_sampler(config.sampling.sampler, self.schedule, config.sampling.num_inference_steps)
 
     def to(self, device: torch.device) -> None:
-        """Move the codec and what timesteps are drawn from to ``device``."""
         self.codec.to(device)
         self.timesteps.to(device)
 
@@ -153,8 +146,7 @@ class DiffusionRecipe:
         """The codec's posterior of images (B, C, H, W) in [0, 1]."""
         return self.codec.posterior(images)
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
-        """All random numbers of a step for ``batch_size`` images (the whole batch, whoever computes which part)."""
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> DiffusionDraws:
         t, weights = self.timesteps.sample(batch_size, generator)
         shape = (batch_size, *self.latent_shape)
         noise = torch.randn(shape, generator=generator, device=device)
@@ -162,9 +154,9 @@ class DiffusionRecipe:
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
             latent_noise = torch.randn(shape, generator=generator, device=device)
-        return Draws(t, weights, noise, drop, latent_noise)
+        return DiffusionDraws(t, weights, noise, drop, latent_noise)
 
-    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: Draws) -> Losses:
+    def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws) -> Losses:
         """Weighted losses of a batch.
 
         Args:
@@ -177,22 +169,15 @@ class DiffusionRecipe:
         return Losses(losses * draws.weights, parts)
 
     def conditioned(
-        self, network: Callable[..., Any], labels: Tensor, draws: Draws
+        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """(z, time) -> prediction under the condition that ``labels`` (B,) stand for, dropped where ``draws`` say."""
+        """(z, time) -> prediction, conditioned on ``labels`` (B,) but where ``draws`` drop the condition."""
         if not self.spec.class_names:
             return lambda z, time: network(z, time, class_labels=None).sample
         classes = send(labels, draws.drop.device).masked_fill(draws.drop, NO_CLASS)
         return lambda z, time: network(z, time, class_labels=classes).sample
 
-    def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise AssertionError("a denoiser has no adversary")
-
-    def judges(self, draws: Draws) -> bool:
-        return False
-
-    def observe(self, draws: Draws, losses: Tensor, left_out: Tensor) -> None:
-        """Let the timestep sampler know the losses (B,) at the timesteps drawn."""
+    def observe(self, draws: DiffusionDraws, losses: Tensor, left_out: Tensor) -> None:
         if self.timesteps.learns:
             self.timesteps.update(draws.t, (losses / draws.weights).masked_fill(left_out, torch.nan))
 
@@ -214,7 +199,6 @@ class DiffusionRecipe:
         return {"val_loss": total / count}
 
     def pipeline(self) -> Any:
-        """A pipeline around the network as it is now."""
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
         pipeline = GenerationPipeline(self.model, scheduler, vae)
@@ -224,11 +208,11 @@ class DiffusionRecipe:
         return pipeline
 
     def two_images(self) -> Tensor:
-        """Two images (2, C, H, W) drawn in two steps, to see that drawing works."""
+        """Two images (2, C, H, W) drawn in two steps, to check that sampling works."""
         return self.pipeline()(num_images=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
 
     def preview(self, seed: int) -> Image:
-        """A labelled grid of images drawn from the network as it is now, a row a class."""
+        """A labelled grid of samples, one row per class."""
         names = self.spec.class_names[:PREVIEW_CLASSES]
         rows = list(range(len(names))) if names else [NO_CLASS] * 4
         columns = PREVIEW_COLUMNS if self.spec.height * self.spec.width <= 32 * 32 else PREVIEW_COLUMNS_LARGE
@@ -239,12 +223,7 @@ class DiffusionRecipe:
         captions = [self.spec.class_names[k] for k in labels] if names else None
         return image_grid(images, captions, columns=columns)
 
-    def save(self, folder: Path) -> None:
-        """Write the network as it is now as a diffusers pipeline folder."""
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """State outside the network that a resumed run needs."""
         return self.timesteps.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -252,7 +231,7 @@ class DiffusionRecipe:
 
 
 def build(config: RunConfig, data: LoadedData) -> DiffusionRecipe:
-    """The recipe of a run on images with classes, or on their latents.
+    """Build the recipe of a run on images with classes, or on their latents.
 
     Raises:
         ConfigError: latents without the VAE that they come from; else as :class:`DiffusionRecipe`.
@@ -264,7 +243,7 @@ def build(config: RunConfig, data: LoadedData) -> DiffusionRecipe:
 
 
 def doubts(config: RunConfig, data: LoadedData) -> list[str]:
-    """Settings of a denoiser that work but hardly mean what they say."""
+    """Notes on valid settings of a denoiser that are hardly meant."""
     doubts = []
     conditional = data.spec.class_names or data.captions
     if conditional and config.diffusion.p_uncond == 0 and config.sampling.guidance_scale != 1:

@@ -1,10 +1,10 @@
-"""The map to be expected of a text, and what the captioner would see in it; learned once before the denoiser.
+"""Prior over the map given a text, and over the captioner's features of it; trained once before the denoiser.
 
-The mean of maps of one text is blurred: shapes are lost first. What the captioner reads them by is less so.
+The mean of the maps of one text is blurred, shapes first; features by which the captioner recognises them, less so.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -14,21 +14,22 @@ from torch.nn.functional import pad
 from heterodiff.codecs.cnn import CNNCodec, scaled
 from heterodiff.data.sources import LoadedData
 from heterodiff.models.backbone import whitening
-from heterodiff.text.aligned import TextNetworks
+from heterodiff.text.aligned import AlignedNetworks
 from heterodiff.text.caption_table import CaptionTable
+from heterodiff.training.recipes.base import spread
 
 IMAGES, MAX_BYTES = 16_384, 2**28
 STEPS, BATCH_SIZE, LEAST_BATCH, LEARNING_RATE = 800, 256, 16, 2e-3
 WARMUP_STEPS = 50
 HELD_OUT_EVERY, LOOKED_AT = 10, 2048
 LOOK_EVERY, PATIENCE = 50, 4
-"""How often held-out images are looked at; after so many looks without a gain it is over."""
+"""Steps between two measurements on held-out images, and measurements without a gain before training stops."""
 PART = 256
 PRINCIPAL_MAPS = 1024
-"""From so many maps the directions of their features are taken."""
+"""Number of maps whose features are decomposed into principal components."""
 
 
-def fit_guess(
+def fit_prior(
     codec: CNNCodec,
     embeddings: Tensor,
     image_of: Tensor,
@@ -36,12 +37,11 @@ def fit_guess(
     features: Tensor | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Train the codec's ``projection`` anew: embeddings to the mean z, and features, of images of such an embedding.
+    """Train the codec's ``projection`` anew: embedding to the mean z and features of the images that have it.
 
-    Embeddings are whitened first, since who is where takes half a percent of their variance; afterwards the whitening
-    is part of the first layer, and the scale of z of the last. Every tenth image is held out, and the weights that
-    guess it best are kept: where there are few images, a guess by heart would teach the denoiser to believe what it
-    cannot believe of new texts.
+    Embeddings are whitened first, since spatial relations make up half a percent of their variance; afterwards the
+    whitening is part of the first layer, and the scale of z of the last. Every tenth image is held out, and the weights
+    that predict it best are kept: the denoiser would learn to trust a prior that overfits, and would on new texts, too.
 
     Args:
         embeddings: (N, D) of texts or images, of any length.
@@ -51,7 +51,7 @@ def fit_guess(
         progress: called with the number of steps done; training may end before ``STEPS``.
 
     Returns:
-        Mean squared error on held-out images over that of the means; 1: embeddings tell nothing.
+        Mean squared error on held-out images relative to that of the mean; 1: embeddings predict nothing.
     """
     both = z if features is None else torch.cat([z, features], dim=1)
     inputs, targets = scaled(embeddings.float()), both.flatten(1)
@@ -59,7 +59,7 @@ def fit_guess(
     inputs = inputs @ whiten
     held_out = image_of % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     learned, kept = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
-    kept = kept[:: max(1, len(kept) // LOOKED_AT)] if len(kept) else learned  # of a handful of images there is none
+    kept = kept[:: max(1, len(kept) // LOOKED_AT)] if len(kept) else learned  # empty for fewer than ten images
     network = codec.network.projection
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -90,8 +90,8 @@ def _train(
     kept: Tensor,
     progress: Callable[[int], None],
 ) -> float:
-    """Learn from rows ``learned``; the network gets the weights of the least ``error`` on rows ``kept``, returned."""
-    count = min(BATCH_SIZE, max(LEAST_BATCH, len(learned)))  # a handful of rows many times over teaches nothing more
+    """Train on rows ``learned``; keep the weights with the least ``error`` on rows ``kept``, and return that."""
+    count = min(BATCH_SIZE, max(LEAST_BATCH, len(learned)))  # few rows many times over teach nothing more
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     best, best_step, weights = math.inf, 0, deepcopy(network.state_dict())
     drawn = torch.randint(len(learned), (STEPS, count), generator=torch.Generator().manual_seed(0)).to(learned.device)
@@ -115,18 +115,22 @@ def _train(
 
 @torch.no_grad()
 def known_embeddings(
-    networks: TextNetworks, captions: CaptionTable, data: LoadedData, codec: CNNCodec
+    networks: AlignedNetworks, captions: CaptionTable, data: LoadedData, codec: CNNCodec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings (N, D) of captions and images, the rows (N,) of their images, those z (M, c, h, w) and their features.
+    """Embeddings (N, D) of captions and images, the rows (N,) of their images in z, z (M, c, h, w), and its features.
 
     Args:
-        data: images, or their stored latents; of at most 16,384 of them, evenly spread.
+        data: images, or their stored latents; at most 16,384 of them are used, evenly spread.
     """
+
+    def draw(part: Tensor) -> Tensor:
+        images = data.train.batch(part.tolist())[0].to(codec.device)
+        return codec.draw(images if data.latents is not None else codec.posterior(images), None)
+
     channels = codec.latent_channels + networks.image_codec.config.feature_channels
     size = math.prod(networks.image_codec.latent_size) * channels * 4
-    count = min(IMAGES, len(data.train), max(1, MAX_BYTES // size))
-    chosen = torch.linspace(0, len(data.train) - 1, count).long()
-    z = torch.cat(list(_maps(chosen, data, codec)))
+    chosen = spread(len(data.train), min(IMAGES, max(1, MAX_BYTES // size)))
+    z = torch.cat([draw(part) for part in chosen.split(PART)])
     labels = torch.from_numpy(data.train.labels)[chosen]
     first, number = captions.rows(labels), captions.counts(labels)
     rows = torch.cat([torch.arange(int(a), int(a + n)) for a, n in zip(first, number, strict=True)])
@@ -136,16 +140,16 @@ def known_embeddings(
         for tokens in (captions.tokens(part, codec.device) for part in rows.split(PART))
     ]
     images = [networks.image_codec.embed(codec.unscale(part)).float() for part in z.split(PART)]
-    every = torch.arange(count)
+    every = torch.arange(len(chosen))
     image_of = torch.cat([every.repeat_interleave(number), every])
     return torch.cat([*texts, *images]), image_of.to(z.device), z, seen_features(networks, codec, z)
 
 
 @torch.no_grad()
-def seen_features(networks: TextNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
-    """What the captioner makes of the maps z (M, c, h, w): its strongest principal components, (M, f, h, w).
+def seen_features(networks: AlignedNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
+    """Principal components (M, f, h, w) of the captioner's features of z (M, c, h, w); f: ``feature_channels``.
 
-    Each has zero mean and unit std over cells; there are the codec's ``feature_channels`` of them.
+    Each has zero mean and unit std over all positions.
     """
     see = networks.captioner.image_features
 
@@ -153,17 +157,11 @@ def seen_features(networks: TextNetworks, codec: CNNCodec, z: Tensor) -> Tensor:
         found = see(codec.unscale(some).to(networks.captioner.dtype))
         return found.double().movedim(1, -1)  # (M, h, w, width)
 
-    few = z[torch.linspace(0, len(z) - 1, min(len(z), PRINCIPAL_MAPS)).long()]
-    cells = torch.cat([features(part).flatten(0, 2) for part in few.split(PART)])
-    mean = cells.mean(dim=0)
-    variances, directions = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
+    few = z[spread(len(z), PRINCIPAL_MAPS)]
+    positions = torch.cat([features(part).flatten(0, 2) for part in few.split(PART)])
+    mean = positions.mean(dim=0)
+    variances, directions = torch.linalg.eigh((positions - mean).T @ (positions - mean) / len(positions))
     count = networks.image_codec.config.feature_channels
     strongest = directions[:, -count:] * variances[-count:].clamp(min=1e-6 * float(variances[-1]) + 1e-12).rsqrt()
-    strongest = pad(strongest, (0, count - strongest.shape[1]))  # of a narrow captioner there are few
+    strongest = pad(strongest, (0, count - strongest.shape[1]))  # a narrow captioner has fewer
     return torch.cat([((features(part) - mean) @ strongest).movedim(-1, 1).float() for part in z.split(PART)])
-
-
-def _maps(chosen: Tensor, data: LoadedData, codec: CNNCodec) -> Iterator[Tensor]:
-    for part in chosen.split(PART):
-        images = data.train.batch(part.tolist())[0].to(codec.device)
-        yield codec.draw(images if data.latents is not None else codec.posterior(images), None)

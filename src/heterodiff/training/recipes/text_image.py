@@ -1,4 +1,4 @@
-"""The recipe ``text-image``: a denoiser of the image codec's maps, steered by texts."""
+"""Recipe ``text-image``: a denoiser of the image codec's maps, conditioned on texts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,33 +13,31 @@ from heterodiff.config import CodecConfig, RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.objective import DiffusionObjective
-from heterodiff.diffusion.samplers import make_sampler
-from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.errors import ConfigError
 from heterodiff.models.variants import create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.text_to_image import TextImagePipeline, no_text_warnings, predict
 from heterodiff.progress import progress_tasks
-from heterodiff.text.aligned import TextNetworks, load_networks
+from heterodiff.text.aligned import AlignedNetworks, load_aligned_networks
 from heterodiff.text.caption_table import CaptionTable
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe
-from heterodiff.training.recipes.base import Losses, refuse_without_captions
-from heterodiff.training.recipes.diffusion import DiffusionRecipe, Draws, model_arguments
-from heterodiff.training.recipes.prior import STEPS, fit_guess, known_embeddings
+from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe, make_pipeline
+from heterodiff.training.recipes.base import Losses, refuse_without_captions, spread
+from heterodiff.training.recipes.diffusion import DiffusionDraws, DiffusionRecipe, make_objective, model_arguments
+from heterodiff.training.recipes.prior import STEPS, fit_prior, known_embeddings
 
-GUESS = "guess."
-"""Prefix of the weights of the guess in a checkpoint."""
+PRIOR = "guess."
+"""Prefix of the prior's weights in a checkpoint; the word of earlier versions, whose runs can still be resumed."""
 PREVIEW_TEXTS = 8
 STATISTICS_MOMENTUM = 0.05
 WHITENING_CAPTIONS, WHITENING_BATCH = 2_048, 256
 
 
 class TextImageRecipe(DiffusionRecipe):
-    """What the loop needs to know to train a denoiser on the maps of a finished run of recipe ``alignment``.
+    """Training of a denoiser on the maps of a finished run of recipe ``alignment``.
 
-    That run's networks stay as they are, but for the guess of maps from embeddings (:meth:`fit_guess`); maps are stored
-    latents, under embeddings of one caption of each image.
+    That run's networks are frozen but for the prior over maps, which is trained before the first step. The maps are
+    stored latents; in each step, the condition is the embedding of one caption of each image.
 
     Args:
         config: the run.
@@ -54,7 +52,7 @@ class TextImageRecipe(DiffusionRecipe):
     def __init__(self, config: RunConfig, data: LoadedData):
         refuse_without_captions(config, data)
         assert config.codec.path is not None
-        self.networks = load_networks(config.codec.path)
+        self.networks = load_aligned_networks(config.codec.path)
         encoder = self.networks.text_encoder
         width, wanted = encoder.config.embedding_dim, config.text.embedding_dim
         if width != wanted:
@@ -63,111 +61,80 @@ class TextImageRecipe(DiffusionRecipe):
         self.networks.image_codec.add_features(FEATURE_CHANNELS)
         self.codec: CNNCodec = CNNCodec(self.networks.image_codec)
         self.captions = CaptionTable(self.networks.tokenizer, data.captions, encoder.config.max_tokens)
+        self.warnings = self.captions.warnings
         self._whiten(data)
-        shown = data.val if len(data.val) else data.train
-        spread = torch.linspace(0, len(shown) - 1, min(PREVIEW_TEXTS, len(shown))).long().tolist()
-        self.shown_texts = [data.captions[int(shown.labels[row])][0] for row in spread]
+        shown = data.val or data.train
+        rows = spread(len(shown), PREVIEW_TEXTS).tolist()
+        self.shown_texts = [data.captions[shown.labels[row]][0] for row in rows]
 
     @torch.no_grad()
     def _whiten(self, data: LoadedData) -> None:
-        """Let the denoiser see embeddings as they vary over captions of training images."""
-        labels = torch.from_numpy(data.train.labels)
-        labels = labels[torch.linspace(0, len(labels) - 1, min(WHITENING_CAPTIONS, len(labels))).long()]
+        """Whiten the denoiser's condition by the embeddings of captions of training images."""
+        labels = torch.from_numpy(data.train.labels)[spread(len(data.train), WHITENING_CAPTIONS)]
         rows = self.captions.rows(labels, torch.rand(len(labels), generator=torch.Generator().manual_seed(0)))
         parts = (self.captions.tokens(part) for part in rows.split(WHITENING_BATCH))
         encoder = self.networks.text_encoder
         self.model.whiten_conditions(torch.cat([scaled(encoder(part.ids, part.mask).float()) for part in parts]))
 
-    def fit_guess(self, data: LoadedData, quiet: bool = True) -> float:
-        """Learn to guess maps and features from embeddings; the error on held-out images, see :func:`fit_guess`.
-
-        Args:
-            data: what the run trains on, images or their stored latents.
-            quiet: show no progress.
-        """
-        known = known_embeddings(self.networks, self.captions, data, self.codec)
-        if quiet:
-            return fit_guess(self.codec, *known)
-        with progress_tasks() as task:
-            return fit_guess(self.codec, *known, progress=task("guessing maps of texts", STEPS))
-
-    @property
-    def warnings(self) -> list[str]:  # type: ignore[override]
-        """Captions that were changed to be read."""
-        return self.captions.warnings
-
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
     ) -> tuple[LoadedData, list[str]]:
-        """Encode the images, and learn which maps to expect of texts, which resumed runs know."""
+        """Encode the images, and train the prior, which resumed runs have in their checkpoint."""
         data, notes = super().before_training(config, data, hosts, begins, quiet)
         if begins:
-            error = self.fit_guess(data, quiet or hosts.rank > 0)
-            notes = [*notes, f"a text's map can be guessed with {error:.2f} of the error of the mean map"]
+            known = known_embeddings(self.networks, self.captions, data, self.codec)
+            with progress_tasks(quiet or hosts.rank > 0) as task:
+                error = fit_prior(self.codec, *known, progress=task("training the prior", STEPS))
+            notes = [*notes, f"prior over maps: {error:.2f} of the mean map's squared error on held-out images"]
         return data, notes
 
     def to(self, device: torch.device) -> None:
-        """Move what is not trained to ``device``."""
         self.networks.to(device)
         super().to(device)
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Draws:
+    def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> DiffusionDraws:
         draws = super().draw(step, batch_size, generator, device)
         return replace(draws, choice=torch.rand(batch_size, generator=generator, device=device))
 
     def conditioned(
-        self, network: Callable[..., Any], labels: Tensor, draws: Draws
+        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """(z, time) -> prediction under a caption of each image, dropped where ``draws`` say."""
+        """(z, time) -> prediction, conditioned on a caption of each image but where ``draws`` drop it."""
         tokens = self.captions.tokens(self.captions.rows(labels, draws.choice), labels=labels)
         with torch.no_grad():
             of_texts = self.networks.text_encoder(tokens.ids, tokens.mask).float()
         embeddings = torch.where(draws.drop[:, None], 0, of_texts)
-        expected = self.codec.guess(embeddings)
+        expected = self.codec.prior(embeddings)
         return lambda z, time: predict(network, z, time, embeddings, expected)
 
     def pipeline(self) -> TextImagePipeline:
-        """A pipeline around the networks as they are now."""
         return make_pipeline(self.config, self.spec, self.networks, self.model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        projection = self.networks.image_codec.projection.state_dict(prefix=GUESS)
+        projection = self.networks.image_codec.projection.state_dict(prefix=PRIOR)
         return super().state_dict() | dict(projection)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        of_guess = {name.removeprefix(GUESS): value for name, value in state.items() if name.startswith(GUESS)}
-        self.networks.image_codec.projection.load_state_dict(of_guess)
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(GUESS)})
+        of_prior = {name.removeprefix(PRIOR): value for name, value in state.items() if name.startswith(PRIOR)}
+        self.networks.image_codec.projection.load_state_dict(of_prior)
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(PRIOR)})
 
     def two_images(self) -> Tensor:
         with no_text_warnings():
             return self.pipeline().generate_from_text(self.shown_texts[0], 2, num_inference_steps=2).images
 
     def preview(self, seed: int) -> Image:
-        """Pictures of held-out captions: drawn by the denoiser, and decoded directly."""
-        return text_preview(self.pipeline(), self.shown_texts, seed)
-
-
-def make_pipeline(config: RunConfig, spec: ImageSpec, networks: TextNetworks, unet: Any = None) -> TextImagePipeline:
-    """A pipeline around ``networks``, ready to use."""
-    scheduler = None if unet is None else training_scheduler(config.diffusion, clip_sample=False)
-    pipeline = TextImagePipeline(
-        networks.image_codec, networks.text_encoder, networks.tokenizer, networks.captioner, unet, scheduler
-    )
-    return pipeline.set_up(config, spec)
-
-
-def text_preview(pipeline: TextImagePipeline, texts: list[str], seed: int) -> Image:
-    """A column a text: two pictures drawn by the denoiser, one decoded directly from the text's embedding."""
-    with no_text_warnings():
-        drawn = pipeline.generate_from_text(texts, num_samples_per_prompt=2, seed=seed).images
-        direct = pipeline.generate_from_text(texts, use_diffusion=False).images
-    names = [*texts, *["another"] * len(texts), *["directly"] * len(texts)]
-    return image_grid(torch.cat([drawn[::2], drawn[1::2], direct]), names, columns=len(texts))
+        """A column for each held-out caption: two images of the denoiser, one decoded from the text's embedding."""
+        texts, pipeline = self.shown_texts, self.pipeline()
+        with no_text_warnings():
+            drawn = pipeline.generate_from_text(texts, num_samples_per_prompt=2, seed=seed).images
+            direct = pipeline.generate_from_text(texts, use_diffusion=False).images
+        names = [*texts, *["another"] * len(texts), *["directly"] * len(texts)]
+        return image_grid(torch.cat([drawn[::2], drawn[1::2], direct]), names, columns=len(texts))
 
 
 class JointModel(AlignmentModel):
-    """All networks as one call; the denoiser's target is the map as it is now, without gradient.
+    """All networks as one call; the denoiser's target is the current map, without gradient.
 
     Args:
         networks: all but the denoiser.
@@ -178,7 +145,7 @@ class JointModel(AlignmentModel):
     latents_mean: Tensor
     latents_std: Tensor
 
-    def __init__(self, networks: TextNetworks, unet: Any, objective: DiffusionObjective):
+    def __init__(self, networks: AlignedNetworks, unet: Any, objective: DiffusionObjective):
         super().__init__(networks)
         self.unet = unet
         self.objective = objective
@@ -187,7 +154,7 @@ class JointModel(AlignmentModel):
         self.register_buffer("latents_std", torch.zeros(channels, 1, 1))  # zero: nothing measured yet
 
     def _target(self, latents: Tensor) -> Tensor:
-        """The map of zero mean and unit std by running statistics, which training moves; no gradient."""
+        """The map normalised by running statistics, which are updated in training; no gradient."""
         latents = latents.detach().float()
         if self.training:
             mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp_min(1e-6)
@@ -201,26 +168,22 @@ class JointModel(AlignmentModel):
         return (latents - self.latents_mean) / self.latents_std.clamp_min(1e-6)
 
     @torch.no_grad()
-    def _guess(self, embeddings: Tensor) -> Tensor:
-        guessed = self.image_codec.get_latent_from_embedding(embeddings)
-        return given_rows(embeddings, self._scaled(guessed.float()))
+    def _prior(self, embeddings: Tensor) -> Tensor:
+        maps = self.image_codec.get_latent_from_embedding(embeddings)
+        return given_rows(embeddings, self._scaled(maps.float()))
 
-    def forward(  # type: ignore[override]
-        self,
-        images: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        noise: Tensor,
-        coin: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        drop: Tensor,
-    ) -> dict[str, Tensor]:
-        """As :class:`AlignmentModel`, and the denoiser's loss (B,) at steps t (B,) with noise eps and texts dropped."""
-        found = super().forward(images, ids, mask, noise, coin)
+    def forward(self, *arguments: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of :class:`AlignmentModel`, and the denoiser's loss (B,).
+
+        Args:
+            arguments: those of :class:`AlignmentModel`, then timesteps t (B,), noise eps (B, c, h, w), and drop (B,)
+                bool, whose text is dropped.
+        """
+        *of_alignment, t, eps, drop = arguments
+        found = super().forward(*of_alignment)
         embeddings = torch.where(drop[:, None], 0, found["text_embeddings"][:, 0])
         target = self._target(found["latents"])
-        expected = self._guess(embeddings)
+        expected = self._prior(embeddings)
         losses, _ = self.objective.losses(
             lambda z, time: predict(self.unet, z, time, embeddings, expected), target, t, eps
         )
@@ -229,19 +192,15 @@ class JointModel(AlignmentModel):
 
 @dataclass
 class JointDraws(AlignmentDraws):
-    """Beside those of the alignment: timesteps, their noise, and whose text is dropped."""
+    """Draws of the alignment, timesteps (B,), their noise (B, c, h, w), and where the text is dropped (B,)."""
 
     t: Tensor
     eps: Tensor
     drop: Tensor
 
-    def rows(self, part: slice) -> "JointDraws":
-        of_alignment = super().rows(part)
-        return JointDraws(**vars(of_alignment), t=self.t[part], eps=self.eps[part], drop=self.drop[part])
-
 
 class JointRecipe(AlignmentRecipe):
-    """What the loop needs to know to train everything at once.
+    """Training of the alignment and the denoiser at once.
 
     Raises:
         DataError, ConfigError, CheckpointError: as :class:`AlignmentRecipe`.
@@ -255,13 +214,7 @@ class JointRecipe(AlignmentRecipe):
             )
         super().__init__(config, data)
         unet = create_model(config.model.variant, **denoiser_arguments(config, data.spec, self.latent_shape))
-        networks = TextNetworks(self.tokenizer, self.model.image_codec, self.model.text_encoder, self.model.captioner)
-        schedule = NoiseSchedule.from_config(config.diffusion)
-        # A sampler that does not work should not be found out at the first preview.
-        make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)
-        objective = DiffusionObjective(config.diffusion, schedule)
-        self.model: JointModel = JointModel(networks, unet, objective)
-        self.networks = networks
+        self.model = JointModel(self.networks, unet, make_objective(config))
         self.summary += f", {config.model.variant}, jointly"
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> JointDraws:
@@ -285,7 +238,7 @@ class JointRecipe(AlignmentRecipe):
         return make_pipeline(self.config, self.spec, self.networks, self.model.unet)
 
     def preview(self, seed: int) -> Image:
-        """As that of the alignment; pictures are decoded at the scale that the denoiser aims at now."""
+        """Preview as for the alignment; the codec's scale is set to that of the denoiser's target now."""
         model = self.model
         if bool(model.latents_std.any()):
             CNNCodec(model.image_codec).set_statistics(model.latents_mean.flatten(), model.latents_std.flatten())
@@ -296,7 +249,7 @@ class JointRecipe(AlignmentRecipe):
 
 
 def denoiser_arguments(config: RunConfig, spec: ImageSpec, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Arguments of the denoiser of latents of a shape that no network has been saved for yet."""
+    """Arguments of the denoiser for latents of ``latent_shape``, whose codec need not be saved yet."""
     channels, height, width = latent_shape
     on_latents = replace(spec, channels=channels, height=height, width=width)
     return model_arguments(config.model_copy(update={"codec": CodecConfig()}), on_latents)

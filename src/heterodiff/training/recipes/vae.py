@@ -1,4 +1,4 @@
-"""The recipe ``vae``: diffusers' AutoencoderKL, whose latents the recipe ``diffusion`` can train on."""
+"""Recipe ``vae``: diffusers' AutoencoderKL, whose latents recipe ``diffusion`` can train on."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,8 +20,7 @@ from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.errors import ConfigError
 from heterodiff.metrics.reconstruction import psnr, ssim
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline, comparison_picture
-from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Losses, store_scale
+from heterodiff.training.recipes.base import Draws, Losses, Recipe, spread, store_scale
 
 MAX_GROUPS = 8
 STRUCTURAL_SCALES = 3
@@ -71,74 +70,40 @@ class Autoencoder(nn.Module):
 
 
 @dataclass
-class VAEDraws:
-    """Noise of the latents, and whether the adversary takes part in this step."""
+class VAEDraws(Draws):
+    """Noise of the latents (B, c, h, w), and whether the adversary takes part in this step."""
 
     noise: Tensor
     adversarial: bool
 
-    def rows(self, part: slice) -> "VAEDraws":
-        return VAEDraws(self.noise[part], self.adversarial)
 
-
-class VAERecipe:
-    """What the loop needs to know to train an autoencoder.
+class VAERecipe(Recipe):
+    """Training of an autoencoder.
 
     The loss of an image is the mean absolute error in [-1, 1] plus ``kl_weight`` times the KL divergence of its
     posterior from a standard normal, summed over the latent (Kingma and Welling 2014); optionally a multi-scale
-    structural term and the verdict of a patch discriminator (Esser et al. 2021).
+    structural term and the loss of a patch discriminator (Esser et al. 2021).
 
     Args:
         config: the run.
         spec: of the images.
         train: images from which the scale of the latents is measured when weights are saved.
-        val: images of the preview; where there are none, training images.
+        val: images of the preview; default: training images.
 
     Raises:
         ConfigError: no VAE for these images.
     """
 
-    codec = None
-    warnings = ()
-
     def __init__(self, config: RunConfig, spec: ImageSpec, train: ImageDataset, val: ImageDataset):
         self.config, self.spec, self.train = config, spec, train
-        self.shown = val if len(val) else train
+        self.shown = val or train
         vae = build_vae(config.vae, spec)
         self.latent_shape = latent_shape(vae.config, spec.channels, spec.height, spec.width)
         self.model = Autoencoder(vae)
-        self.adversary: PatchDiscriminator | None = None
         if config.vae.adversarial_weight > 0:
-            if config.training.precision == "float16":
-                raise ConfigError("vae.adversarial_weight needs training.precision bfloat16 or float32, found float16")
-            if config.training.compile is True:
-                raise ConfigError(
-                    "vae.adversarial_weight does not go with training.compile=true; leave one of them out"
-                )
-            if config.vae.adversarial_start >= config.training.steps:
-                raise ConfigError(
-                    f"vae.adversarial_start={config.vae.adversarial_start}: the discriminator would never begin in "
-                    f"{config.training.steps} training.steps; lower it, or set vae.adversarial_weight=0"
-                )
-            if min(spec.height, spec.width) < 16:
-                raise ConfigError(
-                    f"vae.adversarial_weight: images of {spec.height}x{spec.width} are too small for a patch "
-                    "discriminator, which needs 16x16; set it to 0"
-                )
+            refuse_adversary(config, spec)
             self.adversary = PatchDiscriminator(spec.channels)
-        c, h, w = self.latent_shape
-        self.summary = f"AutoencoderKL to {c}x{h}x{w}"
-
-    def to(self, device: torch.device) -> None:
-        pass
-
-    def before_training(
-        self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
-    ) -> tuple[LoadedData, list[str]]:
-        return data, []
-
-    def prepare(self, images: Tensor) -> Tensor:
-        return images * 2 - 1
+        self.summary = "AutoencoderKL to {}x{}x{}".format(*self.latent_shape)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> VAEDraws:
         noise = torch.randn((batch_size, *self.latent_shape), generator=generator, device=device)
@@ -148,7 +113,12 @@ class VAERecipe:
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: VAEDraws) -> Losses:
         reconstruction, mean, logvar = network(inputs, draws.noise)
         reconstruction = reconstruction.float()
-        each, parts = self._reconstruction_losses(inputs, reconstruction)
+        each = (reconstruction - inputs).abs().flatten(1).mean(dim=1)
+        parts = {"l1": each.detach()}
+        if weight := self.config.vae.structural_weight:
+            structural = structural_losses(inputs, reconstruction)
+            parts["structural"] = structural.detach()
+            each = each + weight * structural
         kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(dim=1)
         parts["kl"] = kl.detach()
         total = each + self.config.vae.kl_weight * kl
@@ -159,20 +129,11 @@ class VAERecipe:
     def _adversarial_losses(self, each: Tensor, reconstruction: Tensor, parts: dict[str, Tensor]) -> Tensor:
         assert self.adversary is not None
         self.adversary.requires_grad_(False)
-        verdict = -self.adversary(reconstruction).mean(dim=1)
+        losses = -self.adversary(reconstruction).mean(dim=1)
         self.adversary.requires_grad_(True)
-        parts["adversarial"] = verdict.detach()
-        scale = adaptive_weight(each.mean(), verdict.mean(), self.model.vae.decoder.conv_out.weight)
-        return self.config.vae.adversarial_weight * scale * verdict
-
-    def _reconstruction_losses(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        each = (reconstruction - images).abs().flatten(1).mean(dim=1)
-        parts = {"l1": each.detach()}
-        if weight := self.config.vae.structural_weight:
-            structural = structural_losses(images, reconstruction)
-            parts["structural"] = structural.detach()
-            each = each + weight * structural
-        return each, parts
+        parts["adversarial"] = losses.detach()
+        scale = adaptive_weight(each.mean(), losses.mean(), self.model.vae.decoder.conv_out.weight)
+        return self.config.vae.adversarial_weight * scale * losses
 
     def adversary_losses(self, network: Callable[..., Any], inputs: Tensor, outputs: Tensor) -> Tensor:
         real, fake = network(torch.cat([inputs, outputs])).chunk(2)
@@ -180,9 +141,6 @@ class VAERecipe:
 
     def judges(self, draws: VAEDraws) -> bool:
         return draws.adversarial
-
-    def observe(self, draws: VAEDraws, losses: Tensor, left_out: Tensor) -> None:
-        pass
 
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
         """Loss without the adversary, PSNR in dB and SSIM of held-out images, from the posterior mean."""
@@ -200,26 +158,36 @@ class VAERecipe:
         return {name: total / count for name, total in sums.items()} if count else {}
 
     def pipeline(self) -> ReconstructionPipeline:
-        """A pipeline around the VAE as it is now."""
         return ReconstructionPipeline(self.model.vae)
 
     def preview(self, seed: int) -> Image:
         """Held-out images beside their reconstructions and the differences."""
         device = next(self.model.parameters()).device
-        spread = torch.linspace(0, len(self.shown) - 1, min(PREVIEW_IMAGES, len(self.shown))).long().tolist()
-        images = self.shown.batch(spread)[0]
+        images = self.shown.batch(spread(len(self.shown), PREVIEW_IMAGES).tolist())[0]
         return comparison_picture(images, self.pipeline()(images.to(device)).images.cpu())
 
     def save(self, folder: Path) -> None:
         """Write the VAE, with the mean and std of its latents of up to 4,096 training images in its configuration."""
         store_scale(KLVAECodec(self.model.vae), self.train)
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        super().save(folder)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
+def refuse_adversary(config: RunConfig, spec: ImageSpec) -> None:
+    """Raise ConfigError for a run in which the patch discriminator cannot be trained."""
+    if config.training.precision == "float16":
+        raise ConfigError("vae.adversarial_weight needs training.precision bfloat16 or float32, found float16")
+    if config.training.compile is True:
+        raise ConfigError("vae.adversarial_weight does not go with training.compile=true; leave one of them out")
+    if config.vae.adversarial_start >= config.training.steps:
+        raise ConfigError(
+            f"vae.adversarial_start={config.vae.adversarial_start}: the discriminator would never begin in "
+            f"{config.training.steps} training.steps; lower it, or set vae.adversarial_weight=0"
+        )
+    if min(spec.height, spec.width) < 16:
+        raise ConfigError(
+            f"vae.adversarial_weight: images of {spec.height}x{spec.width} are too small for a patch "
+            "discriminator, which needs 16x16; set it to 0"
+        )
 
 
 def structural_losses(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -239,17 +207,19 @@ def structural_losses(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def build(config: RunConfig, data: LoadedData) -> VAERecipe:
-    """The recipe of a run that trains a VAE.
+    """Build the recipe of a run that trains a VAE.
 
     Raises:
         ConfigError: latents in place of images; else as :class:`VAERecipe`.
     """
     if data.latents is not None:
-        raise ConfigError("recipe vae needs images, found data.source=latents; name the images it is to encode")
+        raise ConfigError("recipe vae needs images, found data.source=latents; set data.source and data.path to images")
     return VAERecipe(config, data.spec, data.train, data.val)
 
 
 def doubts(config: RunConfig, data: LoadedData) -> list[str]:
-    """Keys that are not read."""
+    """Note that the architecture keys are not read."""
     start = config.vae.init_from
-    return [] if start is None else [f"the architecture is that of vae.init_from={start}; vae's own keys for it rest"]
+    if start is None:
+        return []
+    return [f"the architecture is that of vae.init_from={start}; the other vae.* architecture keys are ignored"]

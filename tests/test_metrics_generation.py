@@ -90,7 +90,7 @@ def test_noise_is_no_proof_against_memorising(parts):
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round()
     metrics = evaluate_generation(noise, labels, train, val, NAMES)
     assert metrics["nearest"]["verdict"] == "unlike"
-    assert metrics["nearest"]["explanation"].endswith("so this check says nothing yet.")
+    assert metrics["nearest"]["explanation"].endswith("so this check means nothing yet.")
     assert metrics["diversity"]["verdict"] == "noisy"
     json.dumps(metrics, allow_nan=False)
 
@@ -143,7 +143,7 @@ def test_same_seed_same_numbers_and_no_trace_in_the_random_state(parts):
 
 def test_readers_never_see_held_out_or_generated_images(parts, monkeypatch):
     seen = []
-    for kind in (classifiers.SvmReader, classifiers.ConvReader):
+    for kind in (classifiers.SvmClassifier, classifiers.ConvClassifier):
 
         def fit(self, images, labels, original=kind.fit):
             seen.append(images)

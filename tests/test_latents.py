@@ -231,7 +231,7 @@ def test_a_complete_folder_is_left_alone(folder, codec, vae_path, capsys):
     before = times(folder)
     encode(config, codec, vae_path, folder, quiet=False)
     assert times(folder) == before
-    assert "complete already: 13 images" in capsys.readouterr().out
+    assert "already complete: 13 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["bit", "missing", "truncated", "index missing"])
@@ -283,7 +283,7 @@ def test_unusable_latents_are_named_and_not_written(tmp_path, codec, vae_path, v
     with pytest.raises(DataError, match=message.format(*names)):
         encode(config, spoilt, vae_path, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
-    with pytest.raises(DataError, match=r"index.json is missing: the images were not encoded to the end; run the same"):
+    with pytest.raises(DataError, match=r"index.json is missing: encoding did not finish; run the same"):
         load_latents(tmp_path / "out")
 
 
@@ -321,7 +321,7 @@ def test_latents_of_something_else_are_refused(tmp_path, vae_path, change, messa
         own.vae.encoder.conv_in.bias.data += 1
     else:
         change(tmp_path / "images")
-    with pytest.raises(DataError, match=f"holds latents of something else {message}; choose another folder, or delete"):
+    with pytest.raises(DataError, match=f"holds other latents {message}; choose another folder, or delete"):
         encode(config, own, vae_path, out, **arguments)
     assert contents(out) == before
 
@@ -495,7 +495,7 @@ def test_memory_mapped_latents_are_checked_when_read(folder):
     with pytest.raises(DataError, match=rf"latents of {data.train.names[6]}: NaN or infinite"):
         data.train.batch(range(8))
     os.truncate(folder / SHARD, 900)
-    with pytest.raises(DataError, match=rf"{SHARD}: was readable before and is not now"):
+    with pytest.raises(DataError, match=rf"{SHARD}: can no longer be read"):
         data.train.batch([5])
     assert len(data.train.batch([0, 1])[1]) == 2
     with pytest.raises(IndexError):

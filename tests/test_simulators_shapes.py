@@ -12,7 +12,9 @@ from heterodiff.config import DataConfig, ShapesConfig
 from heterodiff.config.file import parse_config
 from heterodiff.data.sources import image_captions, list_sources, load_data
 from heterodiff.errors import ConfigError, DataError
-from heterodiff.simulators.shapes import (
+from heterodiff.simulators.shapes import open_shapes, scene_of
+from heterodiff.simulators.shapes.drawing import render
+from heterodiff.simulators.shapes.scenes import (
     ALL_THINGS,
     COLOURS,
     PLACES,
@@ -20,16 +22,11 @@ from heterodiff.simulators.shapes import (
     SHAPES,
     Scene,
     Thing,
-    captions_of,
-    complete_caption,
     draw_scene,
     matches,
-    open_shapes,
     parse_thing,
-    read_caption,
-    render,
-    scene_of,
 )
+from heterodiff.simulators.shapes.words import captions_of, complete_caption, read_caption
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 HUES = {"red": 0, "orange": 29, "yellow": 52, "green": 132, "blue": 226, "purple": 281}
@@ -205,11 +202,11 @@ def test_unseen_things_are_never_drawn():
 
 def test_scenes_of_chosen_things():
     rng = np.random.RandomState(0)
-    scenes = [draw_scene(rng, 0.0, among=[RED_CIRCLE]) for _ in range(50)]
+    scenes = [draw_scene(rng, 0.0, {*ALL_THINGS} - {RED_CIRCLE}) for _ in range(50)]
     assert {scene.things for scene in scenes} == {(RED_CIRCLE,)}
     assert {scene.place for scene in scenes} == set(PLACES)
     red_cross = Thing("red", "cross")
-    pairs = [draw_scene(rng, 1.0, {RED_CIRCLE}, [RED_CIRCLE, BLUE_SQUARE, red_cross]) for _ in range(50)]
+    pairs = [draw_scene(rng, 1.0, {*ALL_THINGS} - {BLUE_SQUARE, red_cross}) for _ in range(50)]
     assert {pair.things for pair in pairs} == {(BLUE_SQUARE, red_cross), (red_cross, BLUE_SQUARE)}
 
 

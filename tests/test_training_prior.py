@@ -1,4 +1,4 @@
-"""The guess of a map from an embedding: the mean over images of that embedding, and nothing by heart."""
+"""The prior over maps given an embedding: the mean over its images, without overfitting."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
-from heterodiff.training.recipes.prior import fit_guess, seen_features
+from heterodiff.training.recipes.prior import fit_prior, seen_features
 
 DIM, SHAPE, GROUPS, EACH = 16, (4, 2, 2), 8, 200
 
@@ -33,17 +33,17 @@ def grouped() -> tuple[Tensor, Tensor, Tensor]:
     return embeddings, group, z
 
 
-def test_the_guess_is_the_mean_of_what_an_embedding_can_be() -> None:
+def test_the_prior_is_the_mean_of_what_an_embedding_can_be() -> None:
     """Also where what tells the groups apart is a matter of their product: the means are any of the group."""
     network, (embeddings, group, z) = codec(), grouped()
-    error = fit_guess(network, embeddings, torch.arange(len(z)), z)
+    error = fit_prior(network, embeddings, torch.arange(len(z)), z)
     means = torch.stack([z[group == k].mean(dim=0) for k in range(GROUPS)])
-    guessed = torch.stack([network.guess(embeddings)[group == k].mean(dim=0) for k in range(GROUPS)])
-    assert float((guessed - means).abs().max()) < 0.4
+    found = torch.stack([network.prior(embeddings)[group == k].mean(dim=0) for k in range(GROUPS)])
+    assert float((found - means).abs().max()) < 0.4
     within = float((z - means[group]).square().mean() / (z - z.mean(dim=0)).square().mean())
     assert within < error < 1.5 * within  # at best what is random within a group is left
     scale = 7 * embeddings
-    torch.testing.assert_close(network.guess(scale), network.guess(embeddings), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.prior(scale), network.prior(embeddings), atol=1e-4, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in network.network.parameters())
 
 
@@ -52,44 +52,44 @@ def test_several_embeddings_may_belong_to_an_image() -> None:
     other = torch.cat([embeddings[:, :3], embeddings[:, 3:].flip(0)], dim=1)  # that say the same
     twice = torch.cat([embeddings, other])
     image_of = torch.arange(len(z)).repeat(2)
-    assert fit_guess(network, twice, image_of, z) < 0.6
+    assert fit_prior(network, twice, image_of, z) < 0.6
 
 
-def test_nothing_is_guessed_by_heart() -> None:
-    """Embeddings that have nothing to do with the maps: the mean map is the best guess."""
+def test_the_prior_does_not_overfit() -> None:
+    """Embeddings that have nothing to do with the maps: the mean map is the best prediction."""
     network, (embeddings, _, z) = codec(), grouped()
-    error = fit_guess(
+    error = fit_prior(
         network, embeddings[torch.randperm(len(z), generator=torch.Generator().manual_seed(2))], *_rows(z)
     )
     assert 0.9 < error < 1.2
-    assert float(network.guess(embeddings).std(dim=0).mean()) < 0.6 * float(z.std(dim=0).mean())
+    assert float(network.prior(embeddings).std(dim=0).mean()) < 0.6 * float(z.std(dim=0).mean())
 
 
 def _rows(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(z)), z
 
 
-def test_no_condition_is_guessed_as_zeros_and_the_same_again_is_the_same() -> None:
+def test_no_condition_has_a_prior_of_zeros_and_the_same_again_is_the_same() -> None:
     embeddings, _, z = grouped()
     found = []
     for seed in (1, 2):
         network = codec()
         torch.manual_seed(seed)
-        fit_guess(network, embeddings, *_rows(z))
-        found.append(network.guess(torch.cat([embeddings[:3], torch.zeros(1, DIM)])))
+        fit_prior(network, embeddings, *_rows(z))
+        found.append(network.prior(torch.cat([embeddings[:3], torch.zeros(1, DIM)])))
         assert found[-1][3].eq(0).all()
     assert torch.equal(*found)
 
 
-def test_features_are_guessed_beside_the_map() -> None:
-    """They are what the group's are on average, and the map is guessed as it is without them."""
+def test_features_are_predicted_beside_the_map() -> None:
+    """They are what the group's are on average, and the map is predicted as it is without them."""
     network, (embeddings, group, z) = codec(), grouped()
     network.network.add_features(3)
     assert network.network.config.feature_channels == 3
     means = torch.randn(GROUPS, 3, 2, 2, generator=torch.Generator().manual_seed(5))
     features = means[group] + 0.3 * torch.randn(len(z), 3, 2, 2, generator=torch.Generator().manual_seed(6))
-    fit_guess(network, embeddings, torch.arange(len(z)), z, features)
-    found = network.guess(torch.cat([embeddings, torch.zeros(1, DIM)]))
+    fit_prior(network, embeddings, torch.arange(len(z)), z, features)
+    found = network.prior(torch.cat([embeddings, torch.zeros(1, DIM)]))
     assert found.shape == (len(z) + 1, SHAPE[0] + 3, 2, 2)
     assert not found[-1].any()
     of_groups = torch.stack([found[:-1][group == k].mean(dim=0) for k in range(GROUPS)])
@@ -122,5 +122,5 @@ def test_features_are_the_principal_components_of_what_the_captioner_sees(width:
 @pytest.mark.parametrize("images", [1, 2, 5])
 def test_a_handful_of_images_will_do(images: int) -> None:
     network, (embeddings, _, z) = codec(), grouped()
-    fit_guess(network, embeddings[:images], *_rows(z[:images]))
-    assert bool(torch.isfinite(network.guess(embeddings)).all())
+    fit_prior(network, embeddings[:images], *_rows(z[:images]))
+    assert bool(torch.isfinite(network.prior(embeddings)).all())

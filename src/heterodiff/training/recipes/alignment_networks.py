@@ -1,11 +1,12 @@
-"""New networks for text to image and back, with initial or pretrained weights."""
+"""Networks of recipe ``alignment``: building them, with random or pretrained weights, and their forward pass."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from heterodiff.codecs.cnn import ImageCodec, default_stages
@@ -14,18 +15,84 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, reason
 from heterodiff.models.loading import refuse_nonfinite
-from heterodiff.text.aligned import TOKENIZER_FOLDER, TextNetworks
+from heterodiff.text.aligned import TOKENIZER_FOLDER, AlignedNetworks
 from heterodiff.text.captioner import Captioner
+from heterodiff.text.contrastive import LogitScale
 from heterodiff.text.encoder import TextEncoder, check_tokenizer
 from heterodiff.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
+EMBEDDING_STRIDE = 4
+CAPTION_SHARE = 0.1
+"""Fraction of the captions' gradient that reaches the image encoder; 1 costs image quality, 0 caption quality."""
 
-def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNetworks:
+
+class AlignmentModel(nn.Module):
+    """All networks but the denoiser, as one call, which distributed training needs."""
+
+    def __init__(self, networks: AlignedNetworks):
+        super().__init__()
+        self.image_codec: ImageCodec = networks.image_codec
+        self.text_encoder: TextEncoder = networks.text_encoder
+        self.captioner: Captioner = networks.captioner
+        self.logit_scale = LogitScale()
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, coin: Tensor) -> dict[str, Tensor]:
+        """Compute everything that the losses need, by name.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            ids, mask: (B K, L), K captions of each image, one after another.
+            noise: (B, c, h, w), added to the map before decoding.
+            coin: (B,) bool, whether to decode the text's embedding rather than the image's (for every fourth image:
+                decoding dominates the cost of a step), and whether a text's target caption is the text itself.
+        """
+        codec = self.image_codec
+        latents = codec.encode(images)
+        count = len(ids) // len(images)
+        # The encoder learns from the image and, a little, from captions of its map: gradients from embeddings cost
+        # more than they help. A decoder trained on predicted maps, which are blurred, would do worse on real ones.
+        seen = latents.detach()
+        decoder = {name: parameter.detach() for name, parameter in codec.decoder.named_parameters()}
+        of_images = codec.embed(seen)
+        of_texts = self.text_encoder(ids, mask).unflatten(0, (-1, count))
+        by_image = codec.get_latent_from_embedding(of_images)[:, None]
+        # Trained to predict maps, the text encoder would learn average layouts at the cost of the text's own content.
+        by_texts = codec.get_latent_from_embedding(of_texts.detach().flatten(0, 1)).unflatten(0, (-1, count))
+        errors = [
+            (found.float() - seen.float()[:, None]).square().flatten(1).mean(dim=1) for found in (by_image, by_texts)
+        ]
+        shown = torch.where(coin[:, None, None, None], by_texts[:, 0], by_image[:, 0])[::EMBEDDING_STRIDE]
+        read = seen.lerp(latents, CAPTION_SHARE)
+        some = slice(None, None, EMBEDDING_STRIDE)
+        # Half the targets are the text itself, so that nothing is lost, half another caption of the image, so that
+        # content counts, not wording.
+        own = torch.arange(len(ids), device=ids.device).view(-1, count)
+        told = torch.where(coin[:, None], own, own.roll(-1, dims=1)).flatten()
+        known = torch.cat([own[some, 0], told])  # of images and of texts, in one call
+        of_embeddings = self.captioner.losses(
+            torch.cat([of_images[some], of_texts.flatten(0, 1)]), ids[known], mask[known]
+        )
+        from_images, retold = of_embeddings.split([len(known) - len(told), len(told)])
+        return {
+            "latents": latents,
+            "image_embeddings": of_images.float(),
+            "text_embeddings": of_texts.float(),
+            "logit_scale": self.logit_scale().expand(len(images)),
+            "from_map": codec.decode(latents + noise).float(),
+            "from_embedding": functional_call(codec.decoder, decoder, (shown,)).float(),
+            "map": sum(errors) / 2,
+            "caption": self.captioner.losses(read, ids[::count], mask[::count]),
+            "caption_from_embedding": from_images,
+            "retold": retold.view(-1, count).mean(dim=1),
+        }
+
+
+def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> AlignedNetworks:
     """New networks for images as in ``spec`` and texts of ``tokenizer``.
 
     Raises:
         ConfigError: images or settings that no network can be built for.
-        CheckpointError: pretrained parts that are not there, or a tokenizer of more tokens than the pretrained encoder.
+        CheckpointError: missing pretrained parts, or a tokenizer with more tokens than the pretrained encoder.
     """
     text = config.text
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -59,11 +126,11 @@ def build_networks(config: RunConfig, spec: ImageSpec, tokenizer: Any) -> TextNe
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return TextNetworks(tokenizer, codec, encoder, captioner)
+    return AlignedNetworks(tokenizer, codec, encoder, captioner)
 
 
 def make_tokenizer(config: RunConfig, data: LoadedData) -> Any:
-    """The tokenizer in the run's folder, that of the pretrained encoder, or a new one of the training captions.
+    """The tokenizer of the run folder, of the pretrained encoder, or a new one trained on the training captions.
 
     Raises:
         CheckpointError: no pretrained one there.
@@ -84,9 +151,7 @@ def codec_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         CheckpointError: ``alignment.backbone`` is no folder of a network of transformers.
     """
     alignment = config.alignment
-    backbone = None
-    if alignment.backbone is not None:
-        backbone = _backbone_config(alignment.backbone).to_dict()
+    backbone = alignment.backbone and _backbone_config(alignment.backbone).to_dict()
     return {
         "in_channels": spec.channels,
         "sample_size": (spec.height, spec.width),
@@ -127,7 +192,7 @@ def build_image_codec(config: RunConfig, spec: ImageSpec) -> ImageCodec:
 
 
 def _freeze_unused(codec: ImageCodec, spec: ImageSpec) -> None:
-    """Keep weights that maps do not depend on, as norms of a pooled output, from waiting for a gradient."""
+    """Freeze weights that maps do not depend on, such as norms of a pooled output: they would get no gradient."""
     with torch.enable_grad():
         codec.eval().encode(torch.zeros(1, spec.channels, spec.height, spec.width)).sum().backward()
     for parameter in codec.encoder.parameters():

@@ -8,12 +8,16 @@ from scipy import ndimage
 
 from heterodiff.config import BrainPhantomConfig, DataConfig
 from heterodiff.data.collection import Collection
-from heterodiff.data.sources import load_data, open_part
+from heterodiff.data.sources import load_data, open_source, part_of
 from heterodiff.errors import DataError
-from heterodiff.simulators.brain_phantom import CLASSES, INTENSITY, head_of, open_brain_phantom
-from heterodiff.simulators.brain_phantom.head import render
+from heterodiff.simulators.brain_phantom import CLASSES, head_of, open_brain_phantom
+from heterodiff.simulators.brain_phantom.head import INTENSITY, render
 
 FLAIR, T1, T1CE, T2 = range(4)
+
+
+def part(config, name):
+    return part_of(open_source(config), config, name)
 
 
 def phantom(size: int | None = None, **settings: object) -> Collection:
@@ -155,11 +159,11 @@ def test_a_patient_is_in_one_part_alone() -> None:
     settings = BrainPhantomConfig(patients=20, slices_per_patient=4)
     config = DataConfig(source="brain-phantom", image_size=32, brain_phantom=settings, val_fraction=0.25)
     config = config.model_copy(update={"test_fraction": 0.2})
-    data, test = load_data(config), open_part(config, "test")
+    data, test = load_data(config), part(config, "test")
     parts = [patients_of(data.train.names), patients_of(data.val.names), patients_of(test.names)]
     assert [len(part) for part in parts] == [12, 4, 4]
     assert len(set.union(*parts)) == 20
-    whole = open_part(config.model_copy(update={"test_fraction": 0.0}), "train")
+    whole = part(config.model_copy(update={"test_fraction": 0.0}), "train")
     assert test.mask is not None
     assert whole.mask is not None
     for row, name in enumerate(test.names):
@@ -176,32 +180,32 @@ def test_patients_are_kept_by_name() -> None:
         val_fraction=0.25,
         split_by="image",
     )
-    known = sorted(patients_of(open_part(config, "train").names))
+    known = sorted(patients_of(part(config, "train").names))
     one = config.model_copy(update={"test_patients": (known[1],)})
-    data, test = load_data(one), open_part(one, "test")
+    data, test = load_data(one), part(one, "test")
     assert patients_of(test.names) == {known[1]}
     assert patients_of(data.train.names) == {known[0], known[2]}
     assert patients_of(data.val.names) <= {known[0], known[2]}
     assert len(data.val.names) == 3
     assert load_data(one, data.split_to_dict()).split_to_dict() == data.split_to_dict()
     with pytest.raises(DataError, match=rf"test_patients: .* has no patient nobody, but {known[0]}, {known[1]}"):
-        open_part(config.model_copy(update={"test_patients": ("nobody",)}), "test")
+        part(config.model_copy(update={"test_patients": ("nobody",)}), "test")
     with pytest.raises(DataError, match=r"all of the images of .* would be kept for testing"):
         load_data(config.model_copy(update={"test_patients": tuple(known)}))
-    with pytest.raises(ValueError, match="by name or as a share; leave one out"):
+    with pytest.raises(ValueError, match="both choose the test set; leave one out"):
         DataConfig(source="brain-phantom", test_patients=("p",), test_fraction=0.1)
 
 
 def test_images_of_their_own_are_kept_for_testing_too() -> None:
     config = DataConfig(source="digits", test_fraction=0.3)
-    data, test = load_data(config), open_part(config, "test")
+    data, test = load_data(config), part(config, "test")
     assert len(test.names) == round(0.3 * 1797)
     assert not {*data.train.names, *data.val.names} & {*test.names}
 
 
 def test_no_images_are_kept_for_testing_unless_asked_for() -> None:
     with pytest.raises(DataError, match=r"data\.test_fraction=0 keeps no images.*for example to 0\.2"):
-        open_part(DataConfig(source="digits"), "test")
+        part(DataConfig(source="digits"), "test")
 
 
 @pytest.mark.parametrize(

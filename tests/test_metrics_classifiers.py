@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from heterodiff.errors import DataError
 from heterodiff.metrics import classifiers
-from heterodiff.metrics.classifiers import ConvReader, SvmReader
+from heterodiff.metrics.classifiers import ConvClassifier, SvmClassifier
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def digits():
     return images[order], torch.from_numpy(content.target).long()[order]
 
 
-@pytest.mark.parametrize("kind", [SvmReader, ConvReader])
+@pytest.mark.parametrize("kind", [SvmClassifier, ConvClassifier])
 def test_digits_are_read_well(digits, kind):
     images, labels = digits
     reader = kind().fit(images[:1400], labels[:1400])
@@ -48,7 +48,7 @@ def test_svm_matches_scikit_learn_on_the_published_digits_example(digits):
     images, labels = digits
     published = SVC(gamma=0.001).fit(images[:900].flatten(1).numpy() * 16, labels[:900].numpy())
     theirs = published.score(images[900:].flatten(1).numpy() * 16, labels[900:].numpy())
-    ours = SvmReader().fit(images[:900], labels[:900]).accuracy(images[900:], labels[900:])
+    ours = SvmClassifier().fit(images[:900], labels[:900]).accuracy(images[900:], labels[900:])
     assert ours == pytest.approx(theirs, abs=0.015)
 
 
@@ -57,7 +57,7 @@ def test_svm_matches_scikit_learn_on_the_published_digits_example(digits):
 def test_any_shape_and_labels_that_are_not_consecutive(shape):
     labels = torch.tensor([3, 7, 40]).repeat(6)
     images = torch.rand(18, *shape)
-    for reader in (SvmReader().fit(images, labels), ConvReader().fit(images, labels)):
+    for reader in (SvmClassifier().fit(images, labels), ConvClassifier().fit(images, labels)):
         assert set(reader.predict(images).tolist()) <= {3, 7, 40}
         assert len(reader.predict(images[:0])) == 0
     features = reader.features(images)
@@ -71,19 +71,19 @@ def test_same_seed_same_reader_whatever_the_callers_state():
     images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 2
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = ConvReader(3).fit(images, labels).features(images)
+    first = ConvClassifier(3).fit(images, labels).features(images)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     with torch.inference_mode():
-        second = ConvReader(3).fit(images.clone(), labels).features(images)
+        second = ConvClassifier(3).fit(images.clone(), labels).features(images)
     assert torch.equal(first, second)
-    assert not torch.equal(first, ConvReader(4).fit(images, labels).features(images))
+    assert not torch.equal(first, ConvClassifier(4).fit(images, labels).features(images))
 
 
 @pytest.mark.usefixtures("few_steps")
 def test_features_are_those_of_single_images_and_standardised():
     images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
-    reader = ConvReader().fit(images, labels)
+    reader = ConvClassifier().fit(images, labels)
     features = reader.features(images)
     torch.testing.assert_close(features[4:5], reader.features(images[4:5]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features.mean(dim=0), torch.zeros(64), rtol=0, atol=1e-4)
@@ -93,21 +93,21 @@ def test_unlabelled_rows_are_left_out():
     images = torch.rand(30, 1, 8, 8)
     labels = torch.arange(30) % 3 - 1
     known = labels >= 0
-    expected = SvmReader().fit(images[known], labels[known]).predict(images)
-    assert torch.equal(SvmReader().fit(images, labels).predict(images), expected)
+    expected = SvmClassifier().fit(images[known], labels[known]).predict(images)
+    assert torch.equal(SvmClassifier().fit(images, labels).predict(images), expected)
 
 
 def test_without_labels_features_are_random_and_prediction_is_refused():
     images = torch.rand(30, 2, 8, 8)
-    reader = ConvReader().fit(images)
+    reader = ConvClassifier().fit(images, torch.full((30,), -1))
     assert not reader.trained
     assert reader.features(images).std() > 0.5
     with pytest.raises(DataError, match="cannot predict"):
         reader.predict(images)
     with pytest.raises(DataError, match="two classes"):
-        SvmReader().fit(images, torch.zeros(30, dtype=torch.long))
+        SvmClassifier().fit(images, torch.zeros(30, dtype=torch.long))
 
 
 def test_constant_images_do_not_divide_by_zero():
     images = torch.full((20, 1, 8, 8), 0.3)
-    assert torch.isfinite(ConvReader().fit(images).features(images)).all()
+    assert torch.isfinite(ConvClassifier().fit(images, torch.full((20,), -1)).features(images)).all()

@@ -1,9 +1,12 @@
 """Overlaps, decisions and intervals against plain counts, and the threshold that they must beat."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from heterodiff.metrics.segmentation import evaluate_segmentation, overlap, patient_interval, threshold_baseline
+from heterodiff.pipelines.anomaly_masks import drop_small
 
 SIDE = 12
 
@@ -122,7 +125,7 @@ def test_threshold_takes_the_best_of_channels_and_their_mean() -> None:
     rng = np.random.default_rng(0)
     noise = rng.random((2, 2, SIDE, SIDE)) * 0.4
     noise[:, 1] = 0.4 - noise[:, 0]  # in their mean only the lesion is left
-    found = threshold_baseline(noise + 0.1 * LESIONS[:, None], LESIONS, EVERYWHERE)
+    found = threshold_baseline(noise + 0.1 * LESIONS[:, None], LESIONS, EVERYWHERE, drop_small)
     assert found["of"] == "mean of channels, above"
     assert found["dice"] == pytest.approx(1)
     assert found["auprc"] == pytest.approx(1)
@@ -131,7 +134,7 @@ def test_threshold_takes_the_best_of_channels_and_their_mean() -> None:
 def test_threshold_finds_dark_lesions_inside_the_foreground() -> None:
     foreground = np.stack([square(1, 1, 9)] * 2)
     images = np.where(foreground, 0.6, 0.0)[:, None] - 0.3 * LESIONS[:, None]
-    found = threshold_baseline(images, LESIONS, foreground)
+    found = threshold_baseline(images, LESIONS, foreground, drop_small)
     assert found["of"] == "channel 0, below"
     assert found["dice"] == pytest.approx(1)
     assert 0.3 < found["threshold"] <= 0.6
@@ -142,8 +145,8 @@ def test_threshold_is_smoothed_and_rid_of_small_components_as_masks_are() -> Non
     images = 0.1 + 0.5 * LESIONS[:, None]
     images[:, :, [0, 0, 10, 10], [0, 10, 0, 10]] = 0.9
     plain = overlap(images[:, 0] > 0.5, LESIONS)[0].mean()
-    dropped = threshold_baseline(images, LESIONS, EVERYWHERE, smoothing=1, least=2)
-    smoothed = threshold_baseline(images, LESIONS, EVERYWHERE, smoothing=3, least=0)
+    dropped = threshold_baseline(images, LESIONS, EVERYWHERE, partial(drop_small, least=2), smoothing=1)
+    smoothed = threshold_baseline(images, LESIONS, EVERYWHERE, partial(drop_small, least=0), smoothing=3)
     assert dropped["dice"] == pytest.approx(1)
     assert plain < smoothed["dice"] < 1
     assert smoothed["of"] == "channel 0, smoothed, above"

@@ -6,7 +6,8 @@ import scipy.linalg
 import scipy.stats
 import torch
 
-from heterodiff.metrics.distances import frechet_distance, kernel_distance, mean_pairwise_rmse, wilson_interval
+from heterodiff.metrics.distances import frechet_distance, kernel_distance, mean_pairwise_rmse
+from heterodiff.metrics.intervals import wilson_interval
 
 
 def gaussian(count, mean, covariance, seed):

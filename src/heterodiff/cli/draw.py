@@ -1,0 +1,138 @@
+"""Commands that draw images with a run: sample, text2image."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heterodiff.cli import options
+from heterodiff.errors import ConfigError, compile_error
+
+
+def sample(
+    run: options.RunArgument,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Images of each class.")] = 8,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    seed: options.Seed = 0,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    batch_size: options.BatchSize = None,
+    out: options.ImagesFolder = None,
+) -> None:
+    """Draw images from a trained model: separate files, a labelled grid, and the settings in settings.json."""
+    from heterodiff.pipelines.image_files import all_classes, class_title, draw_classes, write_images
+    from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+
+    pipeline = load_generation(run, device, "graphs" if graphs else compile_, dtype)
+    chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
+    titles = [class_title(pipeline, label) for label in chosen]
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    settings = call_settings("sample", run, pipeline, classes=titles, number=number, **asked)
+    drawn: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    with _drawing(pipeline, len(chosen) * number, out, settings) as report:
+        images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **drawn)
+    folder = make_output(run, out, settings)
+    report(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
+
+
+def text2image(
+    run: options.RunArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Images of each prompt.")] = 4,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Decode the prompt's embedding instead: one pass, blurrier.")
+    ] = False,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=options.MOST_CANDIDATES,
+            help="Images drawn for each one kept, the one that the captioner finds truest; default: the run's.",
+        ),
+    ] = None,
+    seed: options.Seed = 0,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    batch_size: options.BatchSize = None,
+    out: options.ImagesFolder = None,
+) -> None:
+    """Draw images of prompts with a run of recipe text-image."""
+    from heterodiff.pipelines.drawing import explaining_memory
+    from heterodiff.pipelines.load import load_text_image
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+    from heterodiff.pipelines.text_files import write_pictures
+    from heterodiff.pipelines.text_to_image import text_notes
+
+    if direct and (negative, steps, guidance, sampler, candidates) != (None,) * 5:
+        raise ConfigError(
+            "--direct is one pass, without --negative, --steps, --guidance, --sampler and --candidates; leave them out"
+        )
+    pipeline = load_text_image(run, device, "graphs" if graphs else compile_, dtype)
+    each = 1 if direct else number  # decoding directly always gives the same
+    count, at_once = len(prompts) * each, batch_size or 64
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    own: dict[str, Any] = {
+        "negative": negative,
+        "direct": direct,
+        "candidates": candidates or pipeline.defaults.candidates,
+    }
+    settings = call_settings("text2image", run, pipeline, prompts=prompts, number=each, **own, **asked)
+    notes: list[str] = []
+    with _drawing(pipeline, count, out, settings) as report:
+        try:
+            with explaining_memory(min(at_once, count), pipeline.device), text_notes() as notes:
+                images = pipeline.generate_from_text(
+                    prompts,
+                    each,
+                    not direct,
+                    steps,
+                    guidance,
+                    seed,
+                    negative_prompts=negative,
+                    sampler=sampler,
+                    candidates=candidates,
+                    batch_size=at_once,
+                ).images
+        finally:
+            for note in notes:
+                typer.echo(f"note     {note}", err=True)
+    report(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
+
+
+@contextmanager
+def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Time how ``count`` images with ``settings`` are drawn for ``out``; yield the function that reports the files."""
+    from heterodiff.pipelines.output_folder import check_output
+    from heterodiff.progress import duration
+
+    def report(files: list[Path]) -> None:
+        *images, grid = files
+        typer.echo(f"drawn    {count} images in {duration(seconds)}, {count / seconds:.1f} images/s")
+        typer.echo(f"images   {len(images)} in {grid.parent}\ngrid     {grid}")
+
+    check_output(out, settings)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    start = time.perf_counter()
+    try:
+        yield report
+    except RuntimeError as error:
+        raise compile_error(error, "--compile") or error from error
+    seconds = time.perf_counter() - start
