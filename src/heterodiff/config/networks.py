@@ -10,6 +10,7 @@ from heterodiff.config.training import TrainingConfig
 from heterodiff.models.defaults import (
     FILM_CHANNEL_MULT,
     FILM_MODEL_CHANNELS,
+    HEAD_CHANNELS,
     LAYERS_PER_BLOCK,
     MODEL_CHANNELS,
     NUM_HEADS,
@@ -23,7 +24,8 @@ class ModelConfig(Section):
 
     variant: Annotated[str, known_name("model variant", list_models)] = Field(
         "hae-v2",
-        description="`unet`, `hae`, `hae-lite`, `hae-v2`, `hae-v2-conservative` or, for texts, `film-unet`",
+        description="`unet`, `hae`, `hae-lite`, `hae-v2`, `hae-v2-conservative`, `hae-v3`, `unet-lean`, "
+        "`unet-conv` or, for texts, `film-unet`",
     )
     model_channels: Width = Field(
         MODEL_CHANNELS,
@@ -39,12 +41,26 @@ class ModelConfig(Section):
     )
     patch_size: Width = Field(1, description="patch side in pixels; 2 costs about a quarter")
     attention_resolutions: tuple[Width, ...] | None = Field(
-        None, description="downsampling factors with attention; default: where maps are at most 16x16"
+        None,
+        description="downsampling factors with attention, [] for none; default: unet, hae, hae-lite and hae-v2: where "
+        "maps are at most 16x16; unet-lean: at most 8x8; unet-conv and hae-v3: none",
+    )
+    mid_attention: bool | None = Field(
+        None, description="attention at the coarsest level, in the middle; default: false for unet-conv, else true"
+    )
+    condition_tokens: Literal["full", "one", "none"] | None = Field(
+        None,
+        description="keys that stand for the condition in attention: full: one for each channel of its embedding, as "
+        "in earlier checkpoints; one; none; default: one for unet-lean, unet-conv and hae-v3, else full",
     )
     dropout: Fraction = Field(0.0, description="dropout probability in residual blocks and Transformer MLPs")
-    num_heads: Width = Field(NUM_HEADS, description="attention heads")
+    num_heads: Width | None = Field(
+        None, description=f"attention heads; default: heads of {HEAD_CHANNELS} channels (film-unet: {NUM_HEADS} heads)"
+    )
     num_head_channels: Width | None = Field(None, description="channels per attention head, in place of num_heads")
-    use_scale_shift_norm: bool = Field(False, description="condition by scale and shift (FiLM) instead of addition")
+    use_scale_shift_norm: bool | None = Field(
+        None, description="condition by scale and shift (FiLM), not by addition; default: true"
+    )
     resblock_updown: bool = Field(False, description="resample in residual blocks instead of convolutions between them")
     attention_pattern: Literal["multiscale", "sequence"] = Field(
         "multiscale",

@@ -176,8 +176,8 @@ READERS = (
     _without("text.vocabulary_size text.width text.layers", "text.encoder", ", which brings its own"),
     _with("alignment.diffusion_weight", "alignment.joint", True),
     _with(
-        "model.patch_size model.attention_resolutions model.num_head_channels model.use_scale_shift_norm "
-        "model.resblock_updown model.memory_optimization",
+        "model.patch_size model.attention_resolutions model.mid_attention model.condition_tokens "
+        "model.num_head_channels model.use_scale_shift_norm model.resblock_updown model.memory_optimization",
         "model.variant",
         *VARIANTS,
     ),

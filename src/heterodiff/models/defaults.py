@@ -5,6 +5,8 @@ from collections.abc import Sequence
 MODEL_CHANNELS = 64
 LAYERS_PER_BLOCK = 2
 NUM_HEADS = 4
+HEAD_CHANNELS = 32
+"""Channels of an attention head in new runs."""
 SPARSITY = 0.9
 
 FILM_MODEL_CHANNELS = 128

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterodiff.models.blocks import ResBlock, recomputed, to_map, to_tokens, zero_
+from heterodiff.models.defaults import HEAD_CHANNELS
 
-HEAD_WIDTH = 32
 POOLED_SIDES = (2, 4, 8)
 MOST_OWN_KEYS = 64
 """Maps of at most this many positions are their own keys too; on larger ones the convolution sees what is near."""
@@ -22,7 +22,7 @@ class PooledAttention(nn.Module):
 
     def __init__(self, channels: int, condition_dim: int | None):
         super().__init__()
-        self.num_heads = channels // HEAD_WIDTH
+        self.num_heads = channels // HEAD_CHANNELS
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(channels, 2 * channels)
         self.condition_token = None if condition_dim is None else nn.Linear(condition_dim, channels)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.lazy import loaded
+from heterodiff.models.defaults import HEAD_CHANNELS
 
 if TYPE_CHECKING:
     from heterodiff.models.backbone import Backbone
@@ -50,7 +51,12 @@ class Variant:
 _HAE = HybridSpec(linear_patches=True, bottleneck_mlp=False, concat_fusion=True)
 _LITE = HybridSpec(linear_patches=False, bottleneck_mlp=False, concat_fusion=False)
 _V2 = HybridSpec(linear_patches=False, bottleneck_mlp=True, concat_fusion=False)
-_LEAN = {"use_scale_shift_norm": True, "num_head_channels": 32, "condition_tokens": "one", "attention_side": 8}
+_LEAN = {
+    "use_scale_shift_norm": True,
+    "num_head_channels": HEAD_CHANNELS,
+    "condition_tokens": "one",
+    "attention_side": 8,
+}
 _SAVING = {"memory_optimization": True}
 _CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}
 

@@ -21,7 +21,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, default_levels
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, HEAD_CHANNELS, NUM_HEADS, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
@@ -32,8 +32,9 @@ from heterodiff.training.recipes.base import Draws, Losses, Recipe
 
 HAE_KEYS = (
     "patch_size",
-    "num_head_channels",
-    "use_scale_shift_norm",
+    "attention_resolutions",
+    "mid_attention",
+    "condition_tokens",
     "resblock_updown",
     "memory_optimization",
     "attention_pattern",
@@ -62,7 +63,6 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
         "model_channels": m.model_channels,
         "layers_per_block": m.layers_per_block,
-        "num_heads": m.num_heads,
         "dropout": m.dropout,
         "use_checkpoint": m.gradient_checkpointing,
     }
@@ -72,8 +72,9 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
             "latent_size": (height, width),
             "guess_channels": prior_channels,
             "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
+            "num_heads": m.num_heads or NUM_HEADS,
         }
-    channel_mult, attention = default_levels((height, width), m.patch_size, m.channel_mult, m.attention_resolutions)
+    channel_mult, _ = default_levels((height, width), m.patch_size, m.channel_mult)
     factor = m.patch_size * 2 ** (len(channel_mult) - 1) * (spec.height // height)
     check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
     return common | {
@@ -81,7 +82,9 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "in_channels": channels + prior_channels,
         "num_classes": len(spec.class_names) or None,
         "channel_mult": channel_mult,
-        "attention_resolutions": attention,
+        "num_heads": m.num_heads,
+        "num_head_channels": HEAD_CHANNELS if m.num_heads is m.num_head_channels is None else m.num_head_channels,
+        "use_scale_shift_norm": m.use_scale_shift_norm is not False,
         **{key: getattr(m, key) for key in HAE_KEYS},
     }
 
@@ -250,7 +253,8 @@ def doubts(config: RunConfig, data: LoadedData) -> list[str]:
         doubts.append("diffusion.p_uncond=0: the unconditional branch is not trained, so guidance will not work")
     if conditional and config.diffusion.p_uncond == 1:
         doubts.append("diffusion.p_uncond=1: the condition is never shown to the network")
-    hybrid = config.model.variant in VARIANTS and config.model.variant != "unet"
+    row = VARIANTS.get(config.model.variant)
+    hybrid = row is not None and (row.pooled or row.hybrid is not None)
     if hybrid and config.model.channel_mult is not None and len(config.model.channel_mult) < 2:
         doubts.append(f"model.channel_mult has one level, so {config.model.variant} has no hybrid block: it is a unet")
     return doubts
