@@ -890,10 +890,11 @@ def test_what_cannot_work_stops_before_the_first_step(case: str, shapes_run: Pat
 def test_dry_run_does_not_mind_a_folder_of_another_run(shapes_run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
     result = dry_run(text_config(shapes_run, alignment__latent_channels=5, codec__training={"steps": 60}))
-    assert "image codec to 5x4x4" in result.network
-    assert "holds a run with another configuration" in result.notes[0]
-    assert "alignment.latent_channels: 6 -> 5" in result.notes[0]
-    assert "other settings" in result.notes[1]
+    assert "image codec to 5x4x4" in result.parts[0].network
+    notes = [text for name, text in result.rows if name == "note"]
+    assert "holds a run with another configuration" in notes[0]
+    assert "alignment.latent_channels: 6 -> 5" in notes[0]
+    assert "other settings" in notes[1]
     assert before == {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
 
 

@@ -142,7 +142,7 @@ def leaves_out(bench: Bench, precision: str) -> dict[str, Any]:
     from heterodiff.training.preflight.trial import trial
 
     config = config_of(bench, "digits", bench.folder / "not written", 10, precision=precision)
-    trainer, recipe = trial(config)
+    trainer, recipe, *_ = trial(config)
     parameter = next(p for p in recipe.model.parameters() if p.requires_grad)
 
     def moved(steps: int) -> bool:

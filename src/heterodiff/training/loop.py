@@ -265,9 +265,9 @@ class Trainer:
         """Whether float16 still looks for a loss scale: steps that overflow are left out, each halves the scale."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
-    def step_once(self) -> float:
-        """One training step outside of a run, for trying out; returns the loss."""
-        self._unread.append(self.train_step(self.feed.batch(self.step), slice(None)))
+    def step_once(self, batch: Batch | None = None) -> float:
+        """Take one training step outside of a run, to try it; return the loss."""
+        self._unread.append(self.train_step(batch or self.feed.batch(self.step), slice(None)))
         self.step += 1
         return self._read()
 

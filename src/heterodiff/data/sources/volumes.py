@@ -56,6 +56,17 @@ def known_fingerprint(config: DataConfig) -> str | None:
     return fingerprint(config)
 
 
+def slices_folder(config: DataConfig) -> Path | None:
+    """Folder in which the slices of ``config`` are kept; ``None`` for data that are not sliced here."""
+    if known_fingerprint(config) is None or config.path is None:
+        return None
+    return _slices_folder(config.path.expanduser(), config)
+
+
+def _slices_folder(path: Path, config: DataConfig) -> Path:
+    return (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Slices of one scan of a patient as they are kept."""
@@ -133,7 +144,7 @@ def open_volumes(config: DataConfig) -> Collection:
             f"{path}: {len(with_mask)} of {len(patients)} patients have a mask {layout.mask}.nii[.gz], {without.name} "
             "has none; add an empty one where nothing is to be found, or move such patients to a folder of their own"
         )
-    folder = (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
+    folder = _slices_folder(path, config)
     stored = [_stored(patient, folder, config, number, len(patients)) for number, patient in enumerate(patients, 1)]
     rows = [(one, k) for one in stored for k in range(len(one.index))]
     if not rows:

@@ -9,7 +9,6 @@ from heterodiff.codecs.scaling import LatentCodec, measure, scaled_std
 from heterodiff.config import RunConfig
 from heterodiff.data.sources import LoadedData
 from heterodiff.metrics.reconstruction import psnr, ssim
-from heterodiff.training.loop import Trainer
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 
 IMAGES = 16
@@ -21,14 +20,19 @@ LEAST_PSNR = 15.0
 Add = Callable[[bool, str, str], None]
 
 
-def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trainer, add: Add) -> None:
+def check_latent_setup(
+    config: RunConfig, recipe: DiffusionRecipe, data: LoadedData, device: torch.device, add: Add
+) -> None:
     """Try every part of a latent set-up on a few training images and report each through ``add``.
 
     Trains ``recipe``'s network for 20 steps, so it is of no use afterwards.
+
+    Args:
+        data: images, or their stored latents.
+        device: where the networks are.
     """
-    codec, data = recipe.codec, trainer.data
+    codec = recipe.codec
     assert isinstance(codec, LatentCodec)
-    device = trainer.device
     parameters = sum(p.numel() for p in codec.network.parameters())
     shape = "x".join(map(str, recipe.latent_shape))
     spec = data.spec

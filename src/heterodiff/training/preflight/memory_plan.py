@@ -77,8 +77,14 @@ def check_fits(config: RunConfig, spec: ImageSpec) -> None:
         )
     if _at_most(config, spec) < free or training_memory_bytes(config, spec) < UNCERTAINTY * free:
         return
-    _, text = advice(config, spec, free)
-    raise ConfigError(f"{free / 1e9:.1f} GB free {where}; training needs {text}")
+    raise ConfigError(memory_check(config, spec)[1])
+
+
+def memory_check(config: RunConfig, spec: ImageSpec) -> tuple[bool, str]:
+    """Whether training fits into the memory that is free, and a line that names both and what would help."""
+    free, where = free_memory(default_device())
+    fits, text = advice(config, spec, free)
+    return fits, f"{free / 1e9:.1f} GB free {where}; training needs {text}"
 
 
 def _at_most(config: RunConfig, spec: ImageSpec) -> float:
