@@ -726,7 +726,7 @@ def test_maps_of_other_images_need_measured_statistics(shapes_run: Path, tmp_pat
 def test_settings_of_networks_that_come_as_they_are_rest_and_it_is_said(shapes_run: Path, tmp_path: Path) -> None:
     config = text_config(tmp_path / "run", codec__path=str(shapes_run / "alignment"), text__max_tokens=9)
     notes = _doubts(config, load_data(config.data))
-    assert [note for note in notes if "rests" in note and "max_tokens=9" in note and "trained with 20" in note]
+    assert [note for note in notes if "is ignored" in note and "max_tokens=9" in note and "trained with 20" in note]
     assert not any("width" in note or "latent_channels" in note for note in notes)
 
 

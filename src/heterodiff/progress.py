@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, else a line now and then."""
+"""Progress of long work on stderr: a bar on a terminal, else a line every quarter of a minute."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
+"""Time between two lines without a terminal."""
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 
 
 def progress_bar(console: Console, quiet: bool = False, transient: bool = True) -> Progress:
-    """Return the bar that all long work shows; its tasks have a field ``note`` beside the count.
+    """Return a progress bar; its tasks have a field ``note`` beside the count.
 
     Args:
         quiet: no bar; there is none without a terminal either.

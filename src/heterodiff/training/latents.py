@@ -1,4 +1,4 @@
-"""Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
+"""Latents of a run's images, encoded once into its folder or with every batch, and the check of their scale."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ MEASURED_BATCH = 32
 
 
 def stored_latents(config: RunConfig) -> LoadedData | None:
-    """The latents that a run encoded into its folder when it began; None if it has none (yet) or needs none.
+    """Return the latents that a run encoded into its folder when it began; None if it has none.
 
     Only those of a run that has begun are known to be of its images; others are compared when it begins.
     """
@@ -39,12 +39,12 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 def prepare_latents(
     config: RunConfig, recipe: "DiffusionRecipe", data: LoadedData, hosts: HostGroup, quiet: bool
 ) -> LoadedData:
-    """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
+    """Return the data that ``recipe`` trains on: ``data``, or the latents of its images if the run caches them.
 
-    Also fixes the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
+    Also sets the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
 
     Args:
-        barrier: returns when all processes have called it, however long one of them encodes.
+        hosts: the processes of the run, all of which call this.
 
     Raises:
         DataError: latents of another VAE, NaN latents, or a std after scaling outside 0.8 to 1.25.
@@ -76,7 +76,7 @@ def prepare_latents(
 
 
 def latents_folder(config: RunConfig) -> Path:
-    """Where a run keeps the latents that it encodes for itself."""
+    """Folder in which a run keeps the latents that it encodes for itself."""
     assert config.output is not None
     return RunFolder(config.output).latents
 

@@ -1,4 +1,4 @@
-"""``heterodiff check``: would this configuration, folder of images or run work? Each answer with its numbers."""
+"""``heterodiff check``: try a configuration, a folder of images or a run, and report pass or FAIL with numbers."""
 
 import math
 from pathlib import Path
@@ -116,7 +116,7 @@ def _check_run(run: Path, findings: Findings) -> None:
     for path in list_checkpoints(RunFolder(run).checkpoints):
         try:
             checkpoint = read_checkpoint(path)
-            findings.add(True, "checkpoint", f"step {checkpoint.step}, every file as its checksum says")
+            findings.add(True, "checkpoint", f"step {checkpoint.step}, all checksums are right")
         except HeterodiffError as error:
             findings.add(False, "checkpoint", str(error))
     try:

@@ -24,11 +24,12 @@ from heterodiff.training.checkpoints.resume import check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import MEASURED_IMAGES
 from heterodiff.training.loop import Trainer
+from heterodiff.training.optimization import check_training
 from heterodiff.training.preflight.findings import Findings, Rows
 from heterodiff.training.preflight.latents import check_latent_setup
-from heterodiff.training.preflight.memory_plan import memory_check, training_memory_bytes
+from heterodiff.training.preflight.memory_plan import memory_check
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.start import build_recipe, check_training, explaining, load_run_data
+from heterodiff.training.start import build_recipe, explaining, load_run_data
 
 TRIAL = Path("runs/dry-run")
 """Stands for the folder of a run that is tried out; nothing is written there."""
@@ -65,7 +66,6 @@ class Part:
 
     network: str
     parameters: int
-    memory_bytes: float
     steps: int
     step_seconds: float
     encoding_seconds: float
@@ -86,9 +86,9 @@ class DryRun:
 
 
 def from_scratch(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run without those of its folders that hold something that :func:`train` refuses, and notes of what they hold.
+    """Return the run without those of its folders that :func:`train` would refuse, and notes that explain why.
 
-    To try a run out, which writes nothing, such folders are no hindrance.
+    Trying a run writes nothing, so such folders do not matter to it.
     """
     notes = []
     if config.output is not None:
@@ -128,13 +128,13 @@ def trial(config: RunConfig, data: LoadedData | None = None, encoded: int = MEAS
         HeterodiffError: as :func:`train`, for anything but the folder that would stop it before the first step.
     """
     config, _ = from_scratch(config)
-    check_training(config)
+    check_training(config.training)
     data = load_run_data(config) if data is None else data
     with explaining(config, data.spec), TemporaryDirectory(prefix="heterodiff-") as folder:
         recipe = build_recipe(config, data)
         trainer = Trainer(config.model_copy(update={"output": config.output or TRIAL}), recipe, data)
         encodes = isinstance(recipe.codec, LatentCodec) and data.latents is None
-        some = _some(data, encoded) if encodes else data
+        some = _subset(data, encoded) if encodes else data
         in_memory = config.data.model_copy(update={"memory_limit_gb": HUGE_GB})
         in_folder = config.model_copy(update={"output": Path(folder), "data": in_memory})
         start = time.perf_counter()
@@ -146,7 +146,7 @@ def trial(config: RunConfig, data: LoadedData | None = None, encoded: int = MEAS
     return Trial(trainer, recipe, data, seconds / len(some.train) * (len(data.train) + len(data.val)))
 
 
-def _some(data: LoadedData, count: int) -> LoadedData:
+def _subset(data: LoadedData, count: int) -> LoadedData:
     """Up to ``count`` training images, evenly spread, and no others."""
     rows = np.linspace(0, len(data.train) - 1, min(count, len(data.train))).astype(int)
     return replace(data, train=data.train.take(rows.tolist()), val=data.val.take([]))
@@ -176,7 +176,7 @@ def try_run(config: RunConfig, data: LoadedData, findings: Findings, thorough: b
             codec = {"path": Path(folder), "training": None, "statistics": "measured"}
             config = config.model_copy(update={"codec": config.codec.model_copy(update=codec)})
         if None not in parts:
-            gc.collect()  # what was tried refers to itself, and waits to be freed
+            gc.collect()  # the networks of the first part are in reference cycles
             untrained = needed is not None
             parts.append(_try_part(config, data, findings, thorough and not untrained, untrained))
     found = tuple(part for part in parts if part is not None)
@@ -204,7 +204,6 @@ def _try_part(
     part = Part(
         recipe.summary,
         sum(p.numel() for p in recipe.model.parameters()),
-        training_memory_bytes(config, data.spec),
         config.training.steps,
         step_seconds,
         tried.encoding_seconds,
@@ -260,7 +259,7 @@ def prepare(config: RunConfig, data_config: DataConfig, findings: Findings) -> t
     config, notes = from_scratch(config)
     for note in notes:
         findings.note(note)
-    check_training(config)
+    check_training(config.training)
     return config, load_run_data((codec_run(config) or config).model_copy(update={"data": data_config}))
 
 
