@@ -723,7 +723,7 @@ def test_maps_of_other_images_need_measured_statistics(shapes_run: Path, tmp_pat
     torch.testing.assert_close(std, torch.ones(6), atol=0.01, rtol=0)
 
 
-def test_settings_of_networks_that_come_as_they_are_rest_and_it_is_said(shapes_run: Path, tmp_path: Path) -> None:
+def test_settings_of_loaded_networks_are_ignored_with_a_note(shapes_run: Path, tmp_path: Path) -> None:
     config = text_config(tmp_path / "run", codec__path=str(shapes_run / "alignment"), text__max_tokens=9)
     notes = _doubts(config, load_data(config.data))
     assert [note for note in notes if "is ignored" in note and "max_tokens=9" in note and "trained with 20" in note]

@@ -29,11 +29,12 @@ def stored_latents(config: RunConfig) -> LoadedData | None:
 
     Only those of a run that has begun are known to be of its images; others are compared when it begins.
     """
-    if config.output is None or not _caches(config) or not RunFolder(config.output).has_config:
+    if config.output is None or not _caches(config):
         return None
-    if not (latents_folder(config) / INDEX_FILE).is_file():
+    run = RunFolder(config.output)
+    if not run.has_config or not (run.latents / INDEX_FILE).is_file():
         return None
-    return load_latents(latents_folder(config), config.data.memory_limit_gb)
+    return load_latents(run.latents, config.data.memory_limit_gb)
 
 
 def prepare_latents(
@@ -53,12 +54,13 @@ def prepare_latents(
     if not isinstance(codec, LatentCodec):
         return data
     if data.latents is None and _caches(config):
+        assert config.output is not None
         plain, captions = without_captions(data) if data.captions else (data, None)
         folder = encode_data(
             plain,
             config.data,
             codec,
-            latents_folder(config),
+            RunFolder(config.output).latents,
             vae_path=Path(config.codec.path or ""),
             rank=hosts.rank,
             world_size=hosts.count,
@@ -73,12 +75,6 @@ def prepare_latents(
         codec.set_statistics(mean, std)
     check_scale(codec, mean, std)
     return data
-
-
-def latents_folder(config: RunConfig) -> Path:
-    """Folder in which a run keeps the latents that it encodes for itself."""
-    assert config.output is not None
-    return RunFolder(config.output).latents
 
 
 def _caches(config: RunConfig) -> bool:

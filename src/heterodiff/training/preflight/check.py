@@ -60,16 +60,13 @@ def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -
     findings.add(True, "sizes", f"height x width: {sizes}")
     classes = ", ".join(f"{name or 'unlabelled'} {n}" for name, n in summary.class_counts.items())
     if summary.captions:
-        findings.add(True, "captions", f"{summary.captions} of {count} images")
+        findings.add(True, "captions", f"{summary.captions} for {count} images")
     else:
         findings.add(True, "classes", classes or "none")
     if math.isfinite(summary.mean):
         text = f"{summary.minimum:g} to {summary.maximum:g}, mean {summary.mean:.4g}, std {summary.std:.4g}"
-        findings.add(
-            True,
-            "values",
-            text + (f"; {spec.value_range[0]:g} becomes 0 and {spec.value_range[1]:g} 1" if spec else ""),
-        )
+        mapped = f"; {spec.value_range[0]:g} becomes 0 and {spec.value_range[1]:g} 1" if spec else ""
+        findings.add(True, "values", text + mapped)
     fatal = config.on_bad == "error"
     for finding in summary.bad[:MAX_LISTED]:
         findings.add(not fatal, "bad file", f"{finding.name}: {finding.problem}")
