@@ -19,7 +19,7 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import LoadedData
 from heterodiff.data.sources.volumes import slices_folder
 from heterodiff.devices import deterministic_kernels, device_name
-from heterodiff.errors import HeterodiffError
+from heterodiff.errors import CheckpointError, HeterodiffError
 from heterodiff.training.checkpoints.resume import check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import MEASURED_IMAGES
@@ -194,7 +194,11 @@ def _try_part(
     save: Path | None = None,
 ) -> Part | None:
     """Cost of a part; None if it does not fit into memory, where trying it would end this process."""
-    fits, text = memory_check(config, data.spec)
+    try:
+        fits, text = memory_check(config, data.spec)
+    except CheckpointError:  # networks are missing, which is better explained where they are loaded
+        build_recipe(config, data)
+        raise
     findings.add(fits, "memory", text)
     if not fits:
         return None
