@@ -44,7 +44,7 @@ def test_both_commands_report_the_same(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_total_is_that_of_both_parts_without_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(two_parts(tmp_path))
-    steps = {"AutoencoderKL": iter([9.0, 2.0]), "unet": iter([5.0, 1.0, 3.0, 1.0])}
+    steps = {"AutoencoderKL": iter([9.0, 20.0]), "unet": iter([50.0, 4.0, 8.0, 9.0])}
     now = 0.0
     original = module.Trainer.step_once
 
@@ -56,9 +56,9 @@ def test_the_total_is_that_of_both_parts_without_first_steps(tmp_path: Path, mon
     monkeypatch.setattr(module.Trainer, "step_once", slow)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now)
     result = dry_run(config)
-    assert [part.step_seconds for part in result.parts] == [2.0, 1.0]
-    assert [part.seconds for part in result.parts] == [7 * 2.0, 50 * 1.0]
-    assert dict(result.rows)["total"].startswith("about 64 seconds (14 seconds + 50 seconds)")
+    assert [part.step_seconds for part in result.parts] == [20.0, 8.0]
+    assert [part.seconds for part in result.parts] == [7 * 20.0, 50 * 8.0]
+    assert dict(result.rows)["total"].startswith("about 9 minutes (2 minutes + 7 minutes)")
 
 
 def test_durations_have_a_unit_that_suits_them() -> None:
