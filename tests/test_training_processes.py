@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from heterodiff import devices
 from heterodiff.config import TrainingConfig
 from heterodiff.errors import ConfigError
-from heterodiff.training.loop import step_unless
+from heterodiff.training.optimization import step_unless
 from heterodiff.training.precision import precision_of
 from heterodiff.training.processes import REFUSED, HostGroup, make_accelerator
 
