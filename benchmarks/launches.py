@@ -78,12 +78,13 @@ def count_training(config: Any, folder: Path) -> dict[str, int]:
 
 def _updates(line: str) -> bool:
     """Whether a line ``file:number`` clips gradients, steps an optimiser or averages weights."""
-    from heterodiff.training import loop
+    from heterodiff.training import optimization
 
     file, _, number = line.partition(":")
-    ranges: Iterable[tuple[list[str], int]] = map(inspect.getsourcelines, (loop.Trainer._update, loop.step_unless))
+    functions = (optimization.Optimization.update, optimization.step_unless)
+    ranges: Iterable[tuple[list[str], int]] = map(inspect.getsourcelines, functions)
     inside = any(start <= int(number or 0) < start + len(lines) for lines, start in ranges)
-    return file == "training/ema.py" or (file == "training/loop.py" and inside)
+    return file == "training/ema.py" or (file == "training/optimization.py" and inside)
 
 
 def count_sampling(run: Path, sampler: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from heterodiff.data.dataset import ImageDataset, ImageSpec, MemoryStore
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError
 from heterodiff.training.batches import BatchOrder, StepBatches, Stream, derive_seed
-from heterodiff.training.loop import learning_rate_at
+from heterodiff.training.optimization import learning_rate_at
 from heterodiff.training.start import train
 from tests.training_runs import losses_of, tiny_config
 

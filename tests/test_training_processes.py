@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from heterodiff import devices
 from heterodiff.config import TrainingConfig
 from heterodiff.errors import ConfigError
-from heterodiff.training.loop import step_unless
+from heterodiff.training.optimization import step_unless
 from heterodiff.training.precision import precision_of
 from heterodiff.training.processes import REFUSED, HostGroup, make_accelerator
 
@@ -66,7 +66,7 @@ def test_device_by_name() -> None:
     assert devices.find_device() == devices.default_device() == torch.device("cpu")
     assert devices.find_device("cpu") == devices.find_device(torch.device("cpu")) == torch.device("cpu")
     assert devices.free_memory(torch.device("cpu"))[0] > 1e6
-    assert "CPU threads" in devices.device_name(torch.device("cpu"))
+    assert "CPU thread" in devices.device_name(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("emulates", [True, False])

@@ -723,10 +723,10 @@ def test_maps_of_other_images_need_measured_statistics(shapes_run: Path, tmp_pat
     torch.testing.assert_close(std, torch.ones(6), atol=0.01, rtol=0)
 
 
-def test_settings_of_networks_that_come_as_they_are_rest_and_it_is_said(shapes_run: Path, tmp_path: Path) -> None:
+def test_settings_of_loaded_networks_are_ignored_with_a_note(shapes_run: Path, tmp_path: Path) -> None:
     config = text_config(tmp_path / "run", codec__path=str(shapes_run / "alignment"), text__max_tokens=9)
     notes = _doubts(config, load_data(config.data))
-    assert [note for note in notes if "rests" in note and "max_tokens=9" in note and "trained with 20" in note]
+    assert [note for note in notes if "is ignored" in note and "max_tokens=9" in note and "trained with 20" in note]
     assert not any("width" in note or "latent_channels" in note for note in notes)
 
 
@@ -890,10 +890,11 @@ def test_what_cannot_work_stops_before_the_first_step(case: str, shapes_run: Pat
 def test_dry_run_does_not_mind_a_folder_of_another_run(shapes_run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
     result = dry_run(text_config(shapes_run, alignment__latent_channels=5, codec__training={"steps": 60}))
-    assert "image codec to 5x4x4" in result.network
-    assert "holds a run with another configuration" in result.notes[0]
-    assert "alignment.latent_channels: 6 -> 5" in result.notes[0]
-    assert "other settings" in result.notes[1]
+    assert "image codec to 5x4x4" in result.parts[0].network
+    notes = [text for name, text in result.rows if name == "note"]
+    assert "holds a run with another configuration" in notes[0]
+    assert "alignment.latent_channels: 6 -> 5" in notes[0]
+    assert "other settings" in notes[1]
     assert before == {p: p.stat().st_mtime_ns for p in shapes_run.rglob("*")}
 
 

@@ -282,7 +282,7 @@ def test_given_weights_are_the_start(trained: Path, tmp_path: Path) -> None:
                       block_out_channels=(8, 8), latent_channels=2)  # fmt: skip
     other.save_pretrained(tmp_path / "other")
     config = vae_config(tmp_path / "run", vae__init_from=str(tmp_path / "other"), data__image_size=[18, 18])
-    assert dry_run(config).network == "AutoencoderKL to 2x9x9"
+    assert dry_run(config).parts[0].network == "AutoencoderKL to 2x9x9"
 
 
 def test_memory_of_a_vae_grows_with_it_and_its_batch(tmp_path: Path) -> None:

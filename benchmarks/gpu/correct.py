@@ -142,7 +142,7 @@ def leaves_out(bench: Bench, precision: str) -> dict[str, Any]:
     from heterodiff.training.preflight.trial import trial
 
     config = config_of(bench, "digits", bench.folder / "not written", 10, precision=precision)
-    trainer, recipe = trial(config)
+    trainer, recipe, *_ = trial(config)
     parameter = next(p for p in recipe.model.parameters() if p.requires_grad)
 
     def moved(steps: int) -> bool:
@@ -153,10 +153,10 @@ def leaves_out(bench: Bench, precision: str) -> dict[str, Any]:
 
     first = moved(bench.size(16, 2))  # float16 leaves out some by itself until its scale fits
     hook = parameter.register_hook(lambda gradient: gradient * math.inf)
-    scale = trainer.scaler.get_scale()
+    scale = trainer.optimization.scaler.get_scale()
     overflowing = moved(1)
     hook.remove()
-    found = {"scale_before": scale, "scale_after": trainer.scaler.get_scale(), "after": moved(1)}
+    found = {"scale_before": scale, "scale_after": trainer.optimization.scaler.get_scale(), "after": moved(1)}
     if not first or overflowing or not found["after"] or found["scale_after"] > scale:
         raise Unexpected(f"weights moved before {first}, in the overflowing step {overflowing}, then {found}")
     return found

@@ -95,7 +95,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def device_name(device: torch.device) -> str:
     """Describe ``device`` for the records of a run, as ``NVIDIA H200`` or ``2 CPU threads``."""
     if device.type == "cpu":
-        return f"{torch.get_num_threads()} CPU threads"
+        count = torch.get_num_threads()
+        return f"{count} CPU thread{'s' * (count != 1)}"
     name = getattr(_module(device), "get_device_name", None)
     return str(name(device)) if name is not None else device.type
 

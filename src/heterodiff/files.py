@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, in folders that others can write to as well; JSON of bounded size."""
+"""Files that appear whole or not at all, in folders that others can write to as well; JSON of bounded size."""
 
 import json
 import os
@@ -15,22 +15,22 @@ from heterodiff.errors import CheckpointError, HeterodiffError, reason
 
 MAX_JSON_BYTES = 2**26
 MAX_LIST_BYTES = 2**30
-"""Sizes up to which JSON is read: of facts, and of lists with an entry for each image or step."""
+"""Largest JSON files that are read: facts, and lists with an entry per image or step."""
 
 COPY_AGAIN = "train the run again, or copy the folder again"
 LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 LEFTOVER_SECONDS = 3600.0
-"""Age from which an unfinished file is taken for one of a process that was killed."""
+"""Age in seconds at which an unfinished file counts as left behind by a process that was killed."""
 
 
 def fresh(path: Path) -> Path:
-    """Return ``path`` to write to, without what was there: through a link, another file would be overwritten."""
+    """Remove ``path`` and return it, to be written anew: through a link, another file would be overwritten."""
     path.unlink(missing_ok=True)
     return path
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, if it is there; of a link only itself."""
+    """Remove a folder and its content if it exists; of a link, only the link."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -38,7 +38,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files in ``folder`` that killed processes left behind."""
+    """Remove the unfinished files that killed processes left in ``folder``."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name) and time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
             path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
+"""Time between two lines without a terminal."""
 
 
 def duration(seconds: float) -> str:
@@ -32,7 +32,7 @@ StartTask = Callable[[str, int], Callable[[int], None]]
 
 
 def progress_bar(console: Console, quiet: bool = False, transient: bool = True) -> Progress:
-    """Return the bar that all long work shows; its tasks have a field ``note`` beside the count.
+    """Return a progress bar; its tasks have a field ``note`` beside the count.
 
     Args:
         quiet: no bar; there is none without a terminal either.

@@ -30,7 +30,7 @@ from heterodiff.image_spec import ImageSpec
 
 NETWORK_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 COMPONENT_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json",)}
-"""Files of the components of a pipeline: of a network, and of those that are none."""
+"""Files of a pipeline's components: of networks, and of components that are none."""
 
 CHECKPOINTS = "checkpoints"
 
@@ -38,11 +38,10 @@ CHECKPOINTS = "checkpoints"
 class RunFolder:
     """All files of a run, by name.
 
-    A file appears under its name when it is complete, and never through a link. After a crash the folder repairs
-    itself when its run goes on: checkpoints are written before the pipeline, and ``weights.json`` says last that all of
-    the pipeline is there, so that a pipeline without it is made again from the newest undamaged checkpoint; rows of
-    ``metrics.jsonl`` after that checkpoint are written again; images are split again, with the same result, where
-    ``split.json`` is missing.
+    A file appears under its name only when it is complete, and is never written through a link. After a crash the
+    folder repairs itself when its run is resumed: checkpoints are written before the pipeline, and ``weights.json``
+    last, so a pipeline without it is made again from the newest undamaged checkpoint; rows of ``metrics.jsonl`` after
+    that checkpoint are written again; images are split again, with the same result, if ``split.json`` is missing.
 
     Args:
         path: the folder; it need not be there yet.
@@ -91,12 +90,12 @@ class RunFolder:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the folder holds anything beside what goes before a run."""
+        """True if the folder holds anything but files that are written before a run begins."""
         before = {self.lock_file, self.latents, self.alignment}
         return self.path.is_dir() and any(path not in before for path in self.path.iterdir())
 
     def config(self) -> RunConfig:
-        """The configuration that the run was started with.
+        """Return the configuration that the run was started with.
 
         Raises:
             ConfigError: missing or damaged.
@@ -104,7 +103,7 @@ class RunFolder:
         return load_config(self.config_file)
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the images that the run was trained on, see :meth:`save_data`.
+        """Return facts about the images that the run was trained on, see :meth:`save_data`.
 
         Raises:
             CheckpointError: missing or damaged.
@@ -112,7 +111,7 @@ class RunFolder:
         return read_json(self.data_file)
 
     def spec(self) -> ImageSpec | None:
-        """Specification of the run's images; None for a folder that was not trained here.
+        """Return the specification of the run's images; None for a folder that was not trained here.
 
         Raises:
             CheckpointError, DataError: the file is damaged.
@@ -120,7 +119,7 @@ class RunFolder:
         return ImageSpec.from_dict(self.facts().get("spec", {})) if self.data_file.is_file() else None
 
     def split(self) -> dict[str, Any]:
-        """Names of the images of each part, as ``LoadedData.split_to_dict`` gives them.
+        """Return the names of the images of each part, as ``LoadedData.split_to_dict`` gives them.
 
         Raises:
             CheckpointError: missing or damaged.
@@ -128,7 +127,7 @@ class RunFolder:
         return read_json(self.split_file, limit=MAX_LIST_BYTES)
 
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """Rows of ``metrics.jsonl`` and the number of damaged ones, which are left out; none where there is no file.
+        """Return the rows of ``metrics.jsonl``, and the number of damaged ones, which are left out.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -138,7 +137,7 @@ class RunFolder:
         return parse_rows(read_bytes(self.metrics_file, limit=MAX_LIST_BYTES))
 
     def pipeline_index(self) -> dict[str, Any]:
-        """The index of the pipeline, as diffusers writes it.
+        """Return the index of the pipeline, as diffusers writes it.
 
         Raises:
             RunError: no such folder, or no pipeline in it yet.
@@ -151,7 +150,7 @@ class RunFolder:
         return read_json(self.index_file)
 
     def weights_step(self) -> int | None:
-        """The step whose weights the pipeline holds; None where there is none, or not all of it.
+        """Return the step whose weights the pipeline holds; None if there is no complete pipeline.
 
         Raises:
             CheckpointError: the index or ``weights.json`` is damaged.
@@ -167,7 +166,7 @@ class RunFolder:
         return read_json(self.weights_file).get("step")
 
     def weights_digest(self) -> str:
-        """Sixteen letters that change with the weights of the denoiser (of all networks where there is none)."""
+        """Return a hash (16 hex digits) of the denoiser's weights, or of all networks if there is no denoiser."""
         digest = hashlib.blake2b(digest_size=8)
         for path in sorted(self.path.glob("unet/*.safetensors")) or sorted(self.path.glob("*/*.safetensors")):
             with path.open("rb") as file:
@@ -179,11 +178,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Turn what the disk refuses at ``path`` into an error for the user.
-
-        Raises:
-            RunError: the disk refused something.
-        """
+        """Turn errors of writing ``path`` into RunError."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -225,15 +220,11 @@ class RunFolder:
             self.write_json(self.split_file, split, ensure_ascii=False)
         self.write_json(self.data_file, facts, ensure_ascii=False)
 
-    def save_machine(self, facts: dict[str, Any]) -> None:
-        """Write facts about the network and the machine that trains it, see :meth:`write_json`."""
-        self.write_json(self.machine_file, facts, ensure_ascii=False)
-
     def save_pipeline(self, step: int, write: Callable[[Path], None]) -> None:
-        """Replace the pipeline by one of ``step``, each of its components whole or not at all.
+        """Replace the pipeline by that of ``step``, each component whole or not at all.
 
         Args:
-            write: makes a pipeline in the folder that it is given.
+            write: makes a pipeline in a folder.
 
         Raises:
             RunError: it cannot be written; the run makes it again from its checkpoint.
@@ -265,7 +256,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, which is made, for this process alone; the lock goes with the process, however it ends.
+        """Lock the folder, which is made, for this process; the lock ends with the process, however that ends.
 
         Raises:
             RunError: another process is training in it, or it cannot be made.

@@ -112,6 +112,12 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         images, labels = self.batch([index])
         return images[0], int(labels[0])
 
+    def take(self, indices: Sequence[int]) -> "ImageDataset":
+        """Return a data set of the images ``indices`` alone."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        names = [self.names[index] for index in chosen]
+        return type(self)(self.spec, self._store, self._rows[chosen], names, self.labels[chosen])
+
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (B, C, H, W) float32 in [0, 1] and labels (B,) int64 of ``indices``.
 

@@ -1,4 +1,4 @@
-"""What generated images are worth as training data of a classifier (``augmentation.json``)."""
+"""Value of generated images as training data of a classifier (``augmentation.json``)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a VAE loses of real held-out images, and the scale of their latents."""
+"""Reconstruction errors of a VAE on real held-out images, and the scale of their latents."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""Which images make up each batch: a pure function of the seed and the step, so there is no state to lose.
+"""Images of each batch: a pure function of the seed and the step, so there is no state to lose.
 
-Order, augmentation, noise and dropout are all drawn from seeds derived from (run seed, step); a resumed run, or
-one with another number of processes or loader workers, therefore sees exactly the same data.
+Order, augmentation, noise and dropout are drawn from seeds derived from (run seed, step); a resumed run, or one with
+another number of processes or loader workers, therefore sees exactly the same data.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Stream(IntEnum):
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:
-    """A 63-bit seed for ``position`` (a step, a rank, ...) of one ``stream`` of the run with ``seed``."""
+    """Return a 63-bit seed for ``position`` (a step, a rank, ...) of one ``stream`` of the run with ``seed``."""
     sequence = np.random.SeedSequence([seed & 0xFFFFFFFF, int(stream), *position])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -38,8 +38,8 @@ class Batch:
     """One process's share of a step.
 
     Attributes:
-        stored: images (B, C, H, W) as :meth:`ImageDataset.stored` gives them, augmented; None where all images are on
-            the device already.
+        stored: images (B, C, H, W) as :meth:`ImageDataset.stored` gives them, augmented; None if all images are on the
+            device already.
         labels: (B,).
         indices: of the images in the data set.
         seeds: of their augmentation.
@@ -81,18 +81,17 @@ class BatchOrder:
 
 
 def share_of(batch_size: int, rank: int, world_size: int) -> slice:
-    """The rows of a batch that process ``rank`` computes."""
+    """Return the rows of a batch that process ``rank`` computes."""
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
 class StepBatches(Dataset[Batch]):
-    """Item ``step`` is the share of that step's batch that belongs to one process.
+    """Batches of one process: item ``step`` is its share of that step's batch.
 
     Args:
         data: the training images.
-        config: says how to augment.
+        config: settings of the augmentation.
         batch_size: over all processes.
-        rank, world_size: which share.
         with_images: whether items hold images.
     """
 

@@ -1,6 +1,5 @@
-"""The codec that a run on latents trains first, where there is none yet."""
+"""The codec that a run on latents trains first if there is none yet."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from heterodiff.errors import ConfigError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of_codec
 from heterodiff.training.checkpoints.resume import changed_keys
-from heterodiff.training.loop import check_batch
-from heterodiff.training.precision import precision_of
+from heterodiff.training.optimization import check_training
 from heterodiff.training.preflight.memory_plan import check_fits
 from heterodiff.training.recipes.alignment_networks import codec_arguments
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 
 
 def codec_run(config: RunConfig) -> RunConfig | None:
-    """The run of recipe ``vae`` or ``alignment`` that ``config`` needs and describes, if it is not finished yet.
+    """Return the run of recipe ``vae`` or ``alignment`` that ``config`` needs and describes, if it is not finished.
 
     Raises:
         RunError: ``codec.path`` holds one that was trained with other settings.
@@ -39,15 +37,16 @@ def codec_run(config: RunConfig) -> RunConfig | None:
     before = run.config()
     wanted = before.model_copy(update=keys)  # other sections do not matter to it
     if changes := changed_keys(before, wanted, run.weights_step() or 0):
+        name = "its VAE" if codec.kind == "kl-vae" else "its image codec with the text networks"
         raise RunError(
-            f"codec.path={codec.path}: {_name(config)} was trained with other settings; undo these, set codec.path to "
+            f"codec.path={codec.path}: {name} was trained with other settings; undo these, set codec.path to "
             "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)
         )
     return None if run.weights_step() == codec.training.steps else wanted
 
 
-def resting_keys(config: RunConfig, data: LoadedData) -> list[str]:
-    """Notes on what the configuration says of networks that come as they are from ``codec.path``."""
+def ignored_keys(config: RunConfig, data: LoadedData) -> list[str]:
+    """Notes on settings of networks that are loaded from ``codec.path``, where they differ from those there."""
     if config.codec.path is None or config.codec.training is not None:
         return []
     run = RunFolder(config.codec.path)
@@ -55,8 +54,8 @@ def resting_keys(config: RunConfig, data: LoadedData) -> list[str]:
         return []
     there = run.config()
     return [
-        f"{name}.{key}={getattr(section, key)} rests: codec.path={config.codec.path} was trained with "
-        f"{getattr(getattr(there, name), key)}"
+        f"{name}.{key}={getattr(section, key)} is ignored: the networks in codec.path={config.codec.path} were trained "
+        f"with {getattr(getattr(there, name), key)}"
         for name, section in (("text", config.text), ("alignment", config.alignment))
         for key in sorted(section.model_fields_set)
         if getattr(section, key) != getattr(getattr(there, name), key)
@@ -68,34 +67,28 @@ def _holds_codec(codec: CodecConfig) -> bool:
     return (path / cnn.FOLDER).is_dir() if codec.kind == "cnn" else kl_vae.holds_vae(path)
 
 
-def _name(config: RunConfig) -> str:
-    return "its VAE" if config.codec.kind == "kl-vae" else "its image codec with the text networks"
-
-
-def check_denoiser(config: RunConfig, spec: ImageSpec) -> str:
-    """Build the denoiser before its codec is trained, so that a mistake in it does not cost that time; its summary.
+def check_denoiser(config: RunConfig, spec: ImageSpec) -> None:
+    """Build the denoiser before its codec is trained, so that a mistake in its settings does not cost that time.
 
     Args:
         spec: of the images.
 
     Raises:
-        ConfigError: what would stop the denoiser's training later.
+        ConfigError: settings that would stop the denoiser's training later.
     """
     channels, height, width = _latent_shape(config, spec)
-    precision_of(config.training)
-    check_batch(config.training, int(os.environ.get("WORLD_SIZE", "1")))
+    check_training(config.training)
     on_latents = replace(spec, channels=channels, height=height, width=width)
-    check_fits(config.model_copy(update={"recipe": "diffusion", "codec": CodecConfig()}), on_latents)
+    on_pixels = config.model_copy(update={"codec": CodecConfig()})
+    check_fits(on_pixels.model_copy(update={"recipe": "diffusion"}), on_latents)
     try:
-        recipe = DiffusionRecipe(config.model_copy(update={"codec": CodecConfig()}), on_latents)
+        DiffusionRecipe(on_pixels, on_latents)
     except ConfigError as error:
         raise ConfigError(f"the denoiser of {channels}x{height}x{width} latents: {error}") from None
-    parameters = sum(p.numel() for p in recipe.model.parameters())
-    return f"{recipe.summary} on {channels}x{height}x{width} latents, {parameters:,} parameters"
 
 
 def _latent_shape(config: RunConfig, spec: ImageSpec) -> tuple[int, int, int]:
-    """Shape of the latents of a codec that is not there yet."""
+    """Shape of the latents of a codec that is not trained yet."""
     if config.codec.kind == "cnn":
         return cnn.latent_shape(codec_arguments(config, spec), spec.channels, spec.height, spec.width)
     vae = {"in_channels": spec.channels, **config.vae.model_dump(include={"block_out_channels", "latent_channels"})}

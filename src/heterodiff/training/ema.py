@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class EMA:
     """Averages ``shadow += w (parameter - shadow)``, all parameters in a few kernels.
 
-    w of step n is 1 at first, then 9 / (9 + n), so that early averages follow the weights, and at last 1 - decay (the
+    w of step n is 1 at first, then 9 / (9 + n), so that early averages follow the weights, and finally 1 - decay (the
     warm-up of diffusers' ``EMAModel``).
 
     Args:
@@ -28,7 +28,7 @@ class EMA:
 
     @property
     def optimization_step(self) -> int:
-        """Steps that counted; reading it waits for the device."""
+        """Number of steps that were not left out; reading it waits for the device."""
         return int(self._steps)
 
     @optimization_step.setter
@@ -49,7 +49,7 @@ class EMA:
 
     @contextmanager
     def applied_to(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Put the averages in the place of ``parameters`` for a while."""
+        """Replace ``parameters`` by the averages inside the context."""
         values = [parameter.detach() for parameter in parameters]
         stored = [value.clone() for value in values]
         torch._foreach_copy_(values, self.shadow_params)

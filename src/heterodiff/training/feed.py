@@ -1,4 +1,4 @@
-"""From stored images to what a step computes with, on its device."""
+"""The training images of a run, on its device."""
 
 import torch
 from torch import Tensor
@@ -12,19 +12,17 @@ from heterodiff.training.batches import Batch, StepBatches
 from heterodiff.training.interrupt import ignore_signals
 
 KEPT_SHARE = 0.1
-"""Share of a device's free memory that images may take by themselves; the memory plan leaves it free."""
+"""Share of a device's free memory that images may take with ``keep_on_device: auto``; the memory plan leaves it."""
 COPIED_AT_ONCE = 1024
 
 
 class Feed:
-    """The training images of a run, batch by batch, on its device.
+    """The training images of a run, batch by batch.
 
-    Images travel as they are stored (bytes are a quarter of floats) and become floats there. A set that fits stays
-    on the device, see ``data.keep_on_device``; then only the numbers of a batch's images travel.
+    Images are copied to the device as they are stored (bytes take a quarter of floats) and become floats there. A set
+    that fits stays on the device, see ``data.keep_on_device``; then only the indices of a batch are copied.
 
     Args:
-        config: the run.
-        data: its training images.
         rank, world_size: which share of every batch.
     """
 
@@ -50,7 +48,7 @@ class Feed:
         return torch.cat(parts)
 
     def loader(self, start: int, stop: int) -> DataLoader[Batch]:
-        """The batches of steps ``start`` (0-based) to ``stop``, ``stop`` excluded."""
+        """Return the batches of steps ``start`` (0-based) to ``stop``, ``stop`` excluded."""
         workers = self.config.training.num_workers if self._kept is None else 0
         return DataLoader(
             self._batches,
@@ -63,11 +61,11 @@ class Feed:
         )
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step."""
+        """Return the batch of one step."""
         return self._batches[step]
 
     def images(self, batch: Batch, rows: slice) -> Tensor:
-        """Images ``rows`` of ``batch`` on the device, (B, C, H, W) float32 in [0, 1]; stored latents as they are."""
+        """Return images ``rows`` of ``batch`` on the device, (B, C, H, W) float32 in [0, 1], or stored latents."""
         if batch.stored is not None:
             return self.data.to_images(send(batch.stored[rows], self.device))
         assert self._kept is not None

@@ -9,7 +9,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """Work that may be given up at any time was given up because a stop was asked for."""
+    """Validation or a preview was given up because a signal asked to stop."""
 
 
 def ignore_signals(_: int) -> None:
@@ -23,7 +23,7 @@ def ignore_signals(_: int) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish that the loop honours between two steps."""
+    """Remember SIGTERM and SIGINT until the loop stops between two steps."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -34,7 +34,7 @@ class StopRequest:
         self.signal = number
 
     def raise_if_asked(self) -> None:
-        """Raise :class:`Interrupted` if a stop was asked for."""
+        """Raise :class:`Interrupted` if a signal has arrived."""
         if self.signal is not None:
             raise Interrupted
 

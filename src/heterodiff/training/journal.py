@@ -1,10 +1,9 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+"""Reports of a run while it trains: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
 
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -43,27 +42,23 @@ class Journal:
     """Rows of numbers by step, to file and screen.
 
     Args:
-        folder: run folder.
-        steps: how many the run has.
-        step: how many are done; later rows of an interrupted run are removed, they will be written again.
+        steps: total steps of the run.
+        step: steps that are done; later rows of an interrupted run are removed, they will be written again.
         tensorboard: also write event files to ``tensorboard/``.
-        quiet: nothing on the screen.
-        writes: False for all but one of several processes: nothing in files either.
+        quiet: print nothing.
+        writes: False for all but one of several processes: write no files either.
     """
 
-    def __init__(self, folder: Path, steps: int, step: int, tensorboard: bool, quiet: bool, writes: bool = True):
-        self.run = RunFolder(folder)
-        self.writes = writes
+    def __init__(self, run: RunFolder, steps: int, step: int, tensorboard: bool, quiet: bool, writes: bool = True):
+        self.run, self.steps, self.writes = run, steps, writes
         quiet = quiet or not writes
-        self.steps = steps
-        self._forget_after(step)
-        self._seconds_before = self._last_seconds()
+        self._seconds_before = self._forget_after(step)
         self._start = time.perf_counter()
         self._writer = None
         if tensorboard and writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = progress_bar(self.console, quiet, transient=False)
         self._task = self._bar.add_task("training", total=steps, completed=step, note="")
@@ -79,14 +74,12 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
 
-    def _forget_after(self, step: int) -> None:
-        if not self.writes:
-            return
+    def _forget_after(self, step: int) -> float:
+        """Remove the rows after ``step``; return the seconds of training up to it."""
         kept = [row for row in self.run.metrics()[0] if row.get("step", 0) <= step]
-        self.run.write_text(self.run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def _last_seconds(self) -> float:
-        return max((row.get("seconds", 0.0) for row in self.run.metrics()[0]), default=0.0)
+        if self.writes:
+            self.run.write_text(self.run.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        return max((row.get("seconds", 0.0) for row in kept), default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -105,15 +98,15 @@ class Journal:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
-        note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s" if "loss" in values else ""
-        if note:
+        if "loss" in values:
+            note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
             self._bar.update(self._task, note=note)
             if self._bar.disable:
                 left = self.seconds / step * (self.steps - step)
                 self.console.print(f"step {step}/{self.steps}  {note}  about {duration(left)} left", highlight=False)
 
     def note(self, text: str) -> None:
-        """Say beside the progress bar what takes time just now."""
+        """Show ``text`` beside the progress bar."""
         self._bar.update(self._task, note=text)
 
     def picture(self, step: int, image: Any) -> None:

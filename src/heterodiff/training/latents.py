@@ -1,4 +1,4 @@
-"""Latents of a run's images: encoded once into its folder, or with every batch; their scale is checked either way."""
+"""Latents of a run's images, encoded once into its folder or with every batch, and the check of their scale."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,26 +25,27 @@ MEASURED_BATCH = 32
 
 
 def stored_latents(config: RunConfig) -> LoadedData | None:
-    """The latents that a run encoded into its folder when it began; None if it has none (yet) or needs none.
+    """Return the latents that a run encoded into its folder when it began; None if it has none.
 
     Only those of a run that has begun are known to be of its images; others are compared when it begins.
     """
-    if config.output is None or not _caches(config) or not RunFolder(config.output).has_config:
+    if config.output is None or not _caches(config):
         return None
-    if not (latents_folder(config) / INDEX_FILE).is_file():
+    run = RunFolder(config.output)
+    if not run.has_config or not (run.latents / INDEX_FILE).is_file():
         return None
-    return load_latents(latents_folder(config), config.data.memory_limit_gb)
+    return load_latents(run.latents, config.data.memory_limit_gb)
 
 
 def prepare_latents(
     config: RunConfig, recipe: "DiffusionRecipe", data: LoadedData, hosts: HostGroup, quiet: bool
 ) -> LoadedData:
-    """What ``recipe`` is to train on: ``data``, or the latents of its images if the run caches them.
+    """Return the data that ``recipe`` trains on: ``data``, or the latents of its images if the run caches them.
 
-    Also fixes the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
+    Also sets the scale of the codec, see :class:`heterodiff.config.CodecConfig`.
 
     Args:
-        barrier: returns when all processes have called it, however long one of them encodes.
+        hosts: the processes of the run, all of which call this.
 
     Raises:
         DataError: latents of another VAE, NaN latents, or a std after scaling outside 0.8 to 1.25.
@@ -53,12 +54,13 @@ def prepare_latents(
     if not isinstance(codec, LatentCodec):
         return data
     if data.latents is None and _caches(config):
+        assert config.output is not None
         plain, captions = without_captions(data) if data.captions else (data, None)
         folder = encode_data(
             plain,
             config.data,
             codec,
-            latents_folder(config),
+            RunFolder(config.output).latents,
             vae_path=Path(config.codec.path or ""),
             rank=hosts.rank,
             world_size=hosts.count,
@@ -73,12 +75,6 @@ def prepare_latents(
         codec.set_statistics(mean, std)
     check_scale(codec, mean, std)
     return data
-
-
-def latents_folder(config: RunConfig) -> Path:
-    """Where a run keeps the latents that it encodes for itself."""
-    assert config.output is not None
-    return RunFolder(config.output).latents
 
 
 def _caches(config: RunConfig) -> bool:

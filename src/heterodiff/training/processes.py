@@ -1,5 +1,6 @@
-"""What the processes of one run agree on, host to host: nobody waits for a device, or in a collective of one."""
+"""The processes of one run, and what they agree on without waiting for a device."""
 
+import os
 import signal
 from datetime import timedelta
 from typing import Any
@@ -13,15 +14,25 @@ from heterodiff.devices import process_state
 from heterodiff.errors import ConfigError
 
 LONGEST_WAIT = timedelta(days=7)
-"""For a process that previews or writes; a process that dies ends the wait of the others at once."""
+"""Time to wait for a process that previews or writes; a process that dies ends the wait of the others at once."""
 REFUSED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def world_size() -> int:
+    """Number of processes of this run, as its launcher says, before any of them is set up."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def make_accelerator() -> Accelerator:
     """Return accelerate's view of this run, on the device of this process.
 
     Raises:
-        ConfigError: a way to split networks over processes that checkpoints here cannot hold.
+        ConfigError: networks that are split over processes, which checkpoints do not support.
     """
     process_state()  # chooses the device
     accelerator = Accelerator(mixed_precision="no")
@@ -34,10 +45,10 @@ def make_accelerator() -> Accelerator:
 
 
 class HostGroup:
-    """The processes of a run, talking over the network of their hosts.
+    """The processes of a run, communicating over the network of their hosts.
 
-    A collective of the devices would time out while one process draws a preview, and reading its result would wait for
-    the device at every step.
+    Collectives of the devices would time out while one process draws a preview, and reading their result would wait
+    for the device at every step.
     """
 
     def __init__(self, accelerator: Accelerator):

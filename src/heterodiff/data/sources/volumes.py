@@ -53,6 +53,17 @@ def known_fingerprint(config: DataConfig) -> str | None:
     return fingerprint(config)
 
 
+def slices_folder(config: DataConfig) -> Path | None:
+    """Folder in which the slices of ``config`` are kept; ``None`` for data that are not sliced here."""
+    if known_fingerprint(config) is None or config.path is None:
+        return None
+    return _slices_folder(config.path.expanduser(), config)
+
+
+def _slices_folder(path: Path, config: DataConfig) -> Path:
+    return (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
+
+
 @lru_cache(maxsize=64)
 def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -109,7 +120,7 @@ def open_volumes(config: DataConfig) -> Collection:
             f"{path}: {len(with_mask)} of {len(patients)} patients have a mask {layout.mask}.nii[.gz], {without.name} "
             "has none; add an empty one for healthy patients, or move such patients to a folder of their own"
         )
-    folder = (config.volumes.cache or path.with_name(f"{path.name}_slices")) / fingerprint(config)
+    folder = _slices_folder(path, config)
     rows: list[tuple[PatientFiles, int, bool]] = []
     places: list[tuple[Path, int]] = []
     for number, patient in enumerate(patients, start=1):

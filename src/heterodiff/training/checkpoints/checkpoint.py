@@ -22,19 +22,15 @@ COPY_OR_REMOVE = "copy the checkpoint again, or remove it"
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on exactly: groups of named tensors (a file each) and plain values."""
+    """State from which a run goes on exactly: groups of named tensors, a file each, and plain values."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints in ``folder``, oldest first."""
+    """Return the finished checkpoints in ``folder``, oldest first."""
     return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
 
 
@@ -48,9 +44,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         CheckpointError: the disk has too little room (bytes needed and free are named) or refuses the write.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = checkpoint_path(folder, checkpoint.step)
+    target = folder / f"step_{checkpoint.step:08d}"
     temporary = target.with_suffix(".tmp")
-    _remove_leftovers(folder)
+    for leftover in folder.glob("step_*.tmp"):
+        remove(leftover)
     needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
     try:
         free = shutil.disk_usage(folder).free
@@ -104,7 +101,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
-    """The newest undamaged checkpoint in ``folder`` and what was wrong with newer ones; None if there is none.
+    """Return the newest undamaged checkpoint in ``folder`` and the problems of newer ones; None if there is none.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
@@ -121,11 +118,6 @@ def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
             "no usable checkpoint: " + "; ".join(problems) + f"; remove {folder} to start from the beginning"
         )
     return None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob("step_*.tmp"):
-        remove(path)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

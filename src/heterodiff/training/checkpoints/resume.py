@@ -1,15 +1,18 @@
-"""Whether a run folder may be started or resumed: configurations compared."""
+"""Starting or resuming a run: its folder, configuration and checkpoint."""
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from heterodiff.config import RunConfig
-from heterodiff.errors import RunError
+from heterodiff.errors import CheckpointError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
+from heterodiff.training.checkpoints.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.optimization import learning_rate_at
 
 FREE_TO_CHANGE = (
     "output",
@@ -37,12 +40,12 @@ FREE_TO_CHANGE = (
 
 
 def parts_are_alike(config: RunConfig) -> bool:
-    """Whether a batch in parts teaches what it teaches at once; texts are told apart within a part."""
+    """Return whether parts of a batch give the gradient of the whole, as contrastive losses do not."""
     return not task_of(config).contrastive
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
+    """Return nested mappings as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):
@@ -53,7 +56,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[str]:
-    """Differences that would make a resumed run another run, as ``key: before -> now``.
+    """Return the changes that would make a resumed run another run, as ``key: before -> now``.
 
     Args:
         reached: steps that are done; a run can be made longer, but not shorter than that.
@@ -63,15 +66,19 @@ def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[st
     changes = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
+        if old.get(key) != new.get(key) and not _is_in(key, free)
     ]
     if now.training.steps < reached:
         changes.append(f"training.steps: {before.training.steps} -> {now.training.steps}; {reached} steps are done")
     return changes
 
 
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
 def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
-    """Decide whether ``folder`` is to be started (False) or resumed (True); nothing is written.
+    """Return whether ``folder`` holds this run, to be resumed, or may be started; nothing is written.
 
     Raises:
         RunError: it holds another run, something else, or cannot be written.
@@ -103,14 +110,50 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """A hash of all that defines what is learned and is not the default; a checkpoint carries that of its run.
+    """Return a hash of all settings that decide what is learned; a checkpoint carries that of its run.
 
-    Without the defaults, so that a setting that a later version adds does not make earlier runs strangers.
+    Defaults are left out, so that a setting that a later version adds does not change the hash of earlier runs.
     """
     flat, default = (flatten(c.model_dump(mode="json")) for c in (config, RunConfig()))
-    fixed = {
-        k: v
-        for k, v in flat.items()
-        if (k not in default or v != default[k]) and not any(k == f or k.startswith(f"{f}.") for f in FREE_TO_CHANGE)
-    }
+    fixed = {k: v for k, v in flat.items() if (k not in default or v != default[k]) and not _is_in(k, FREE_TO_CHANGE)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint to go on from, if there is one, and notes on newer ones that are damaged.
+
+    Args:
+        resume: ``auto`` for the newest undamaged one, or the path of one.
+
+    Raises:
+        CheckpointError: no checkpoint of this run, or none that is undamaged.
+    """
+    if resume != "auto":
+        path, known = Path(resume), list_checkpoints(run.checkpoints)
+        if path.resolve() not in [p.resolve() for p in known]:
+            names = ", ".join(map(str, known)) or "none"
+            raise CheckpointError(f"--resume {path}: not a checkpoint of this run; it has: {names}")
+        return read_checkpoint(path), []
+    found = read_newest(run.checkpoints)
+    if found is None:
+        return None, []
+    checkpoint, problems = found
+    return checkpoint, [f"{problem}; using the checkpoint of step {checkpoint.step} instead" for problem in problems]
+
+
+def new_length(run: RunFolder, config: RunConfig, step: int) -> list[str]:
+    """Return a note if a run that goes on after ``step`` is to have another number of steps than before.
+
+    Raises:
+        RunError: it is to be shorter than ``step``.
+    """
+    before, now = run.config().training, config.training
+    if now.steps < step:
+        raise RunError(f"{run}: {step} steps are done, more than training.steps={now.steps}; set it to at least {step}")
+    if now.steps == before.steps:
+        return []
+    note = f"training.steps is {now.steps}, before {before.steps}"
+    old, new = (learning_rate_at(step, training) for training in (before, now))
+    if old != new:
+        note += f"; the learning rate follows the schedule of the new length from here: {new:.2g} in place of {old:.2g}"
+    return [note]

@@ -1,52 +1,29 @@
 """Between the live objects of a run and a checkpoint's named tensors and plain values."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heterodiff.training.checkpoints.checkpoint import Checkpoint
-from heterodiff.training.ema import EMA
+from heterodiff.training.optimization import Optimization, Part
 from heterodiff.training.recipes.base import Recipe
 
 
-@dataclass
-class Part:
-    """A network that is trained: the module, the module as wrapped for training, and its optimiser."""
-
-    name: str
-    module: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def optimizer_group(self) -> str:
-        """Name of the optimiser's tensors in a checkpoint."""
-        return "optimizer" if self.name == "model" else f"{self.name}_optimizer"
-
-
-def capture(step: int, recipe: Recipe, parts: list[Part], ema: EMA, scaler: torch.amp.GradScaler) -> Checkpoint:
-    """All that a run needs to go on bit by bit as if it had not stopped.
+def capture(step: int, recipe: Recipe, optimization: Optimization) -> Checkpoint:
+    """Return all that a run needs to go on bit by bit as if it had not stopped.
 
     There are no generator states: every random number is drawn from a seed derived from the run's and the step.
     """
     names = [name for name, _ in recipe.model.named_parameters()]
+    ema = optimization.ema
     tensors: dict[str, dict[str, Tensor]] = {
         "ema": dict(zip(names, ema.shadow_params, strict=True)),
         "recipe": recipe.state_dict(),
     }
-    for part in parts:
+    for part in optimization.parts:
         tensors[part.name] = dict(part.module.state_dict())
         tensors[part.optimizer_group] = _optimizer_tensors(part)
-    return Checkpoint(
-        step=step,
-        tensors=tensors,
-        state={
-            "ema_step": ema.optimization_step,
-            "scaler": scaler.state_dict() or None,
-            "torch": torch.__version__,
-        },
-    )
+    scaler = optimization.scaler.state_dict() or None
+    return Checkpoint(step, tensors, {"ema_step": ema.optimization_step, "scaler": scaler, "torch": torch.__version__})
 
 
 def _optimizer_tensors(part: Part) -> dict[str, Tensor]:
@@ -58,14 +35,14 @@ def _optimizer_tensors(part: Part) -> dict[str, Tensor]:
     }
 
 
-def restore(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part], ema: EMA, scaler: torch.amp.GradScaler) -> None:
+def restore(checkpoint: Checkpoint, recipe: Recipe, optimization: Optimization) -> None:
     """Put what :func:`capture` took back into the live objects.
 
     Raises:
         KeyError, RuntimeError: the checkpoint lacks parts, or belongs to another network.
     """
-    tensors, state = checkpoint.tensors, checkpoint.state
-    for part in parts:
+    tensors, state, ema = checkpoint.tensors, checkpoint.state, optimization.ema
+    for part in optimization.parts:
         part.module.load_state_dict(tensors[part.name])
         _restore_optimizer(part, tensors[part.optimizer_group])
     names = [name for name, _ in recipe.model.named_parameters()]
@@ -73,8 +50,8 @@ def restore(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part], ema: EMA,
         shadow.copy_(tensors["ema"][name])
     ema.optimization_step = state["ema_step"]
     recipe.load_state_dict(tensors["recipe"])
-    if scaler.is_enabled() and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
+    if optimization.scaler.is_enabled() and state["scaler"] is not None:
+        optimization.scaler.load_state_dict(state["scaler"])
 
 
 def _restore_optimizer(part: Part, tensors: dict[str, Tensor]) -> None:

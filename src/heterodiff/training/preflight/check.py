@@ -1,40 +1,23 @@
-"""``heterodiff check``: would this configuration, folder of images or run work? Each answer with its numbers."""
+"""``heterodiff check``: try a configuration, a folder of images or a run, and report pass or FAIL with numbers."""
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from heterodiff.codecs.scaling import LatentCodec
 from heterodiff.config import DataConfig, RunConfig
 from heterodiff.config.file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
-from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.sources import load_data
 from heterodiff.data.sources.recognise import source_hint
-from heterodiff.devices import default_device, free_memory
 from heterodiff.errors import HeterodiffError, RunError
 from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load, pipeline_task
-from heterodiff.progress import duration
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
-from heterodiff.training.codec_stage import check_denoiser, codec_run
-from heterodiff.training.preflight.latents import check_latent_setup
-from heterodiff.training.preflight.memory_plan import advice
-from heterodiff.training.preflight.trial import from_scratch, timed_steps, trial
+from heterodiff.training.preflight.findings import Findings
+from heterodiff.training.preflight.trial import prepare, temporary_slices, try_run
 
 MAX_LISTED = 50
-
-
-class Findings:
-    """Prints one line a check and remembers whether any failed."""
-
-    def __init__(self) -> None:
-        self.passed = True
-
-    def add(self, passed: bool, name: str, text: str) -> None:
-        self.passed &= passed
-        print(f"{'pass' if passed else 'FAIL'}  {name:10} {text}")
 
 
 def check_target(target: Path, overrides: list[str]) -> bool:
@@ -53,9 +36,8 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         content: dict[str, Any] = {"data": {"source": "images", "path": str(target)}}
         for override in overrides:
             apply_override(content, override)
-        config = parse_config(content).data
-        _note_source(config)
-        _report_data(config, check_data(config), findings)
+        with temporary_slices(parse_config(content).data) as config:
+            _check_data(config, findings)
     elif target.is_file():
         _check_config(load_config(target, overrides), findings)
     else:
@@ -63,9 +45,10 @@ def check_target(target: Path, overrides: list[str]) -> bool:
     return findings.passed
 
 
-def _note_source(config: DataConfig) -> None:
+def _check_data(config: DataConfig, findings: Findings) -> None:
     if hint := source_hint(config):
-        print(f"note  {'source':10} {hint}", flush=True)
+        findings.note(hint, "source")
+    _report_data(config, check_data(config), findings)
 
 
 def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -> None:
@@ -77,16 +60,13 @@ def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -
     findings.add(True, "sizes", f"height x width: {sizes}")
     classes = ", ".join(f"{name or 'unlabelled'} {n}" for name, n in summary.class_counts.items())
     if summary.captions:
-        findings.add(True, "captions", f"{summary.captions} of {count} images")
+        findings.add(True, "captions", f"{summary.captions} for {count} images")
     else:
         findings.add(True, "classes", classes or "none")
     if math.isfinite(summary.mean):
         text = f"{summary.minimum:g} to {summary.maximum:g}, mean {summary.mean:.4g}, std {summary.std:.4g}"
-        findings.add(
-            True,
-            "values",
-            text + (f"; {spec.value_range[0]:g} becomes 0 and {spec.value_range[1]:g} 1" if spec else ""),
-        )
+        mapped = f"; {spec.value_range[0]:g} becomes 0 and {spec.value_range[1]:g} 1" if spec else ""
+        findings.add(True, "values", text + mapped)
     fatal = config.on_bad == "error"
     for finding in summary.bad[:MAX_LISTED]:
         findings.add(not fatal, "bad file", f"{finding.name}: {finding.problem}")
@@ -95,7 +75,7 @@ def _report_data(config: DataConfig, summary: DataSummary, findings: Findings) -
     for problem in summary.problems:
         findings.add(False, "data", problem)
     for warning in summary.warnings:
-        print(f"note  {'':10} {warning}")
+        findings.note(warning)
 
 
 def _list(counts: dict[str, int]) -> str:
@@ -103,52 +83,27 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def _check_config(config: RunConfig, findings: Findings) -> None:
-    if config.data.source == "latents":
-        spec = _report_latents(config.data, findings)
-    else:
-        _note_source(config.data)
-        summary = check_data(config.data)
-        _report_data(config.data, summary, findings)
-        if not findings.passed or summary.spec is None:
-            return
-        spec = summary.spec
-    config, notes = from_scratch(config)
-    for note in notes:
-        print(f"note  {'':10} {note}")
-    try:
-        if (needed := codec_run(config)) is not None:
-            print(f"note  {'':10} {needed.output} holds no finished codec; it is trained first, as checked here")
-            findings.add(True, "denoiser", check_denoiser(config, spec))
-            config = needed
-        free, where = free_memory(default_device())
-        fits, text = advice(config, spec, free)
-        findings.add(fits, "memory", f"{free / 1e9:.1f} GB free {where}; training needs {text}")
-        if not fits:  # then trying it would end this process
-            return
-        trainer, recipe = trial(config)
-        result = timed_steps(trainer, recipe)
-        findings.add(True, "network", f"{result.network}, {result.parameters:,} parameters")
-        if isinstance(recipe.codec, LatentCodec):
-            check_latent_setup(config, cast(Any, recipe), trainer, findings.add)
+    with temporary_slices(config.data) as data_config:
+        if config.data.source == "latents":
+            _report_latents(config.data, findings)
         else:
-            findings.add(math.isfinite(result.loss), "loss", f"{result.loss:.4f} at the second step")
-        cached = isinstance(recipe.codec, LatentCodec) and config.codec.cache
-        encoding = cached and trainer.data.latents is None
-        note = "; with its images encoded, which the run does once, before" if encoding else ""
-        step, total = duration(result.step_seconds), duration(result.total_seconds)
-        findings.add(True, "time", f"{step} a step, about {total} in all{note}")
-    except HeterodiffError as error:
-        findings.add(False, "set-up", str(error))
+            _check_data(data_config, findings)
+        if not findings.passed:
+            return
+        try:
+            config, data = prepare(config, data_config, findings)
+            try_run(config, data, findings, thorough=True)
+        except HeterodiffError as error:
+            findings.add(False, "set-up", str(error))
 
 
-def _report_latents(config: DataConfig, findings: Findings) -> ImageSpec:
+def _report_latents(config: DataConfig, findings: Findings) -> None:
     data = load_data(config)
     assert data.latents is not None
     findings.add(
         True, "latents", f"{len(data.train)} to train on, {len(data.val)} held out, of {data.latents.vae_path}"
     )
     findings.add(True, "classes", ", ".join(data.spec.class_names) or "none")
-    return data.spec
 
 
 def _check_run(run: Path, findings: Findings) -> None:
@@ -158,7 +113,7 @@ def _check_run(run: Path, findings: Findings) -> None:
     for path in list_checkpoints(RunFolder(run).checkpoints):
         try:
             checkpoint = read_checkpoint(path)
-            findings.add(True, "checkpoint", f"step {checkpoint.step}, every file as its checksum says")
+            findings.add(True, "checkpoint", f"step {checkpoint.step}, all checksums are right")
         except HeterodiffError as error:
             findings.add(False, "checkpoint", str(error))
     try:

@@ -1,4 +1,4 @@
-"""The verifications of a latent set-up: VAE, round trip, loader, forward pass, loss, sample."""
+"""Checks of a latent set-up: codec, round trip, loader, forward pass, loss, sample."""
 
 from collections.abc import Callable
 
@@ -9,26 +9,30 @@ from heterodiff.codecs.scaling import LatentCodec, measure, scaled_std
 from heterodiff.config import RunConfig
 from heterodiff.data.sources import LoadedData
 from heterodiff.metrics.reconstruction import psnr, ssim
-from heterodiff.training.loop import Trainer
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 
 IMAGES = 16
 STEPS = 20
 LEARNING_RATE = 1e-3
 LEAST_PSNR = 15.0
-"""dB; below it a VAE has hardly learned anything (a picture of noise against its mean has about 10)."""
+"""PSNR in dB below which a codec has hardly learned anything (noise against its mean has about 10)."""
 
 Add = Callable[[bool, str, str], None]
 
 
-def check_latent_setup(config: RunConfig, recipe: DiffusionRecipe, trainer: Trainer, add: Add) -> None:
-    """Try every part of a latent set-up on a few training images and report each through ``add``.
+def check_latent_setup(
+    config: RunConfig, recipe: DiffusionRecipe, data: LoadedData, device: torch.device, add: Add
+) -> None:
+    """Try each part of a latent set-up on a few training images and report it through ``add``.
 
     Trains ``recipe``'s network for 20 steps, so it is of no use afterwards.
+
+    Args:
+        data: images, or their stored latents.
+        device: where the networks are.
     """
-    codec, data = recipe.codec, trainer.data
+    codec = recipe.codec
     assert isinstance(codec, LatentCodec)
-    device = trainer.device
     parameters = sum(p.numel() for p in codec.network.parameters())
     shape = "x".join(map(str, recipe.latent_shape))
     spec = data.spec
@@ -74,7 +78,7 @@ def _check_round_trip(codec: LatentCodec, posteriors: Tensor, images: Tensor | N
 
 
 def _check_loader(codec: LatentCodec, data: LoadedData, posteriors: Tensor, add: Add) -> None:
-    # Of the posteriors of this batch; the set as a whole was checked when it was opened.
+    # Statistics of this batch alone; those of the whole set were checked when it was opened.
     mean, std = measure([posteriors], codec.latent_channels)
     scaled = ", ".join(f"{value:.2f}" for value in scaled_std(codec, mean, std).tolist())
     z = codec.draw(posteriors, torch.zeros_like(posteriors.chunk(2, dim=1)[0]))
@@ -84,7 +88,7 @@ def _check_loader(codec: LatentCodec, data: LoadedData, posteriors: Tensor, add:
 
 
 def falling_losses(recipe: DiffusionRecipe, posteriors: Tensor, labels: Tensor, device: torch.device) -> Tensor:
-    """The loss of one batch with one draw of noise over 20 steps of training (21,)."""
+    """Return the losses (21,) of one batch with one draw of noise over 20 training steps."""
     draws = recipe.draw(0, len(labels), torch.Generator(device).manual_seed(0), device)
     optimizer = torch.optim.AdamW(recipe.model.parameters(), lr=LEARNING_RATE)
     recipe.model.train()

@@ -1,4 +1,4 @@
-"""How much memory the networks of a task take in training: parameters, and what is kept for the backward pass."""
+"""Memory that the networks of a task take in training: parameters, and activations saved for the backward pass."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,14 +27,20 @@ from heterodiff.training.recipes.vae import Autoencoder, build_vae
 BYTES_PER_PARAMETER = 5 * 4
 """Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
 TRANSIENT_SHARE = 0.25
-"""Of what is kept where nothing is recomputed: what comes and goes while gradients flow back."""
+"""Transient memory of the backward pass, as a fraction of the activations that are saved without recomputation."""
 SCRATCH_BYTES = 200e6
-"""Room that kernels and the optimiser work in, as measured with small networks on a CPU."""
+"""Working memory of kernels and optimiser, measured with small networks on a CPU."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, bytes of the copies of the weights, and bytes an image keeps: with and without recomputation."""
+    """Memory of networks in training.
+
+    Attributes:
+        parameters: their number.
+        copies: bytes of the low-precision copies of the weights that autocast makes.
+        kept, kept_without: bytes saved per image for the backward pass, and without recomputation.
+    """
 
     parameters: int
     copies: float
@@ -43,7 +49,7 @@ class Cost:
 
     @classmethod
     def of(cls, dtype: torch.dtype | None, parameters: int, saved: float, saved_without: float) -> "Cost":
-        """From the bytes that one image's pass saves, which under autocast contain the copies of the weights."""
+        """Make one from the bytes that the pass of one image saves, which under autocast contain the copies."""
         copies = 0 if dtype is None else dtype.itemsize * parameters
         kept, without = (max(0.0, bytes_saved - copies) for bytes_saved in (saved, saved_without))
         return cls(parameters, copies, kept, without)
@@ -55,12 +61,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class MemoryTerms:
-    """What a plan of memory needs to know about the networks of a task.
+    """Memory of the networks of a task.
 
     Attributes:
         cost: (config, spec) -> :class:`Cost`; raises ConfigError where no network can be built for these images.
-        sizes: config -> widths, the first those at the image's size, and blocks a level: roughly, to see quickly what
-            is surely small.
+        sizes: config -> widths, the first at the image's size, and blocks per level; a rough bound, to recognise small
+            networks quickly.
         smaller: the key that makes the network smaller.
         recomputes: whether ``model.memory_optimization`` and ``model.gradient_checkpointing`` act on it.
     """
@@ -72,9 +78,9 @@ class MemoryTerms:
 
 
 def autocast(dtype: torch.dtype | None) -> Any:
-    """The context that networks compute in; that of the CPU, which casts as GPUs do in what matters here.
+    """Return the context that networks compute in: that of the CPU, which casts like GPUs do in all that matters here.
 
-    Attention to condition tokens keeps more on a GPU, see `attend_with_condition`, which the estimate leaves out.
+    Attention to condition tokens saves more on a GPU, see `attend_with_condition`; the estimate leaves that out.
     """
     return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -93,7 +99,7 @@ def _denoiser_cost(config: RunConfig, spec: ImageSpec) -> Cost:
     return Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
 
 
-@lru_cache(maxsize=64)  # a plan looks at the same few networks many times, a second each
+@lru_cache(maxsize=64)  # a plan needs the same few profiles many times, a second each
 def _profile(
     variant: str, height: int, width: int, dtype: torch.dtype | None, arguments: tuple[tuple[str, Any], ...]
 ) -> ModelProfile:
@@ -124,34 +130,28 @@ def _vae_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
 
 
 def _alignment_cost(config: RunConfig, spec: ImageSpec, joint: bool = False) -> Cost:
-    """Of real tensors where pretrained parts are loaded; with captions of the greatest length.
+    """Cost with captions of the greatest length; real tensors only where pretrained parts are loaded.
 
-    The vocabulary, which the captions decide, is left out: of the memory it takes little unless it is pretrained.
+    The vocabulary, which depends on the captions, is left out: it takes little memory unless it is pretrained.
     """
     pretrained = config.text.encoder is not None or config.alignment.backbone is not None
-    with nullcontext() if pretrained else FakeTensorMode(allow_non_fake_inputs=True):
-        return _alignment_cost_here(config, spec, joint)
-
-
-def _alignment_cost_here(config: RunConfig, spec: ImageSpec, joint: bool) -> Cost:
-    size, length = config.text.vocabulary_size, config.text.max_tokens
-    encoder = config.text.encoder
-    tokenizer = train_tokenizer(["?"], size) if encoder is None else load_tokenizer(encoder)
-    networks = build_networks(config, spec, tokenizer)
-    shape = (1, config.alignment.latent_channels, *networks.image_codec.latent_size)
-    image = torch.zeros(1, spec.channels, spec.height, spec.width)
-    ids = torch.zeros(config.alignment.captions_per_image, length, dtype=torch.long)
-    inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
-    model = AlignmentModel(networks)
+    fake = nullcontext() if pretrained else FakeTensorMode(allow_non_fake_inputs=True)
     dtype = precision_of(config.training)
-    parameters = sum(p.numel() for p in model.parameters())
-    with autocast(dtype):
-        kept = count_saved_bytes(model, *inputs)
-    if joint:
-        arguments = denoiser_arguments(config, spec, shape[1:])
+    with fake:
+        encoder, length = config.text.encoder, config.text.max_tokens
+        tokenizer = load_tokenizer(encoder) if encoder else train_tokenizer(["?"], config.text.vocabulary_size)
+        networks = build_networks(config, spec, tokenizer)
+        shape = (1, config.alignment.latent_channels, *networks.image_codec.latent_size)
+        image = torch.zeros(1, spec.channels, spec.height, spec.width)
+        ids = torch.zeros(config.alignment.captions_per_image, length, dtype=torch.long)
+        inputs = (image, ids, torch.ones_like(ids), torch.zeros(shape), torch.zeros(1, dtype=torch.bool))
+        model = AlignmentModel(networks)
+        parameters = sum(p.numel() for p in model.parameters())
         with autocast(dtype):
-            found = profile(config.model.variant, *shape[2:], **arguments)
-        kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
+            kept = count_saved_bytes(model, *inputs)
+            if joint:
+                found = profile(config.model.variant, *shape[2:], **denoiser_arguments(config, spec, shape[1:]))
+                kept, parameters = kept + round(1e6 * found.saved_mb), parameters + found.parameters
     return Cost.of(dtype, parameters, kept, kept)
 
 

@@ -1,6 +1,5 @@
-"""How much memory training will need, and what to change when that is more than there is."""
+"""Memory that training needs, and settings that lower it."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,13 +11,14 @@ from heterodiff.lazy import loaded
 from heterodiff.tasks import task_of
 from heterodiff.training.checkpoints.resume import parts_are_alike
 from heterodiff.training.preflight.memory_costs import BYTES_PER_PARAMETER, Cost, MemoryTerms
+from heterodiff.training.processes import world_size
 
 UNCERTAINTY = 1.6
-"""The estimate is at most so many times what a process takes."""
+"""Largest ratio of the estimate to what a process takes."""
 USABLE_SHARE = 0.9
-"""Of the free memory; the rest is for what no estimate sees (fragments, libraries, other programs)."""
+"""Share of the free memory to plan with; the rest is for fragments, libraries and other programs."""
 RECOMPUTATION = ({"memory_optimization": True, "gradient_checkpointing": False}, {"gradient_checkpointing": True})
-"""Keys of ``model`` that let the backward pass compute more again: what is cheap; everything."""
+"""Keys of ``model`` that recompute activations in the backward pass: cheap ones only, then all."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class MemoryPlan:
 
 
 def training_memory_bytes(config: RunConfig, spec: ImageSpec) -> float:
-    """Estimated peak of a training step in one process, in bytes, beside what Python and its libraries take.
+    """Estimate the peak memory of a training step in one process, in bytes, beside what Python and its libraries take.
 
-    The parameters five times over (weights, gradients, two moments of AdamW, EMA), what is kept for the backward pass
-    of one part of the batch, what comes and goes meanwhile, and scratch space. In bfloat16 and float16 autocast adds a
-    copy of the weights, and most of what is kept takes half.
+    The parameters five times (weights, gradients, two moments of AdamW, EMA), the activations saved for the backward
+    pass of one part of the batch, transient memory, and scratch space. In bfloat16 and float16 autocast adds a copy of
+    the weights and halves most activations.
 
     Raises:
         ConfigError: no network can be built for these images.
@@ -53,9 +53,8 @@ def _terms(config: RunConfig) -> MemoryTerms:
 
 
 def images_at_once(config: RunConfig) -> int:
-    """Images that one process has in the network at the same time."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return max(1, config.training.batch_size // (config.training.accumulation_steps * processes))
+    """Number of images that one process has in the network at the same time."""
+    return max(1, config.training.batch_size // (config.training.accumulation_steps * world_size()))
 
 
 def check_fits(config: RunConfig, spec: ImageSpec) -> None:
@@ -77,22 +76,28 @@ def check_fits(config: RunConfig, spec: ImageSpec) -> None:
         )
     if _at_most(config, spec) < free or training_memory_bytes(config, spec) < UNCERTAINTY * free:
         return
-    _, text = advice(config, spec, free)
-    raise ConfigError(f"{free / 1e9:.1f} GB free {where}; training needs {text}")
+    raise ConfigError(memory_check(config, spec)[1])
+
+
+def memory_check(config: RunConfig, spec: ImageSpec) -> tuple[bool, str]:
+    """Return whether training fits into the free memory, and a line with its needs and what would help."""
+    free, where = free_memory(default_device())
+    fits, text = advice(config, spec, free)
+    return fits, f"{free / 1e9:.1f} GB free {where}; training needs {text}"
 
 
 def _at_most(config: RunConfig, spec: ImageSpec) -> float:
-    """More bytes than training takes with any network of these widths, roughly."""
+    """Rough upper bound of the bytes that training takes with any network of these widths."""
     widths, depth = _terms(config).sizes(config)
     kept = 500 * depth * widths[0] * spec.height * spec.width * images_at_once(config)
     return kept + 10 * depth * BYTES_PER_PARAMETER * 9 * max(widths) ** 2
 
 
 def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> MemoryPlan | None:
-    """The fastest way to take the same training step within ``budget_bytes``; None if there is none.
+    """Return the fastest way to take the same training step within ``budget_bytes``; None if there is none.
 
-    Recomputing what is cheap costs about a tenth more time, smaller parts of a batch next to none; so parts of at
-    least eight images come before recomputation, and that before smaller parts. None of it changes what is learned.
+    Recomputing cheap activations costs about a tenth more time, splitting a batch next to none; so parts of at least
+    eight images come before recomputation, and that before smaller parts. Neither changes what is learned.
     """
     best: tuple[tuple[float, ...], MemoryPlan] | None = None
     for order, (changes, cost) in enumerate(_recomputations(config, spec)):
@@ -111,14 +116,14 @@ def suggest_plan(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> Mem
 
 
 def largest_batch(config: RunConfig, spec: ImageSpec, budget_bytes: float) -> int:
-    """Images that fit into ``budget_bytes`` at once with this configuration's recomputation; 0 if none does."""
+    """Number of images that fit into ``budget_bytes`` at once with this configuration's recomputation."""
     cost = _terms(config).cost(config, spec)
     rest = budget_bytes - cost.peak(0)
     return max(0, int(rest / (cost.peak(1) - cost.peak(0))))
 
 
 def _recomputations(config: RunConfig, spec: ImageSpec) -> Iterator[tuple[tuple[str, ...], Cost]]:
-    """From what the configuration recomputes to more, with the overrides that ask for it and its cost."""
+    """Yield overrides that recompute more and more, and their costs; first the configuration as it is."""
     terms = _terms(config)
     least = terms.cost(config, spec)
     yield (), least
@@ -137,7 +142,7 @@ def _divisors(batch_size: int, least: int) -> list[int]:
 
 
 def advice(config: RunConfig, spec: ImageSpec, free_bytes: float) -> tuple[bool, str]:
-    """Whether training fits into ``free_bytes``, and a line that says how much it needs and what would help."""
+    """Return whether training fits into ``free_bytes``, and a line with its needs and what would help."""
     needed = training_memory_bytes(config, spec)
     budget = USABLE_SHARE * free_bytes
     text = f"about {needed / 1e9:.2f} GB for {images_at_once(config)} images at once"
