@@ -1,6 +1,6 @@
 """Make tests/data/networks: outputs and gradients of a small network of each variant, computed by the oracle.
 
-    python -m tests.data.make_networks
+    python -m tests.data.make_networks [NAME]...
 
 Weights are made from their names (see tests/golden_files.py); outputs and gradients come from
 tests/oracles/whole_network.py in float64, so that no number in these files was computed by the networks they test.
@@ -8,6 +8,7 @@ Files are made anew only when a network changes on purpose, and such a change br
 """
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "hae-v2": ("hae-v2", SMALL),
     "hae-v2-conservative": ("hae-v2-conservative", SMALL),
     "hae-v2-vector": ("hae-v2", {**SMALL, "num_classes": None, "condition_dim": 6}),
+    "hae-v3": ("hae-v3", SMALL),
+    "unet-conv": ("unet-conv", SMALL),
+    "unet-lean": ("unet-lean", SMALL),
     "film-unet": (
         "film-unet",
         {"latent_channels": 2, "latent_size": 4, "condition_dim": 6, "model_channels": 32, "layers_per_block": 1},
@@ -71,5 +75,5 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for each in NETWORKS:
+    for each in sys.argv[1:] or NETWORKS:
         make(each)

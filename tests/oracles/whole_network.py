@@ -76,7 +76,9 @@ def run_stage(stage: Weights, config: dict[str, Any], h: Tensor, embedding: Tens
     """Layer after layer; the names of its weights tell what a layer is."""
     for layer in numbered(stage):
         if "in_layers.0.weight" in layer:
-            h = res_block(layer, h, embedding)
+            h = res_block(layer, h, embedding, c)
+        elif "encoder_kv.weight" in layer and config["condition_tokens"] == "one":
+            h = self_attention(layer, h, number_of_heads(config, h.shape[1]), c)
         elif "encoder_kv.weight" in layer:
             h = attention_block(layer, h, c, number_of_heads(config, h.shape[1]))
         elif "qkv.weight" in layer:
@@ -98,8 +100,11 @@ def norm_silu_conv(p: Weights, h: Tensor, conv: int) -> Tensor:
     return F.conv2d(h, p[f"{conv}.weight"], p[f"{conv}.bias"], padding=1)
 
 
-def res_block(p: Weights, x: Tensor, embedding: Tensor) -> Tensor:
-    """The residual block of ADM: the embedding is added, or scales and shifts where it has two numbers a channel."""
+def res_block(p: Weights, x: Tensor, embedding: Tensor, c: Tensor) -> Tensor:
+    """The residual block of ADM: the embedding is added, or scales and shifts where it has two numbers a channel.
+
+    With weights of an attention, its answer is added to the second convolution's.
+    """
     h = norm_silu_conv(below(p, "in_layers."), x, conv=2)
     e = F.linear(silu(embedding), p["emb_layers.1.weight"], p["emb_layers.1.bias"])[:, :, None, None]
     out = below(p, "out_layers.")
@@ -107,19 +112,43 @@ def res_block(p: Weights, x: Tensor, embedding: Tensor) -> Tensor:
         h = norm_silu_conv(out, h + e, conv=3)
     else:
         scale, shift = e.chunk(2, dim=1)
-        h = silu(group_norm(h, out["0.weight"], out["0.bias"]) * (1 + scale) + shift)
-        h = F.conv2d(h, out["3.weight"], out["3.bias"], padding=1)
+        n = group_norm(h, out["0.weight"], out["0.bias"]) * (1 + scale) + shift
+        h = F.conv2d(silu(n), out["3.weight"], out["3.bias"], padding=1)
+        if "attention.query.weight" in p:
+            h = h + pooled_attention(below(p, "attention."), n, c)
     if "skip_connection.weight" in p:
         x = F.conv2d(x, p["skip_connection.weight"], p["skip_connection.bias"])
     return x + h
 
 
-def self_attention(p: Weights, x: Tensor, heads: int) -> Tensor:
-    """x + proj(attention(GN(x))) over all positions, without condition tokens."""
+def pooled_attention(p: Weights, n: Tensor, c: Tensor) -> Tensor:
+    """Heads of 32 channels; keys are means over the cells of grids, all positions where they are few, and c."""
+    height, width = n.shape[2:]
+    tokens = [n.flatten(2)] if height * width <= 64 else []
+    for side in (2, 4, 8):
+        if side < min(height, width):
+            rows = [slice(height * i // side, math.ceil(height * (i + 1) / side)) for i in range(side)]
+            columns = [slice(width * j // side, math.ceil(width * (j + 1) / side)) for j in range(side)]
+            tokens += [n[:, :, row, column].mean((2, 3))[:, :, None] for row in rows for column in columns]
+    tokens.append(F.linear(c, p["condition_token.weight"], p["condition_token.bias"])[:, :, None])
+    q = F.conv1d(n.flatten(2), p["query.weight"][:, :, None], p["query.bias"])
+    k, v = F.conv1d(torch.cat(tokens, dim=2), p["key_value.weight"][:, :, None], p["key_value.bias"]).chunk(2, dim=1)
+    heads = zip(q.split(32, dim=1), k.split(32, dim=1), v.split(32, dim=1), strict=True)
+    answer = torch.cat([attention(*rows) for rows in heads], dim=1)
+    return F.conv1d(answer, p["proj_out.weight"][:, :, None], p["proj_out.bias"]).reshape(n.shape)
+
+
+def self_attention(p: Weights, x: Tensor, heads: int, c: Tensor | None = None) -> Tensor:
+    """x + proj(attention(GN(x))) over all positions and, where it is given, one token of the condition c (B, E)."""
     h = group_norm(x, p["norm.weight"], p["norm.bias"]).flatten(2)
     answers = []
-    for rows in F.conv1d(h, p["qkv.weight"], p["qkv.bias"]).chunk(heads, dim=1):
-        answers.append(attention(*rows.chunk(3, dim=1)))
+    for head, rows in enumerate(F.conv1d(h, p["qkv.weight"], p["qkv.bias"]).chunk(heads, dim=1)):
+        q, k, v = rows.chunk(3, dim=1)
+        if c is not None:
+            token = F.conv1d(c[:, :, None], p["encoder_kv.weight"], p["encoder_kv.bias"]).chunk(heads, dim=1)[head]
+            of_key, of_value = token.chunk(2, dim=1)
+            k, v = torch.cat([k, of_key], dim=2), torch.cat([v, of_value], dim=2)
+        answers.append(attention(q, k, v))
     return x + F.conv1d(torch.cat(answers, dim=1), p["proj_out.weight"], p["proj_out.bias"]).reshape(x.shape)
 
 

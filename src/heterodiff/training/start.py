@@ -20,7 +20,7 @@ from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
-from heterodiff.training.checkpoints.resume import check_run_folder, find_checkpoint, new_length
+from heterodiff.training.checkpoints.resume import as_begun, check_run_folder, find_checkpoint, new_length
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import stored_latents
 from heterodiff.training.loop import OnStep, Trainer, TrainingResult
@@ -57,6 +57,7 @@ def train(
     if config.output is None:
         raise RunError("output: no run folder given; set output=runs/<name>")
     run = RunFolder(config.output)
+    config = as_begun(config)
     resuming = check_run_folder(run.path, config, resume)
     if not resuming and resume not in ("auto", "never"):
         raise RunError(f"--resume {resume}: {run} holds no run to go on with; set output= to the run's folder")

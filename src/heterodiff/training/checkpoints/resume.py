@@ -38,6 +38,9 @@ FREE_TO_CHANGE = (
 )
 """Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
+EARLIER_DEFAULTS: dict[str, Any] = {"model.num_heads": 4, "model.use_scale_shift_norm": False}
+"""Keys whose default has changed: with None they are chosen for a new run, and a run that began with this keeps it."""
+
 
 def parts_are_alike(config: RunConfig) -> bool:
     """Return whether parts of a batch give the gradient of the whole, as contrastive losses do not."""
@@ -75,6 +78,23 @@ def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[st
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the defaults of the time when the run in its folder began, where the run has them.
+
+    Raises:
+        HeterodiffError: the folder's configuration cannot be read.
+    """
+    if config.output is None or not RunFolder(config.output).has_config:
+        return config
+    before = RunFolder(config.output).config()
+    for key, default in EARLIER_DEFAULTS.items():
+        section, name = key.split(".")
+        now = getattr(config, section)
+        if getattr(now, name) is None and getattr(getattr(before, section), name) == default:
+            config = config.model_copy(update={section: now.model_copy(update={name: default})})
+    return config
 
 
 def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
@@ -115,6 +135,7 @@ def fingerprint(config: RunConfig) -> str:
     Defaults are left out, so that a setting that a later version adds does not change the hash of earlier runs.
     """
     flat, default = (flatten(c.model_dump(mode="json")) for c in (config, RunConfig()))
+    default |= EARLIER_DEFAULTS
     fixed = {k: v for k, v in flat.items() if (k not in default or v != default[k]) and not _is_in(k, FREE_TO_CHANGE)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 

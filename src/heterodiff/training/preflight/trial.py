@@ -21,7 +21,7 @@ from heterodiff.data.sources.volumes import slices_folder
 from heterodiff.devices import deterministic_kernels, device_name
 from heterodiff.errors import CheckpointError, HeterodiffError
 from heterodiff.progress import duration
-from heterodiff.training.checkpoints.resume import check_run_folder
+from heterodiff.training.checkpoints.resume import as_begun, check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import MEASURED_IMAGES
 from heterodiff.training.loop import Trainer
@@ -94,7 +94,8 @@ def from_scratch(config: RunConfig) -> tuple[RunConfig, list[str]]:
     notes = []
     if config.output is not None:
         try:
-            check_run_folder(config.output, config, "auto")
+            check_run_folder(config.output, as_begun(config), "auto")
+            config = as_begun(config)
         except HeterodiffError as error:
             notes.append(f"train would refuse {error}")
             config = config.model_copy(update={"output": None})
