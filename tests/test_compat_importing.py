@@ -311,8 +311,10 @@ def test_variant_can_be_chosen_among_those_that_fit(tmp_path):
     assert report.config["variant"] == "hae-v2-conservative"
     with pytest.raises(CheckpointError, match="belong to hae-v2 or hae-v2-conservative, given hae"):
         import_checkpoint(tmp_path / "model.pt", "anofpdm", tmp_path / "x", GIVEN, "hae")
-    with pytest.raises(ConfigError, match="unknown model variant"):
+    with pytest.raises(CheckpointError, match="belong to hae-v2 or hae-v2-conservative, given hae-v3"):
         import_checkpoint(tmp_path / "model.pt", "anofpdm", tmp_path / "x", GIVEN, "hae-v3")
+    with pytest.raises(ConfigError, match="unknown model variant"):
+        import_checkpoint(tmp_path / "model.pt", "anofpdm", tmp_path / "x", GIVEN, "hae-v4")
 
 
 def test_variant_without_hybrid_blocks(tmp_path):

@@ -41,7 +41,7 @@ def test_parameters_of_the_published_sizes(variant, size):
 
 
 def test_sizes_of_the_variants():
-    hybrid = {variant: PARAMETERS[variant, "B"][1] for variant in VARIANTS}
+    hybrid = {variant: counts[1] for (variant, size), counts in PARAMETERS.items() if size == "B"}
     assert hybrid["hae-lite"] <= 0.7 * hybrid["hae"]
     assert hybrid["hae-v2"] <= 0.4 * hybrid["hae"]
 
@@ -62,7 +62,7 @@ def test_unet_costs_what_the_earlier_one_did_less_what_is_saved():
 
 
 def test_hybrid_blocks_add_little():
-    found = {variant: published(variant, "B") for variant in VARIANTS}
+    found = {variant: published(variant, "B") for variant in ("unet", "hae-v2", "hae-v2-conservative")}
     assert found["hae-v2"].gflop < 1.1 * found["unet"].gflop
     assert found["hae-v2"].saved_mb < 1.25 * found["unet"].saved_mb
     assert found["hae-v2-conservative"].saved_mb < 0.5 * found["unet"].saved_mb

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from heterodiff.models.variants import VARIANTS
-
 
 @dataclass(frozen=True)
 class CheckpointFormat:
@@ -34,7 +32,7 @@ FORMATS: dict[str, CheckpointFormat] = {
     ),
     "anofpdm": CheckpointFormat(
         origin="AnoFPDM and the earlier HAE networks",
-        variants=tuple(VARIANTS),
+        variants=("unet", "hae", "hae-lite", "hae-v2", "hae-v2-conservative"),
         identity_norms=("unet", "hae"),
     ),
 }

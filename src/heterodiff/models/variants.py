@@ -62,13 +62,13 @@ _CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}
 
 VARIANTS = {
     "unet": Variant("the ADM U-Net with condition tokens"),
-    "unet-lean": Variant("attention on maps of at most 8x8, one condition token, FiLM", defaults=_LEAN),
-    "unet-conv": Variant("convolutions and FiLM alone", defaults=_CONVOLUTIONS | {"mid_attention": False}),
     "hae": Variant("hybrid decoder, one linear projection for each scale", _HAE),
     "hae-lite": Variant("shared patch embedding, mean fusion", _LITE),
     "hae-v2": Variant("as lite, with a bottleneck MLP", _V2),
     "hae-v2-conservative": Variant("hae-v2 with recomputation: same outputs, less memory", _V2, defaults=_SAVING),
     "hae-v3": Variant("FiLM; attention to pooled maps in the decoder", pooled=True, defaults=_CONVOLUTIONS),
+    "unet-lean": Variant("attention on maps of at most 8x8, one condition token, FiLM", defaults=_LEAN),
+    "unet-conv": Variant("convolutions and FiLM alone", defaults=_CONVOLUTIONS | {"mid_attention": False}),
 }
 """Denoisers of the HAE family."""
 NETWORKS = {
