@@ -22,7 +22,13 @@ NCHW_KERNELS = ("cuda", "xpu", "mps")
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
+    """GroupNorm with 32 groups, computed in float32 for inputs of less precision.
+
+    Attributes:
+        keep: keep norm(x) for the backward pass of a SiLU that follows, instead of computing it again.
+    """
+
+    keep = False
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels)
@@ -34,8 +40,9 @@ class GroupNorm32(nn.GroupNorm):
 def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
     """SiLU(norm(x)), x (B, C, H, W).
 
-    Plain autograd would keep x, norm(x) and the result. Here norm(x) is recomputed in the backward pass, which costs a
-    hundredth of a convolution, and the SiLU works in place.
+    Plain autograd would keep x, norm(x) and the result. Here norm(x) is recomputed in the backward pass, unless
+    ``norm.keep``, and the SiLU works in place. That costs a hundredth of a convolution with many channels, but a tenth
+    of a step of a small network.
     """
     return _norm(x, norm, silu=True)
 
@@ -47,7 +54,9 @@ def _norm(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
         y = torch.group_norm(x.to(dtype), NORM_GROUPS, weight, bias, norm.eps)
         return (F.silu(y) if silu else y).to(x.dtype)
     way = NORM_WAYS.get(x.device.type, "kernel")
-    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(x, norm.weight, norm.bias, norm.eps, silu)
+    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(
+        x, norm.weight, norm.bias, norm.eps, silu, norm.keep
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -59,11 +68,12 @@ class _KernelNorm(torch.autograd.Function):
     """torch's kernels, called directly, since its own autograd makes gradients NCHW on every device but the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, keep: bool) -> Tensor:
         y, mean, rstd = _kernel(x, weight, bias, eps)
-        ctx.eps, ctx.silu = eps, silu
-        ctx.save_for_backward(x, weight, bias, *(() if silu else (mean, rstd)))
-        return _like(F.silu(y, inplace=True) if silu else y, x)
+        ctx.eps, ctx.silu, ctx.keep = eps, silu, keep
+        kept = (y, mean, rstd) if keep else ()
+        ctx.save_for_backward(x, weight, bias, *(kept if silu else (mean, rstd)))
+        return _like(F.silu(y, inplace=not keep) if silu else y, x)
 
     @staticmethod
     @once_differentiable
@@ -71,13 +81,13 @@ class _KernelNorm(torch.autograd.Function):
         x, weight, bias, *statistics = ctx.saved_tensors
         grad = _kernel_layout(grad, x)
         if ctx.silu:
-            y, *statistics = _kernel(x, weight, bias, ctx.eps)
+            y, *statistics = statistics if ctx.keep else _kernel(x, weight, bias, ctx.eps)
             grad = torch.ops.aten.silu_backward(grad, y)
         found = torch.ops.aten.native_group_norm_backward(
             grad, _kernel_layout(x, x), *statistics, weight.to(_wide(x)), *_sizes(x), ctx.needs_input_grad[:3]
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
-        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None
+        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None, None
 
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +117,7 @@ class _TokenNorm(torch.autograd.Function):
     """Formulas of Wu & He 2018 on channels-last maps, viewed as (B, positions, groups, channels of a group)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, keep: bool) -> Tensor:
         t, mean, rstd = _statistics(x, eps)
         ctx.silu = silu
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -132,7 +142,7 @@ class _TokenNorm(torch.autograd.Function):
             torch.addcmul(shift[:, None], t, (mean_gx * rstd)[:, None], value=-1), wide, (gamma * rstd)[:, None]
         )
         grad_weight, grad_bias = (s.sum(0).flatten().to(weight.dtype) for s in (to_weight, to_bias))
-        return _from_groups(found, x), grad_weight, grad_bias, None, None
+        return _from_groups(found, x), grad_weight, grad_bias, None, None, None
 
 
 def _groups(x: Tensor) -> Tensor:
