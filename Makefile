@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text demo-brain test test-all lint docs bench bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all lint docs bench bench-networks bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -34,6 +34,10 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.backbone
+	$(BIN)/python -m benchmarks.backbones speed
+
+bench-networks: $(INSTALLED)
+	$(BIN)/python -m benchmarks.backbones
 
 bench-digits: $(INSTALLED)
 	$(BIN)/python -m benchmarks.digits

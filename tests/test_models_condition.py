@@ -170,9 +170,7 @@ def text_inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_a_condition_of_zeros_is_none(variant, config):
     model, (x, condition) = text_network(variant, **config), text_inputs()
-    assert any(".encoder_kv." in name for name in model.state_dict()) == (
-        model.config.condition_tokens != "none" and variant != "unet-conv"
-    )
+    assert any(".encoder_kv." in name for name in model.state_dict()) == (model.config.condition_tokens != "none")
     with torch.no_grad():
         expected = model(x, TIMES).sample
     zeros = torch.zeros_like(condition)
