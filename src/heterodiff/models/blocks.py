@@ -8,6 +8,7 @@ read. Outputs of linear layers are not: for tokens they are views, whose gradien
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heterodiff.models.conditioning import attend_with_condition
-from heterodiff.models.normalization import GroupNorm32, norm_silu
+from heterodiff.models.normalization import GroupNorm32, norm_film, norm_silu
 
 
 class Pointwise(nn.Conv1d):
@@ -186,7 +187,7 @@ class ResBlock(nn.Module):
 
     def _scaled_and_shifted(self, h: Tensor, e: Tensor) -> Tensor:
         scale, shift = e.chunk(2, dim=1)
-        return self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        return self.out_layers[2:](norm_film(h, cast(GroupNorm32, self.out_layers[0]), scale, shift, silu=True))
 
     def forward(self, x: Tensor, embedding: Tensor, recompute: bool = False) -> Tensor:
         """x (B, C_in, H, W), SiLU of the embedding (B, E) -> (B, C_out, H', W').

@@ -22,13 +22,7 @@ NCHW_KERNELS = ("cuda", "xpu", "mps")
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups, computed in float32 for inputs of less precision.
-
-    Attributes:
-        keep: keep norm(x) for the backward pass of a SiLU that follows, instead of computing it again.
-    """
-
-    keep = False
+    """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels)
@@ -40,9 +34,8 @@ class GroupNorm32(nn.GroupNorm):
 def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
     """SiLU(norm(x)), x (B, C, H, W).
 
-    Plain autograd would keep x, norm(x) and the result. Here norm(x) is recomputed in the backward pass, unless
-    ``norm.keep``, and the SiLU works in place. That costs a hundredth of a convolution with many channels, but a tenth
-    of a step of a small network.
+    Plain autograd would keep x, norm(x) and the result. Here norm(x) is recomputed in the backward pass, which costs a
+    hundredth of a convolution, and the SiLU works in place.
     """
     return _norm(x, norm, silu=True)
 
@@ -54,9 +47,19 @@ def _norm(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
         y = torch.group_norm(x.to(dtype), NORM_GROUPS, weight, bias, norm.eps)
         return (F.silu(y) if silu else y).to(x.dtype)
     way = NORM_WAYS.get(x.device.type, "kernel")
-    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(
-        x, norm.weight, norm.bias, norm.eps, silu, norm.keep
-    )
+    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(x, norm.weight, norm.bias, norm.eps, silu)
+
+
+def norm_film(x: Tensor, norm: GroupNorm32, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
+    """norm(x) (1 + scale) + shift (FiLM, Perez et al. 2018), then SiLU if ``silu``; of which x and norm(x) are kept.
+
+    Args:
+        x: (B, C, H, W); scale, shift: (B, C, 1, 1).
+    """
+    if torch.compiler.is_compiling() or NORM_WAYS.get(x.device.type, "kernel") != "kernel":
+        n = norm(x) * (1 + scale) + shift
+        return F.silu(n) if silu else n
+    return _FilmNorm.apply(x, norm.weight, norm.bias, scale, shift, norm.eps, silu)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -68,12 +71,11 @@ class _KernelNorm(torch.autograd.Function):
     """torch's kernels, called directly, since its own autograd makes gradients NCHW on every device but the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         y, mean, rstd = _kernel(x, weight, bias, eps)
-        ctx.eps, ctx.silu, ctx.keep = eps, silu, keep
-        kept = (y, mean, rstd) if keep else ()
-        ctx.save_for_backward(x, weight, bias, *(kept if silu else (mean, rstd)))
-        return _like(F.silu(y, inplace=not keep) if silu else y, x)
+        ctx.eps, ctx.silu = eps, silu
+        ctx.save_for_backward(x, weight, bias, *(() if silu else (mean, rstd)))
+        return _like(F.silu(y, inplace=True) if silu else y, x)
 
     @staticmethod
     @once_differentiable
@@ -81,13 +83,48 @@ class _KernelNorm(torch.autograd.Function):
         x, weight, bias, *statistics = ctx.saved_tensors
         grad = _kernel_layout(grad, x)
         if ctx.silu:
-            y, *statistics = statistics if ctx.keep else _kernel(x, weight, bias, ctx.eps)
+            y, *statistics = _kernel(x, weight, bias, ctx.eps)
             grad = torch.ops.aten.silu_backward(grad, y)
         found = torch.ops.aten.native_group_norm_backward(
             grad, _kernel_layout(x, x), *statistics, weight.to(_wide(x)), *_sizes(x), ctx.needs_input_grad[:3]
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
-        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None, None
+        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None
+
+
+class _FilmNorm(torch.autograd.Function):
+    """As :class:`_KernelNorm`, with a scale and a shift of each image and channel before the SiLU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float, silu: bool
+    ) -> Tensor:
+        y, mean, rstd = _kernel(x, weight, bias, eps)
+        n = torch.addcmul(shift.to(y.dtype), y, 1 + scale.to(y.dtype))
+        ctx.silu = silu
+        ctx.save_for_backward(x, weight, scale, shift, y, mean, rstd)
+        return _like(F.silu(n, inplace=True) if silu else n, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, shift, y, *statistics = ctx.saved_tensors
+        grad = _kernel_layout(grad, x)
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, torch.addcmul(shift.to(y.dtype), y, 1 + scale.to(y.dtype)))
+        to_shift = grad.sum((2, 3), keepdim=True)
+        to_scale = (y * grad).sum((2, 3), keepdim=True)
+        found = torch.ops.aten.native_group_norm_backward(
+            grad * (1 + scale),
+            _kernel_layout(x, x),
+            *statistics,
+            weight.to(_wide(x)),
+            *_sizes(x),
+            ctx.needs_input_grad[:3],
+        )
+        to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
+        to_x = None if to_x is None else _like(to_x, x)
+        return to_x, to_weight, to_bias, to_scale.to(scale.dtype), to_shift.to(shift.dtype), None, None
 
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +154,7 @@ class _TokenNorm(torch.autograd.Function):
     """Formulas of Wu & He 2018 on channels-last maps, viewed as (B, positions, groups, channels of a group)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         t, mean, rstd = _statistics(x, eps)
         ctx.silu = silu
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -142,7 +179,7 @@ class _TokenNorm(torch.autograd.Function):
             torch.addcmul(shift[:, None], t, (mean_gx * rstd)[:, None], value=-1), wide, (gamma * rstd)[:, None]
         )
         grad_weight, grad_bias = (s.sum(0).flatten().to(weight.dtype) for s in (to_weight, to_bias))
-        return _from_groups(found, x), grad_weight, grad_bias, None, None, None
+        return _from_groups(found, x), grad_weight, grad_bias, None, None
 
 
 def _groups(x: Tensor) -> Tensor:

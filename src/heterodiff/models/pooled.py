@@ -1,11 +1,14 @@
 """The decoder block of ``hae-v3``: a residual block whose second half has an attention branch to pooled maps."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterodiff.models.blocks import ResBlock, recomputed, to_map, to_tokens, zero_
 from heterodiff.models.defaults import HEAD_CHANNELS
+from heterodiff.models.normalization import GroupNorm32, norm_film
 
 POOLED_SIDES = (2, 4, 8)
 MOST_OWN_KEYS = 64
@@ -58,7 +61,7 @@ class PooledResBlock(ResBlock):
 
     def _answered(self, h: Tensor, e: Tensor, condition: Tensor | None) -> Tensor:
         scale, shift = e.chunk(2, dim=1)
-        n = self.out_layers[0](h) * (1 + scale) + shift
+        n = norm_film(h, cast(GroupNorm32, self.out_layers[0]), scale, shift, silu=False)
         return self.out_layers[1:](n).add_(self.attention(n, condition))
 
     def forward(  # type: ignore[override]

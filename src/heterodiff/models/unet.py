@@ -50,10 +50,6 @@ DEFAULTS: dict[str, Any] = {
 """Arguments where they are None and the variant has no default of its own."""
 
 
-KEPT_SIDE = 64
-"""Networks whose maps have at most this side keep what norms return; larger ones compute it again."""
-
-
 class Stage(nn.ModuleList):
     """Layers applied in turn; residual and hybrid blocks get the embedding, attention blocks the condition."""
 
@@ -169,14 +165,7 @@ class HAEUNet(Backbone):
         self.factor = patch_size * 2 ** (len(self.config.channel_mult) - 1)
         embedding_dim = self._make_embeddings()
         self._build(embedding_dim)
-        if self._widest_map() <= KEPT_SIDE:  # memory is not what limits it
-            for norm in (module for module in self.modules() if isinstance(module, GroupNorm32)):
-                norm.keep = True
         self._finish()
-
-    def _widest_map(self) -> float:
-        size = self.config.sample_size
-        return (size if isinstance(size, int) else max(size)) / self.patch_size
 
     def _fill_in_defaults(self, of_variant: Mapping[str, Any]) -> None:
         """Put defaults in the place of arguments that are None."""
