@@ -37,11 +37,9 @@ from heterodiff.models.variants import create_model
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data")
 NAME = "backbones"
-EARLIER = ("model.num_heads=4", "model.use_scale_shift_norm=false")
-"""Heads and conditioning of the networks as they were published."""
 ARMS: dict[str, tuple[str, ...]] = {
-    "unet": ("model.variant=unet", *EARLIER),
-    "hae-v2": ("model.variant=hae-v2", *EARLIER),
+    "unet": ("model.variant=unet",),
+    "hae-v2": ("model.variant=hae-v2",),
     "unet-lean": ("model.variant=unet-lean",),
     "unet-conv": ("model.variant=unet-conv",),
     "hae-v3": ("model.variant=hae-v3",),

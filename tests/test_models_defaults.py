@@ -45,12 +45,7 @@ def test_three_ways_to_one_network(variant: str, case: str) -> None:
     size, words = WORDS[case]
     height, width = (size, size) if isinstance(size, int) else size
     given = words if size == 64 else {"sample_size": size, **words}
-    # A network of the table is the published one; a new run has other heads and scale and shift.
-    published = {} if VARIANTS[variant].defaults.get("use_scale_shift_norm") else {"use_scale_shift_norm": False}
-    if published and "num_head_channels" not in words:
-        published |= {"num_heads": 4}
-    # unet reads no sparsity
-    config = parse_config({"model": {"variant": variant, **published, **words}}, tolerated=None)
+    config = parse_config({"model": {"variant": variant, **words}}, tolerated=None)  # unet reads no sparsity
     of_config = model_arguments(config, ImageSpec(height, width, 3, (), (0.0, 255.0), "uint8"))
     with torch.device("meta"):
         made, from_yaml = create_model(variant, **given), create_model(variant, **of_config)

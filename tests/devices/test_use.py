@@ -148,8 +148,7 @@ def test_caption(runs: Runs, tmp_path: Path) -> None:
 def test_segment_and_evaluate_anomalies(method: str, tmp_path: Path) -> None:
     phantom = {"patients": 6, "slices_per_patient": 2, "contrast": 3, "lesion_radius": [0.25, 0.35]}
     small = {"data__image_size": 32, "data__brain_phantom": phantom, "training__preview_every": 100}
-    network = {"model__channel_mult": [1], "model__use_scale_shift_norm": False, "training__precision": "float32"}
-    small["segmentation__num_inference_steps"] = 3
+    network = {"model__channel_mult": [1], "segmentation__num_inference_steps": 3, "training__precision": "float32"}
     run = tmp_path / "run"
     score = "peak" if method == "ddib" else "method"  # one by which a network that learned nothing can be calibrated
     train(settings(run, segmentation__method=method, segmentation__score=score, **small, **network))

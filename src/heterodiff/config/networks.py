@@ -55,11 +55,15 @@ class ModelConfig(Section):
     )
     dropout: Fraction = Field(0.0, description="dropout probability in residual blocks and Transformer MLPs")
     num_heads: Width | None = Field(
-        None, description=f"attention heads; default: heads of {HEAD_CHANNELS} channels (film-unet: {NUM_HEADS} heads)"
+        None,
+        description=f"attention heads; default: {NUM_HEADS}; heads of {HEAD_CHANNELS} channels for hae-v3, unet-lean "
+        "and unet-conv",
     )
     num_head_channels: Width | None = Field(None, description="channels per attention head, in place of num_heads")
     use_scale_shift_norm: bool | None = Field(
-        None, description="condition by scale and shift (FiLM), not by addition; default: true"
+        None,
+        description="condition by scale and shift (FiLM), not by addition; default: true for hae-v3, unet-lean and "
+        "unet-conv",
     )
     resblock_updown: bool = Field(False, description="resample in residual blocks instead of convolutions between them")
     attention_pattern: Literal["multiscale", "sequence"] = Field(

@@ -6,7 +6,7 @@ MODEL_CHANNELS = 64
 LAYERS_PER_BLOCK = 2
 NUM_HEADS = 4
 HEAD_CHANNELS = 32
-"""Channels of an attention head in new runs."""
+"""Channels of an attention head of the lean networks."""
 SPARSITY = 0.9
 
 FILM_MODEL_CHANNELS = 128

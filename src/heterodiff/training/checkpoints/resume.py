@@ -39,7 +39,7 @@ FREE_TO_CHANGE = (
 """Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
 EARLIER_DEFAULTS: dict[str, Any] = {"model.num_heads": 4, "model.use_scale_shift_norm": False}
-"""Keys whose default has changed: with None they are chosen for a new run, and a run that began with this keeps it."""
+"""Keys whose default has become None, chosen by the network; a run that began with this value goes on with it."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:

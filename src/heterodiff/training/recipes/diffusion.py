@@ -21,7 +21,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, HEAD_CHANNELS, NUM_HEADS, default_levels
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, NUM_HEADS, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
@@ -32,6 +32,8 @@ from heterodiff.training.recipes.base import Draws, Losses, Recipe
 
 HAE_KEYS = (
     "patch_size",
+    "num_head_channels",
+    "use_scale_shift_norm",
     "attention_resolutions",
     "mid_attention",
     "condition_tokens",
@@ -83,8 +85,6 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "num_classes": len(spec.class_names) or None,
         "channel_mult": channel_mult,
         "num_heads": m.num_heads,
-        "num_head_channels": HEAD_CHANNELS if m.num_heads is m.num_head_channels is None else m.num_head_channels,
-        "use_scale_shift_norm": m.use_scale_shift_norm is not False,
         **{key: getattr(m, key) for key in HAE_KEYS},
     }
 
