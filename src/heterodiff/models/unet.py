@@ -265,8 +265,9 @@ class HAEUNet(Backbone):
             if level != len(widths) - 1:
                 self.input_blocks.append(Stage(resample(channels, "down")))
                 skips.append(channels)
-        middle = [attention(channels, c.num_heads)] if c.mid_attention else []
-        self.middle_block = Stage(res(channels, channels), *middle, res(channels, channels))
+        # In the order in which they are applied: initial weights are drawn in the order of construction.
+        middle = [res(channels, channels), *([attention(channels, c.num_heads)] if c.mid_attention else [])]
+        self.middle_block = Stage(*middle, res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(c.layers_per_block + 1):
