@@ -26,6 +26,7 @@ from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.tasks import task_of
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Draws, Losses, Recipe
@@ -57,7 +58,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     """
     m = config.model
     channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
-    with_text = config.recipe == "text-image"
+    with_text = "text" in task_of(config).sections
     # Beside the latents: the text's prior over the map and, but for joint training, over its features.
     prior_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
     common = {
