@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from heterodiff.models.blocks import Dropout, FusedSequential, ResBlock, Upsample, conv3x3, upsample_conv
-from heterodiff.models.normalization import GroupNorm32, norm_silu
+from heterodiff.models.normalization import GroupNorm32, norm_film, norm_silu
 from heterodiff.models.profile import count_saved_bytes
 
 
@@ -53,6 +53,38 @@ def test_norm_silu_with_parts_that_need_no_gradient(frozen):
     norm.requires_grad_(frozen == "input")
     inputs = [x] if frozen == "weights" else list(norm.parameters())
     same_with_gradients(norm_silu(x, norm), F.silu(norm(x)), inputs, 1e-6)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_norm_film_has_every_bit_of_plain_autograd_and_keeps_less(silu):
+    torch.manual_seed(0)
+    norm, shape = GroupNorm32(64), (3, 64, 8, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    scale, shift = torch.randn(2, 3, 64, 1, 1).requires_grad_().unbind()
+    inputs = [x, scale, shift, norm.weight, norm.bias]
+    plain = norm(x) * (1 + scale) + shift
+    plain, found = F.silu(plain) if silu else plain, norm_film(x, norm, scale, shift, silu)
+    direction = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad(plain, inputs, direction, retain_graph=True)
+    assert torch.equal(found, plain)
+    for one, other in zip(torch.autograd.grad(found, inputs, direction, retain_graph=True), gradients, strict=True):
+        assert torch.equal(one, other)
+
+    class Block(torch.nn.Module):
+        def __init__(self, fused):
+            super().__init__()
+            self.norm, self.fused = norm, fused
+
+        def forward(self, x):
+            if self.fused:
+                return norm_film(x, self.norm, scale, shift, silu)
+            y = self.norm(x) * (1 + scale) + shift
+            return F.silu(y) if silu else y
+
+    maps = [count_saved_bytes(Block(fused), x) // (4 * x.numel()) for fused in (True, False)]
+    assert maps == [2, 3 if silu else 2]
 
 
 def test_norm_silu_in_half_precision_computes_in_float32():

@@ -51,12 +51,15 @@ def _norm(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
 
 
 def norm_film(x: Tensor, norm: GroupNorm32, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
-    """norm(x) (1 + scale) + shift (FiLM, Perez et al. 2018), then SiLU if ``silu``; of which x and norm(x) are kept.
+    """norm(x) (1 + scale) + shift (FiLM, Perez et al. 2018), then SiLU if ``silu``.
+
+    In float32, x and norm(x) are all that is kept for the backward pass, and every bit is that of plain autograd.
 
     Args:
         x: (B, C, H, W); scale, shift: (B, C, 1, 1).
     """
-    if torch.compiler.is_compiling() or NORM_WAYS.get(x.device.type, "kernel") != "kernel":
+    kernel = NORM_WAYS.get(x.device.type, "kernel") == "kernel"
+    if torch.compiler.is_compiling() or not kernel or x.dtype != _wide(x):
         n = norm(x) * (1 + scale) + shift
         return F.silu(n) if silu else n
     return _FilmNorm.apply(x, norm.weight, norm.bias, scale, shift, norm.eps, silu)
@@ -100,7 +103,7 @@ class _FilmNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float, silu: bool
     ) -> Tensor:
         y, mean, rstd = _kernel(x, weight, bias, eps)
-        n = torch.addcmul(shift.to(y.dtype), y, 1 + scale.to(y.dtype))
+        n = (y * (1 + scale)).add_(shift)
         ctx.silu = silu
         ctx.save_for_backward(x, weight, scale, shift, y, mean, rstd)
         return _like(F.silu(n, inplace=True) if silu else n, x)
@@ -111,7 +114,7 @@ class _FilmNorm(torch.autograd.Function):
         x, weight, scale, shift, y, *statistics = ctx.saved_tensors
         grad = _kernel_layout(grad, x)
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, torch.addcmul(shift.to(y.dtype), y, 1 + scale.to(y.dtype)))
+            grad = torch.ops.aten.silu_backward(grad, (y * (1 + scale)).add_(shift))
         to_shift = grad.sum((2, 3), keepdim=True)
         to_scale = (y * grad).sum((2, 3), keepdim=True)
         found = torch.ops.aten.native_group_norm_backward(
@@ -124,7 +127,7 @@ class _FilmNorm(torch.autograd.Function):
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
         to_x = None if to_x is None else _like(to_x, x)
-        return to_x, to_weight, to_bias, to_scale.to(scale.dtype), to_shift.to(shift.dtype), None, None
+        return to_x, to_weight, to_bias, to_scale, to_shift, None, None
 
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
