@@ -186,3 +186,21 @@ def test_patches_are_channels_of_a_smaller_image(variant):
         model(x[..., :12, :], t, y)
     with pytest.raises(ConfigError, match="patch_size: expected at least 1, found 0"):
         create_model(variant, **TINY | {"patch_size": 0})
+
+
+@pytest.mark.parametrize("variant", ["unet", "unet-lean", "unet-conv", "hae-v3"])
+def test_initial_weights_are_drawn_in_the_order_of_the_layers(variant):
+    """So that a seed gives the weights that it gave, whatever the constructor is rewritten to."""
+    torch.manual_seed(3)
+    model = create_model(variant, in_channels=2, model_channels=32, channel_mult=(1, 2), num_classes=3, sample_size=16)
+    drawn = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(3)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    again = dict(model.named_parameters())
+    compared = [
+        name for name, value in drawn.items() if value.any()
+    ]  # biases of norms and what is set to zero do not tell
+    assert len(compared) > len(drawn) / 2
+    assert [name for name in compared if not torch.equal(again[name], drawn[name])] == []
