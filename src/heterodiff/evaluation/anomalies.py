@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
-from heterodiff.data.sources import DataConfig, TestImages, load_test, open_source
+from heterodiff.data.sources import TestImages, load_test, open_source
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.errors import ConfigError, DataError, RunError
@@ -34,6 +35,9 @@ from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 
+if TYPE_CHECKING:
+    from heterodiff.config import DataConfig
+
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
 COMPARED = 300
@@ -42,14 +46,14 @@ FOREGROUND = 0.025
 """Mean of all channels, in [0, 1], above which a pixel is not background (Che et al. 2025)."""
 
 
-def finds_anomalies(run: Path, elsewhere: DataConfig | None = None) -> bool:
+def finds_anomalies(run: Path, elsewhere: "DataConfig | None" = None) -> bool:
     """Tell whether the run's images, or those ``elsewhere``, have masks to compare with."""
     if not RunFolder(run).has_config or "segment" not in task_of(RunFolder(run).config()).commands:
         return False
     return open_source(elsewhere or image_config(run)).mask is not None
 
 
-def other_patients(run: Path, path: Path) -> DataConfig | None:
+def other_patients(run: Path, path: Path) -> "DataConfig | None":
     """Settings that read the patients at ``path``, a folder of volumes or an npz file of slices, as the run's own.
 
     ``None`` for a run that was not trained on slices of volumes, real or simulated.
@@ -121,7 +125,7 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     return [f"images   {images}", f"decision {decision}", f"wrote    {path}"]
 
 
-def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: Device | None = None) -> Evaluation:
+def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
     Writes ``evaluation/segmentation.png`` and ``evaluation.json`` into the run folder.
@@ -176,7 +180,7 @@ def evaluate_anomalies(run: Path, elsewhere: DataConfig | None = None, device: D
     return Evaluation(metrics, folder.anomalies_picture)
 
 
-def _test_images(run: Path, config: DataConfig, own: bool) -> TestImages:
+def _test_images(run: Path, config: "DataConfig", own: bool) -> TestImages:
     """Load the run's test images, or all those of ``config`` where they are not its ``own``."""
     folder = RunFolder(run)
     spec = folder.spec()

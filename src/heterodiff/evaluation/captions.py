@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.data.sources import DataConfig
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError
 from heterodiff.evaluation.captioned import PART, CaptionedImages, held_out_captioned
@@ -31,6 +30,9 @@ from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_to_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
 from heterodiff.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from heterodiff.config import DataConfig
 
 PROMPTS = 200
 READER_FILE = "reader.safetensors"
@@ -163,7 +165,7 @@ def _self_judged(measuring: _Measuring, held_out: CaptionedImages) -> dict[str, 
 
 
 def _of_shapes(
-    measuring: _Measuring, config: DataConfig, size: tuple[int, int], number: int, path: Path, notes: list[str]
+    measuring: _Measuring, config: "DataConfig", size: tuple[int, int], number: int, path: Path, notes: list[str]
 ) -> dict[str, Any]:
     """Judge pictures of scenes with an independent classifier, and captions of combinations that were never seen."""
     shapes, reader = config.shapes, ShapesClassifier(*size)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.sources import DataConfig, encoded_from, load_data
+from heterodiff.data.sources import encoded_from, load_data
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import Device
 from heterodiff.errors import RunError
@@ -13,6 +13,9 @@ from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import check_preprocessing, pipeline_task
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import Task, task_of
+
+if TYPE_CHECKING:
+    from heterodiff.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def run_data(run: Path) -> LoadedData:
     return load_data(image_config(run), split=folder.split(), spec=folder.spec())
 
 
-def image_config(run: Path) -> DataConfig:
+def image_config(run: Path) -> "DataConfig":
     """Settings that the run's images are read with; for stored latents, the images they were encoded from.
 
     Raises:
