@@ -213,10 +213,10 @@ class HAEUNet(Backbone):
                 heads = c.num_heads if heads is None else heads
                 head = width // max(1, heads) if c.num_head_channels is None else c.num_head_channels
                 if heads < 1 or head < 1 or width % head:
-                    raise ConfigError(
-                        f"attention heads: {width} channels do not split into {heads} heads (num_heads) "
-                        f"or heads of {c.num_head_channels} channels (num_head_channels)"
-                    )
+                    wanted = f"{heads} heads (num_heads)"
+                    if c.num_head_channels is not None:
+                        wanted = f"heads of {c.num_head_channels} channels (num_head_channels)"
+                    raise ConfigError(f"attention heads: {width} channels do not split into {wanted}")
         if odd := [f for f in c.attention_resolutions if f < 1 or f & (f - 1)]:
             raise ConfigError(f"attention_resolutions: downsampling factors are powers of 2, found {odd}")
 
