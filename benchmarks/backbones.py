@@ -82,9 +82,9 @@ def anomalies(run: Path, data: Path) -> dict[str, float]:
     drawn = config.brain_phantom.model_copy(update={"seed": config.brain_phantom.seed + 1, "patients": 24})
     metrics = evaluate_anomalies(run, config.model_copy(update={"brain_phantom": drawn})).metrics
     return {
-        "dice": metrics["dice"]["lesion"]["mean"],
-        "threshold_dice": metrics["threshold"]["dice"]["lesion"]["mean"],
-        "auroc": metrics["auroc"],
+        "dice": metrics["unhealthy"]["dice"]["mean"],
+        "threshold_dice": metrics["threshold"]["dice"],
+        "auroc": metrics["image"]["auroc"],
     }
 
 
@@ -328,19 +328,22 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", choices=["speed", *EXPERIMENTS], default=["speed", *EXPERIMENTS])
+    every = ["speed", *EXPERIMENTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure: {', '.join(every)}; default: all")
     parser.add_argument("--runs", type=Path, default=Path("runs/backbones"))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--job", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in every]:
+        parser.error(f"unknown {unknown[0]}; known: {', '.join(every)}")
     keep_freed_memory()
     register_peers()
     if arguments.job:
         name, arm, rate, seed, steps, measured = arguments.job
         job(name, arm, arguments.runs, arguments.data, float(rate), int(seed), int(steps), bool(int(measured)))
         return
-    for name in arguments.names:
+    for name in arguments.names or every:
         if name == "speed":
             speed()
         else:
