@@ -81,10 +81,10 @@ def _updates(line: str) -> bool:
     from heterodiff.training import optimization
 
     file, _, number = line.partition(":")
-    functions = (optimization.Optimization.update, optimization.step_unless)
+    functions = (optimization.Optimization.update, optimization.step_unless, optimization.EMA.step)
     ranges: Iterable[tuple[list[str], int]] = map(inspect.getsourcelines, functions)
     inside = any(start <= int(number or 0) < start + len(lines) for lines, start in ranges)
-    return file == "training/ema.py" or (file == "training/optimization.py" and inside)
+    return file == "training/optimization.py" and inside
 
 
 def count_sampling(run: Path, sampler: str) -> dict[str, float]:

@@ -90,7 +90,7 @@ def test_float16_without_a_device_for_it_is_refused_before_data_are_read(
     def read(*_: Any) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr("heterodiff.training.start.load_data", read)
+    monkeypatch.setattr("heterodiff.training.build.load_data", read)
     config = {
         "diffusion": tiny_config,
         "vae": vae_config,

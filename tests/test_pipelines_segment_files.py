@@ -24,7 +24,8 @@ from heterodiff.pipelines import segment_files
 from heterodiff.pipelines.anomaly_masks import Calibration
 from heterodiff.pipelines.segment import Segmentation, save_calibration
 from heterodiff.pipelines.segment_files import save_like, segment_folder, to_volumes
-from heterodiff.training.start import load_run_data, train
+from heterodiff.training.build import load_run_data
+from heterodiff.training.start import train
 from tests.test_data_nifti import AFFINES
 from tests.test_data_volumes import MODALITIES, SHAPE, head, lesion, patients
 

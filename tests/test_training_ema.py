@@ -4,7 +4,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from heterodiff.training.ema import EMA
+from heterodiff.training.optimization import EMA
 
 
 def parameters() -> list[nn.Parameter]:

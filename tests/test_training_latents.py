@@ -21,13 +21,14 @@ from heterodiff.config.file import dump_config, load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, HeterodiffError, RunError
 from heterodiff.pipelines.generate import GenerationPipeline
+from heterodiff.training.build import build_recipe
 from heterodiff.training.codec_stage import codec_run
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.loop import Trainer
 from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
 from heterodiff.training.recipes.vae import VAERecipe
-from heterodiff.training.start import build_recipe, train
+from heterodiff.training.start import train
 from tests.test_cli import call
 from tests.training_runs import assert_same_run, losses_of
 from tests.vae_runs import latent_config, plain_vae, vae_config

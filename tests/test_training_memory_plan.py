@@ -86,7 +86,7 @@ def peak():  # of this process; getrusage would count the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 from heterodiff.config.file import load_config
-from heterodiff.training.start import load_run_data
+from heterodiff.training.build import load_run_data
 from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.preflight.memory_plan import training_memory_bytes
 config = load_config(sys.argv[1])

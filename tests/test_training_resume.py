@@ -172,7 +172,7 @@ def test_resume_with_a_changed_config_names_the_keys(tmp_path: Path) -> None:
     changed = tiny_config(tmp_path / "run", training__learning_rate=0.5, data__split_seed=3, training__log_every=1)
     with pytest.raises(RunError) as error:
         train(changed, quiet=True)
-    assert "training.learning_rate: 0.0002 -> 0.5" in str(error.value)
+    assert "training.learning_rate: 0.0015 -> 0.5" in str(error.value)
     assert "data.split_seed: 0 -> 3" in str(error.value)
     assert "log_every" not in str(error.value)
 

@@ -35,6 +35,7 @@ from heterodiff.models.variants import VARIANTS, create_model, list_models
 from heterodiff.pipelines import text_to_image as sampling
 from heterodiff.pipelines.text_to_image import predict
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
+from heterodiff.training.build import build_recipe
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.loop import CHECKPOINTS, Trainer
 from heterodiff.training.preflight.memory_plan import advice, training_memory_bytes
@@ -42,7 +43,7 @@ from heterodiff.training.preflight.trial import dry_run
 from heterodiff.training.recipes import alignment_networks
 from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
-from heterodiff.training.start import _doubts, build_recipe, train
+from heterodiff.training.start import _doubts, train
 from tests.test_cli import call
 from tests.text_runs import text_config
 from tests.training_runs import last_checkpoint, losses_of

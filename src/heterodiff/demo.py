@@ -12,6 +12,7 @@ from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import duration
 from heterodiff.report.writing import summary_lines, write_report
+from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 from heterodiff.training.start import train
 
@@ -38,7 +39,7 @@ def run_demo(config_file: Path, out: Path, seed: int, overrides: Sequence[str] =
     result = train(config)
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
-    lines = loaded(demo)(config, out, seed)
+    lines = loaded(demo)(RunFolder(out).config(), out, seed)
     print(f"time     {duration(time.perf_counter() - start)}")
     for line in lines:
         print(line)

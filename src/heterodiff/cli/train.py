@@ -39,14 +39,14 @@ def train(
         name = signal.Signals(result.stopped_by).name
         typer.echo(f"stopped by {name} at step {result.step}; the same command goes on from there", err=True)
         raise typer.Exit(128 + result.stopped_by)
-    if result.step < run_config.training.steps:
-        typer.echo(f"stopped  at step {result.step} of {run_config.training.steps}; the same command goes on")
+    if result.step < result.steps:
+        typer.echo(f"stopped  at step {result.step} of {result.steps}; the same command goes on")
     elif start.is_main_process():
         from heterodiff.report.writing import write_report
 
         assert run_config.output is not None
         report = write_report(run_config.output)
-        typer.echo(f"done     step {result.step} of {run_config.training.steps}\nreport   {report}")
+        typer.echo(f"done     step {result.step} of {result.steps}\nreport   {report}")
         for line in start.next_steps(run_config):
             typer.echo(line)
 

@@ -27,9 +27,10 @@ class ModelConfig(Section):
         description="`unet`, `hae`, `hae-lite`, `hae-v2`, `hae-v2-conservative`, `hae-v3`, `unet-lean`, "
         "`unet-conv` or, for texts, `film-unet`",
     )
-    model_channels: Width = Field(
-        MODEL_CHANNELS,
-        description="base width, a multiple of 32; level i has model_channels * channel_mult[i] channels",
+    model_channels: Width | None = Field(
+        None,
+        description="base width, a multiple of 32; level i has model_channels * channel_mult[i] channels; default: "
+        f"{MODEL_CHANNELS}, or 32 to 128 by what training.minutes allow",
     )
     channel_mult: Levels | None = Field(
         None,

@@ -39,19 +39,32 @@ class TrainingConfig(Section):
     """Training loop: optimiser, precision, and intervals of logs, previews and checkpoints."""
 
     steps: PositiveInt = Field(20_000, description="optimiser steps")
+    minutes: PositiveFloat | None = Field(
+        None,
+        description="train for about this long, in place of training.steps: the number of steps is measured before "
+        "the first one, and fixed from then on",
+    )
     batch_size: BatchSize = Field(64, description="images per optimiser step, summed over all processes")
     accumulation_steps: BatchSize = Field(
         1, description="gradient accumulation: parts of a batch per process; more take less memory"
     )
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="learning rate of AdamW after warm-up")
-    warmup_steps: NonNegativeInt = Field(500, description="steps over which the learning rate rises linearly")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="learning rate of AdamW after warm-up; default: by the number of parameters, 1e-3 for 2 million",
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        None,
+        description="steps over which the learning rate rises linearly; default: a twentieth of the steps, at most 500",
+    )
     lr_schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="learning rate after the warm-up; cosine: half a cosine, to zero at the last step"
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="weight decay of AdamW")
     max_grad_norm: PositiveFloat = Field(1.0, description="norm to which gradients are clipped")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.9999, description="decay of the EMA weights, the ones that are used; at step n at most n / (n + 9)"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="decay of the EMA weights, the ones that are used; at step n at most n / (n + 9); default: "
+        "averages over a tenth of the steps, at most 0.9999",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on GPUs with it, else float32"

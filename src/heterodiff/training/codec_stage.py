@@ -10,7 +10,7 @@ from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of_codec
-from heterodiff.training.checkpoints.resume import changed_keys
+from heterodiff.training.checkpoints.resume import as_begun, changed_keys
 from heterodiff.training.optimization import check_training
 from heterodiff.training.preflight.memory_plan import check_fits
 from heterodiff.training.recipes.alignment_networks import codec_arguments
@@ -35,14 +35,14 @@ def codec_run(config: RunConfig) -> RunConfig | None:
     if not run.has_config:
         return None if _holds_codec(codec) else RunConfig().model_copy(update=keys)  # None: one from elsewhere
     before = run.config()
-    wanted = before.model_copy(update=keys)  # other sections do not matter to it
+    wanted = as_begun(before.model_copy(update=keys))  # other sections do not matter to it
     if changes := changed_keys(before, wanted, run.weights_step() or 0):
         name = "its VAE" if codec.kind == "kl-vae" else "its image codec with the text networks"
         raise RunError(
             f"codec.path={codec.path}: {name} was trained with other settings; undo these, set codec.path to "
             "a new folder, or leave codec.training out to use it as it is:\n  " + "\n  ".join(changes)
         )
-    return None if run.weights_step() == codec.training.steps else wanted
+    return None if run.weights_step() == wanted.training.steps else wanted
 
 
 def ignored_keys(config: RunConfig, data: LoadedData) -> list[str]:

@@ -26,7 +26,7 @@ from heterodiff.training.checkpoints.state import capture, restore
 from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
-from heterodiff.training.optimization import Optimization, check_batch, learning_rate_at
+from heterodiff.training.optimization import Optimization, check_batch, learning_rate_at, with_rates
 from heterodiff.training.processes import HostGroup, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.step_numbers import GRAD_NORM, StepNumbers, StepRecord
@@ -39,9 +39,17 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Result of :meth:`Trainer.run`: steps done in all, the signal that stopped it, if any, and seconds of training."""
+    """Result of :meth:`Trainer.run`.
+
+    Attributes:
+        step: steps done in all.
+        steps: of the whole run.
+        stopped_by: the signal that stopped it, if any.
+        seconds: of training.
+    """
 
     step: int
+    steps: int
     stopped_by: int | None
     seconds: float
 
@@ -50,7 +58,7 @@ class Trainer:
     """Trains a recipe's model on ``data`` and keeps the run folder.
 
     Args:
-        config: the run; ``config.output`` is its folder.
+        config: the run; ``config.output`` is its folder. The attribute has the numbers that it leaves open.
         recipe: what is trained.
         data: images and labels; or latents and labels, for a recipe that takes them.
 
@@ -60,9 +68,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, recipe: Recipe, data: LoadedData):
         assert config.output is not None
-        self.config, self.recipe, self.data = config, recipe, data
+        parameters = sum(p.numel() for p in recipe.model.parameters())
+        training = with_rates(config.training, parameters)
+        self.config, self.recipe, self.data = config.model_copy(update={"training": training}), recipe, data
         self.run_folder = RunFolder(config.output)
-        training = config.training
         keep_freed_memory()
         self.accelerator = make_accelerator()
         self.hosts = HostGroup(self.accelerator)
@@ -240,7 +249,7 @@ class Trainer:
             self._save()
             if self.step == stop and request.signal is None:
                 self._evaluate(journal, request)
-            return TrainingResult(self.step, request.signal, journal.seconds)
+            return TrainingResult(self.step, training.steps, request.signal, journal.seconds)
 
     def _steps(self, stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None) -> None:
         training = self.config.training

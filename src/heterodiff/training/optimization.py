@@ -1,6 +1,8 @@
 """The update of a training step: learning rate, clipping, optimisers and EMA, without waiting for the device."""
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +12,40 @@ from torch import Tensor, nn
 from heterodiff.config import TrainingConfig
 from heterodiff.devices import can_fuse_optimizer
 from heterodiff.errors import ConfigError
-from heterodiff.training.ema import EMA
 from heterodiff.training.precision import compute_in, loss_scaler, precision_of
 from heterodiff.training.processes import world_size
 from heterodiff.training.recipes.base import Recipe
 
+PARAMETERS, LEARNING_RATE, RATE_BOUNDS = 2e6, 1e-3, (5e-5, 2e-3)
+"""Default learning rate: LEARNING_RATE for PARAMETERS, in inverse proportion to their root, within the bounds."""
+WARMUP_SHARE, MOST_WARMUP = 0.05, 500
+EMA_SHARE, MOST_EMA = 0.1, 0.9999
+"""The EMA averages over this share of the steps."""
+
+
+def with_rates(training: TrainingConfig, parameters: int) -> TrainingConfig:
+    """Return ``training`` with learning rate, warm-up and EMA, where they are not given.
+
+    They follow the number of steps and of ``parameters`` of the network.
+    """
+    low, high = RATE_BOUNDS
+    rate = min(high, max(low, LEARNING_RATE * (PARAMETERS / parameters) ** 0.5))
+    found = {
+        "learning_rate": float(f"{rate:.2g}"),
+        "warmup_steps": min(MOST_WARMUP, round(WARMUP_SHARE * training.steps)),
+        "ema_decay": float(f"{min(MOST_EMA, max(0.0, 1 - 1 / (EMA_SHARE * training.steps))):.5g}"),
+    }
+    return training.model_copy(update={key: value for key, value in found.items() if getattr(training, key) is None})
+
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Learning rate of ``step`` (0-based): linear warm-up, then constant or a half cosine to zero."""
+    """Learning rate of ``step`` (0-based): linear warm-up, then constant or a half cosine to zero.
+
+    Args:
+        config: from :func:`with_rates`.
+    """
+    assert config.learning_rate is not None
+    assert config.warmup_steps is not None
     warmup = min(config.warmup_steps, config.steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -60,6 +88,58 @@ def step_unless(optimizer: torch.optim.Optimizer, left_out: Tensor) -> None:
         optimizer.step()
 
 
+class EMA:
+    """Averages ``shadow += w (parameter - shadow)``, all parameters in a few kernels.
+
+    w of step n is 1 at first, then 9 / (9 + n), so that early averages follow the weights, and finally 1 - decay (the
+    warm-up of diffusers' ``EMAModel``).
+
+    Args:
+        parameters: of the network; those that are not trained stay as they are.
+        decay: in [0, 1).
+
+    Attributes:
+        shadow_params: the averages, in the order of the parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.decay = decay
+        self.shadow_params = [parameter.detach().clone() for parameter in parameters]
+        self._steps = torch.zeros((), device=self.shadow_params[0].device)
+
+    @property
+    def optimization_step(self) -> int:
+        """Number of steps that were not left out; reading it waits for the device."""
+        return int(self._steps)
+
+    @optimization_step.setter
+    def optimization_step(self, steps: int) -> None:
+        self._steps.fill_(steps)
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter], left_out: Tensor) -> None:
+        """Take in ``parameters``, unless ``left_out`` (a scalar on their device, 0 or 1) is 1."""
+        counts = 1 - left_out
+        self._steps += counts
+        weight = torch.where(self._steps > 1, (9 / (9 + self._steps)).clamp(min=1 - self.decay), 1.0) * counts
+        trained = [(s, p) for s, p in zip(self.shadow_params, parameters, strict=True) if p.requires_grad]
+        shadows, values = [s for s, _ in trained], [p.detach() for _, p in trained]
+        change = torch._foreach_sub(values, shadows)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(shadows, change)
+
+    @contextmanager
+    def applied_to(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Replace ``parameters`` by the averages inside the context."""
+        values = [parameter.detach() for parameter in parameters]
+        stored = [value.clone() for value in values]
+        torch._foreach_copy_(values, self.shadow_params)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(values, stored)
+
+
 @dataclass
 class Part:
     """A network that is trained: the module, the module as wrapped for training, and its optimiser."""
@@ -83,6 +163,8 @@ class Optimization:
     """
 
     def __init__(self, recipe: Recipe, training: TrainingConfig, accelerator: Accelerator):
+        assert training.learning_rate is not None
+        assert training.ema_decay is not None
         self.training, self.accelerator = training, accelerator
         self.dtype = precision_of(training)
         self.scaler = loss_scaler(accelerator.device, self.dtype)
@@ -96,7 +178,7 @@ class Optimization:
         network = self.accelerator.prepare_model(module)
         optimizer = torch.optim.AdamW(
             module.parameters(),
-            lr=self.training.learning_rate,
+            lr=learning_rate_at(0, self.training),
             weight_decay=self.training.weight_decay,
             fused=can_fuse_optimizer(device),
         )

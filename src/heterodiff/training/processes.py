@@ -61,6 +61,14 @@ class HostGroup:
         if self._group is not None:
             dist.barrier(self._group)
 
+    def largest(self, value: float) -> float:
+        """Return the largest ``value`` of all processes."""
+        if self._group is None:
+            return value
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        return float(number)
+
     def first_signal(self, received: int | None) -> int | None:
         """Return a signal that any process ``received``, the same in all of them; None if there is none."""
         if self._group is None:

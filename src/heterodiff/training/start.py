@@ -3,31 +3,27 @@
 import gc
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 import heterodiff
 from heterodiff.config import RunConfig
-from heterodiff.data.dataset import ImageSpec
-from heterodiff.data.sources import LoadedData, image_captions, load_data, with_captions
+from heterodiff.data.sources import LoadedData
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import deterministic_kernels, device_name
-from heterodiff.errors import ConfigError, RunError, compile_error, is_out_of_memory
+from heterodiff.errors import RunError
 from heterodiff.lazy import loaded
-from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
+from heterodiff.training.build import build_recipe, explaining, load_run_data
 from heterodiff.training.checkpoints.resume import as_begun, check_run_folder, find_checkpoint, new_length
 from heterodiff.training.codec_stage import check_denoiser, codec_run
-from heterodiff.training.latents import stored_latents
 from heterodiff.training.loop import OnStep, Trainer, TrainingResult
 from heterodiff.training.optimization import check_training
-from heterodiff.training.preflight.memory_plan import advice, check_fits, training_memory_bytes
+from heterodiff.training.preflight.trial import in_its_minutes
 from heterodiff.training.processes import is_main_process
-from heterodiff.training.recipes.base import Recipe
 
 MAX_TEXT_NOTES, MAX_SKIPPED = 3, 10
 
@@ -68,19 +64,21 @@ def train(
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         if is_main_process():
             run.save_config(config)  # how the run is used may have changed
-        return TrainingResult(checkpoint.step, None, 0.0)
+        return TrainingResult(checkpoint.step, config.training.steps, None, 0.0)
     check_training(config.training)
     if (needed := codec_run(config)) is not None:
         check_training(needed.training)
         data = load_run_data(needed)
         check_denoiser(config, data.spec)
         result = train(needed, quiet=quiet, data=data)
-        if result.step < needed.training.steps or result.stopped_by is not None:
+        if result.step < result.steps or result.stopped_by is not None:
             return result
         gc.collect()  # the networks that trained the codec are in reference cycles
         if resuming:
             data = None  # the run has a split of its own, and maybe latents
     data = load_run_data(config) if data is None else data
+    if not resuming:
+        config = in_its_minutes(config, data)
     with explaining(config, data.spec):
         recipe = build_recipe(config, data)
         trainer = Trainer(config, recipe, data)
@@ -99,51 +97,6 @@ def train(
             if not quiet:
                 _print_start(trainer, [*notes, *found])
         return trainer.run(stop_after, on_step, quiet)
-
-
-@contextmanager
-def explaining(config: RunConfig, spec: ImageSpec) -> Iterator[None]:
-    """Name settings that help if memory runs out or compilation fails; other errors stay as they are."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if (failed := compile_error(error, "training.compile=true")) is not None:
-            raise failed from error
-        if not is_out_of_memory(error):
-            raise
-        needed = training_memory_bytes(config, spec)
-        _, text = advice(config, spec, 0.9 * needed)  # it was too much, whatever was free
-        raise RunError(f"out of memory: a training step needs {text}; checkpoints are untouched") from error
-
-
-def build_recipe(config: RunConfig, data: LoadedData) -> Recipe:
-    """Return the recipe of a run, its networks with initial weights.
-
-    Raises:
-        ConfigError, CheckpointError: no network for these images, or a VAE that cannot be used.
-    """
-    spec = data.spec
-    if config.data.random_crop >= min(spec.height, spec.width):
-        raise ConfigError(
-            f"data.random_crop={config.data.random_crop}: expected less than the image size, {spec.height}x{spec.width}"
-        )
-    check_fits(config, spec)
-    torch.manual_seed(config.training.seed)  # initial weights
-    recipe: Recipe = loaded(task_of(config).build)(config, data)
-    return recipe
-
-
-def load_run_data(config: RunConfig) -> LoadedData:
-    """Load the data of a run; with the split and value range saved in its folder, if it has them already."""
-    if config.output is not None:
-        if (latents := stored_latents(config)) is not None:
-            captions = image_captions(config.data) if config.codec.kind == "cnn" else None
-            return latents if captions is None else with_captions(latents, captions)
-        run = RunFolder(config.output)
-        if run.split_file.is_file() and run.data_file.is_file():
-            check_preprocessing(run.path, known_fingerprint(config.data))
-            return load_data(config.data, split=run.split(), spec=run.spec())
-    return load_data(config.data)
 
 
 def _write_facts(run: RunFolder, trainer: Trainer) -> None:

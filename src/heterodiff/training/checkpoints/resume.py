@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "training.keep_checkpoints",
     "training.log_every",
     "training.max_nonfinite_steps",
+    "training.minutes",
     "training.num_workers",
     "training.preview_every",
     "training.steps",
@@ -38,8 +39,15 @@ FREE_TO_CHANGE = (
 )
 """Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
-EARLIER_DEFAULTS: dict[str, Any] = {"model.num_heads": 4, "model.use_scale_shift_norm": False}
-"""Keys whose default has become None, chosen by the network; a run that began with this value goes on with it."""
+EARLIER_DEFAULTS: dict[str, Any] = {
+    "model.model_channels": 64,
+    "model.num_heads": 4,
+    "model.use_scale_shift_norm": False,
+    "training.learning_rate": 2e-4,
+    "training.warmup_steps": 500,
+    "training.ema_decay": 0.9999,
+}
+"""Keys whose default has become None, and what it was; a run that began with a value goes on with it."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:
@@ -71,6 +79,10 @@ def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[st
         for key in sorted(old | new)
         if old.get(key) != new.get(key) and not _is_in(key, free)
     ]
+    if before.training.minutes is None and now.training.minutes is not None:
+        changes.append(
+            f"training.minutes: none -> {now.training.minutes:g}; it began with training.steps, which can change"
+        )
     if now.training.steps < reached:
         changes.append(f"training.steps: {before.training.steps} -> {now.training.steps}; {reached} steps are done")
     return changes
@@ -81,7 +93,9 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
 
 
 def as_begun(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the defaults of the time when the run in its folder began, where the run has them.
+    """Return ``config`` with what the run in its folder began with, where ``config`` leaves it open.
+
+    The number of steps is in proportion to ``training.minutes``, where the run began with them.
 
     Raises:
         HeterodiffError: the folder's configuration cannot be read.
@@ -89,11 +103,15 @@ def as_begun(config: RunConfig) -> RunConfig:
     if config.output is None or not RunFolder(config.output).has_config:
         return config
     before = RunFolder(config.output).config()
-    for key, default in EARLIER_DEFAULTS.items():
+    for key in EARLIER_DEFAULTS:
         section, name = key.split(".")
-        now = getattr(config, section)
-        if getattr(now, name) is None and getattr(getattr(before, section), name) == default:
-            config = config.model_copy(update={section: now.model_copy(update={name: default})})
+        now, begun = getattr(config, section), getattr(getattr(before, section), name)
+        if getattr(now, name) is None and begun is not None:
+            config = config.model_copy(update={section: now.model_copy(update={name: begun})})
+    minutes, measured = config.training.minutes, before.training.minutes
+    if minutes is not None and measured is not None:
+        steps = {"steps": max(1, round(before.training.steps * minutes / measured))}
+        config = config.model_copy(update={"training": config.training.model_copy(update=steps)})
     return config
 
 

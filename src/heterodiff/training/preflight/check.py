@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from heterodiff.config import DataConfig, RunConfig
+from heterodiff.config import DataConfig, RunConfig, TrainingConfig
 from heterodiff.config.file import apply_override, load_config, parse_config
 from heterodiff.data.check import DataSummary, check_data
 from heterodiff.data.sources import load_data
@@ -18,6 +18,11 @@ from heterodiff.training.preflight.findings import Findings
 from heterodiff.training.preflight.trial import prepare, temporary_slices, try_run
 
 MAX_LISTED = 50
+
+
+def length_of(training: TrainingConfig) -> str:
+    """Return the length of a run in words."""
+    return f"{training.steps} steps" if training.minutes is None else f"{training.minutes:g} minutes"
 
 
 def check_target(target: Path, overrides: list[str]) -> bool:
@@ -109,7 +114,7 @@ def _report_latents(config: DataConfig, findings: Findings) -> None:
 def _check_run(run: Path, findings: Findings) -> None:
     if RunFolder(run).has_config:
         config = RunFolder(run).config()
-        findings.add(True, "config", f"recipe {config.recipe}, {config.training.steps} steps")
+        findings.add(True, "config", f"recipe {config.recipe}, {length_of(config.training)}")
     for path in list_checkpoints(RunFolder(run).checkpoints):
         try:
             checkpoint = read_checkpoint(path)

@@ -16,6 +16,7 @@ from heterodiff.codecs.kl_vae import read_vae_config
 from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.models.defaults import MODEL_CHANNELS
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
 from heterodiff.training.precision import precision_of
@@ -109,7 +110,8 @@ def _profile(
 
 def _denoiser_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
     model = config.model
-    return [model.model_channels * mult for mult in model.channel_mult or (1, 8)], model.layers_per_block
+    width = model.model_channels or MODEL_CHANNELS
+    return [width * mult for mult in model.channel_mult or (1, 8)], model.layers_per_block
 
 
 def _vae_cost(config: RunConfig, spec: ImageSpec) -> Cost:

@@ -21,6 +21,8 @@ from heterodiff.data.sources.volumes import slices_folder
 from heterodiff.devices import deterministic_kernels, device_name
 from heterodiff.errors import CheckpointError, HeterodiffError
 from heterodiff.progress import duration
+from heterodiff.tasks import task_of
+from heterodiff.training.build import build_recipe, explaining, load_run_data
 from heterodiff.training.checkpoints.resume import as_begun, check_run_folder
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.latents import MEASURED_IMAGES
@@ -30,7 +32,6 @@ from heterodiff.training.preflight.findings import Findings, Rows
 from heterodiff.training.preflight.latents import check_latent_setup
 from heterodiff.training.preflight.memory_plan import memory_check
 from heterodiff.training.recipes.base import Recipe
-from heterodiff.training.start import build_recipe, explaining, load_run_data
 
 TRIAL = Path("runs/dry-run")
 """Stands for the folder of a run that is tried out; nothing is written there."""
@@ -39,6 +40,12 @@ STEPS, ENOUGH_SECONDS = 8, 20.0
 TIMED_IMAGES = 64
 """Images that are encoded to time it where the codec is not trained yet."""
 HUGE_GB = 1e6
+SHARE_FOR_STEPS = 0.95
+"""Share of ``training.minutes`` for training steps; the rest is for validation, previews and checkpoints."""
+WIDTHS, ENOUGH_STEPS = (32, 64, 128), 4000
+"""Base widths for a given time: the largest that leaves this many steps, or else the first."""
+COST_OF_DOUBLE = 2
+"""A step of twice the width takes at least this many times as long."""
 
 
 class Trial(NamedTuple):
@@ -154,6 +161,41 @@ def _subset(data: LoadedData, count: int) -> LoadedData:
     return replace(data, train=data.train.take(rows.tolist()), val=data.val.take([]))
 
 
+def in_its_minutes(config: RunConfig, data: LoadedData) -> RunConfig:
+    """Return the run with the number of steps, and a width if none is given, for which ``training.minutes`` are enough.
+
+    A run without ``training.minutes`` is returned as it is.
+
+    Args:
+        data: of the run.
+
+    Raises:
+        HeterodiffError: as :func:`trial`.
+    """
+    if config.training.minutes is None:
+        return config
+    chooses = config.model.model_channels is None and "model" in task_of(config).sections
+    found = config
+    for width in WIDTHS if chooses else (None,):
+        wider = config
+        if width is not None:
+            wider = config.model_copy(update={"model": config.model.model_copy(update={"model_channels": width})})
+        steps = _steps_in(config.training.minutes, wider, data)
+        if width is None or width == WIDTHS[0] or steps >= ENOUGH_STEPS:
+            found = wider.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+        if steps < COST_OF_DOUBLE * ENOUGH_STEPS:
+            break
+    return found
+
+
+def _steps_in(minutes: float, config: RunConfig, data: LoadedData) -> int:
+    """Number of training steps in the given time; the same in all processes."""
+    trainer = trial(config, data).trainer
+    seconds = _time_steps(trainer)[0]
+    gc.collect()  # the networks that were tried are in reference cycles
+    return max(1, int(SHARE_FOR_STEPS * 60 * minutes / trainer.hosts.largest(seconds)))
+
+
 def try_run(config: RunConfig, data: LoadedData, findings: Findings, thorough: bool = False) -> tuple[Part, ...]:
     """Try each part of a run, and report what it costs.
 
@@ -204,6 +246,7 @@ def _try_part(
     findings.add(fits, "memory", text)
     if not fits:
         return None
+    config = in_its_minutes(config, data)
     tried = trial(config, data, TIMED_IMAGES if untrained else MEASURED_IMAGES)
     recipe: Any = tried.recipe
     step_seconds, loss, steps = _time_steps(tried.trainer)

@@ -21,7 +21,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, NUM_HEADS, default_levels
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, MODEL_CHANNELS, NUM_HEADS, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
@@ -64,7 +64,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     common = {
         "condition_dim": config.text.embedding_dim if with_text else None,
         "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
-        "model_channels": m.model_channels,
+        "model_channels": m.model_channels or MODEL_CHANNELS,
         "layers_per_block": m.layers_per_block,
         "dropout": m.dropout,
         "use_checkpoint": m.gradient_checkpointing,
