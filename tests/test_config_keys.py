@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "vae.latent_channels": (8, VAE, {**VAE, "vae.init_from": "runs/other"}),
     "text.embedding_dim": (128, TEXTS, {}),
     "text.frozen": (True, {**TEXTS, "text.encoder": "bert"}, TEXTS),
-    "text.width": (128, {"recipe": "alignment"}, {**TEXTS, "text.encoder": "bert"}),
+    "text.width": (64, {"recipe": "alignment"}, {**TEXTS, "text.encoder": "bert"}),
     "alignment.latent_noise": (0.2, TEXTS, VAE),
     "alignment.diffusion_weight": (1, JOINT, TEXTS),
     "segmentation.depth": (100, {}, LATENT),

@@ -8,8 +8,6 @@ from heterodiff.config.base import Depth, Fraction, Levels, Section, UserPath, W
 from heterodiff.config.names import known_name
 from heterodiff.config.training import TrainingConfig
 from heterodiff.models.defaults import (
-    FILM_CHANNEL_MULT,
-    FILM_MODEL_CHANNELS,
     HEAD_CHANNELS,
     LAYERS_PER_BLOCK,
     MODEL_CHANNELS,
@@ -35,7 +33,7 @@ class ModelConfig(Section):
     channel_mult: Levels | None = Field(
         None,
         description="width factor of each level; each level after the first halves height and width (not in "
-        "film-unet); default: chosen by image size",
+        "film-unet); default: chosen by image size, [1, 2] for film-unet",
     )
     layers_per_block: Depth = Field(
         LAYERS_PER_BLOCK, description="residual blocks per encoder level; the decoder has one more"
@@ -156,19 +154,19 @@ class TextConfig(Section):
     max_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
         64, description="maximum number of tokens, start and end included; longer texts are cut, with a warning"
     )
-    width: Width = Field(256, description="width of the encoder trained from scratch")
-    layers: Depth = Field(4, description="layers of the encoder trained from scratch")
+    width: Width = Field(128, description="width of the encoder trained from scratch")
+    layers: Depth = Field(2, description="layers of the encoder trained from scratch")
     num_heads: Width = Field(4, description="attention heads of the encoder trained from scratch and of the captioner")
     dropout: Fraction = Field(0.0, description="dropout of the encoder trained from scratch and of the captioner")
-    embedding_dim: Width = Field(512, description="width of text and image embeddings")
-    captioner_width: Width = Field(256, description="width of the captioner, a multiple of text.num_heads")
-    captioner_layers: Depth = Field(4, description="layers of the captioner")
+    embedding_dim: Width = Field(256, description="width of text and image embeddings")
+    captioner_width: Width = Field(128, description="width of the captioner, a multiple of text.num_heads")
+    captioner_layers: Depth = Field(2, description="layers of the captioner")
 
 
 class AlignmentConfig(Section):
     """Image codec of recipe `text-image`, and the losses that train it together with the text networks."""
 
-    latent_channels: Width = Field(256, description="channels of the latent maps")
+    latent_channels: Width = Field(16, description="channels of the latent maps; more for images above 64x64")
     block_out_channels: Levels | None = Field(
         None,
         description="channels of the encoder's stages, each of which halves height and width; default: from 32 up to "
@@ -203,8 +201,6 @@ def text_image_defaults(content: dict[str, Any]) -> dict[str, Any]:
     if not sections["alignment"].get("joint") and sections["codec"].get("path") is None:
         output = content.get("output") or "runs/text-image"
         codec |= {"path": f"{output}/alignment", "training": sections["training"]}
-    model = {"variant": "film-unet", "model_channels": FILM_MODEL_CHANNELS, "channel_mult": FILM_CHANNEL_MULT}
-    if sections["model"].get("variant", "film-unet") != "film-unet":
-        model = {}
+    model = {"variant": "film-unet"}
     given = {name: value for name, value in sections["codec"].items() if (name, value) != ("path", None)}
     return content | {"codec": codec | given, "model": model | sections["model"]}

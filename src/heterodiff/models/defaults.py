@@ -9,8 +9,7 @@ HEAD_CHANNELS = 32
 """Channels of an attention head of the lean networks."""
 SPARSITY = 0.9
 
-FILM_MODEL_CHANNELS = 128
-FILM_CHANNEL_MULT = (1, 2, 4)
+FILM_CHANNEL_MULT = (1, 2)
 
 CHANNEL_MULT_BY_SIDE = (
     (8, (1, 2)),

@@ -11,7 +11,7 @@ from torch import nn
 from heterodiff.errors import ConfigError
 from heterodiff.models.backbone import Backbone
 from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, FILM_MODEL_CHANNELS, LAYERS_PER_BLOCK, NUM_HEADS
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS
 from heterodiff.models.normalization import GroupNorm32
 from heterodiff.models.unet import Stage
 
@@ -59,7 +59,7 @@ class FiLMUNet(Backbone):
         condition_dim: int | None = 512,
         guess_channels: int = 0,
         out_channels: int | None = None,
-        model_channels: int = FILM_MODEL_CHANNELS,
+        model_channels: int = MODEL_CHANNELS,
         channel_mult: Sequence[int | float] = FILM_CHANNEL_MULT,
         layers_per_block: int = LAYERS_PER_BLOCK,
         num_heads: int = NUM_HEADS,

@@ -40,14 +40,21 @@ FREE_TO_CHANGE = (
 """Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
 EARLIER_DEFAULTS: dict[str, Any] = {
+    "alignment.latent_channels": 256,
+    "model.channel_mult": None,
     "model.model_channels": 64,
     "model.num_heads": 4,
     "model.use_scale_shift_norm": False,
+    "text.captioner_layers": 4,
+    "text.captioner_width": 256,
+    "text.embedding_dim": 512,
+    "text.layers": 4,
+    "text.width": 256,
     "training.learning_rate": 2e-4,
     "training.warmup_steps": 500,
     "training.ema_decay": 0.9999,
 }
-"""Keys whose default has become None, and what it was; a run that began with a value goes on with it."""
+"""Keys whose default has changed, and what it was; a run that began with it goes on with it."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:
@@ -106,7 +113,8 @@ def as_begun(config: RunConfig) -> RunConfig:
     for key in EARLIER_DEFAULTS:
         section, name = key.split(".")
         now, begun = getattr(config, section), getattr(getattr(before, section), name)
-        if getattr(now, name) is None and begun is not None:
+        chosen = getattr(now, name) is None and begun is not None  # chosen when the run began
+        if chosen or (name not in now.model_fields_set and begun == EARLIER_DEFAULTS[key]):
             config = config.model_copy(update={section: now.model_copy(update={name: begun})})
     minutes, measured = config.training.minutes, before.training.minutes
     if minutes is not None and measured is not None:
