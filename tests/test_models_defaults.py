@@ -58,7 +58,7 @@ def test_three_ways_to_one_network(variant: str, case: str) -> None:
 
 
 def test_three_ways_to_the_film_unet() -> None:
-    config = parse_config({"recipe": "text-image"})
+    config = parse_config({"recipe": "text-image", "model": {"norm_groups": 32}, "text": {"embedding_dim": 512}})
     of_config = denoiser_arguments(config, ImageSpec(224, 224, 3, (), (0.0, 255.0), "uint8"), (256, 7, 7))
     expected_map = {"guess_channels": of_config["guess_channels"]}  # which the recipe adds
     with torch.device("meta"):

@@ -11,6 +11,7 @@ from heterodiff.config import RunConfig
 from heterodiff.config.names import UNKNOWN_NAME
 from heterodiff.config.readers import unread_keys
 from heterodiff.errors import ConfigError, nearest_name
+from heterodiff.models.defaults import NORM_GROUPS
 
 MAX_CONFIG_BYTES = 1_000_000
 BESIDE_SAVED = ("run.json", "model_index.json")
@@ -142,6 +143,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     content = read_yaml(path)
     tolerated: Container[str] | None = ()
     if any((path.parent / name).is_file() for name in BESIDE_SAVED):
+        if isinstance(model := content.get("model"), dict):
+            model.setdefault("norm_groups", NORM_GROUPS)  # a run from before this key was there
         saved = parse_config(content, str(path), tolerated=None)
         given = {override.partition("=")[0].strip() for override in overrides}
         tolerated = {unread.key for unread in unread_keys(saved)} - given

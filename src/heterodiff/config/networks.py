@@ -52,6 +52,11 @@ class ModelConfig(Section):
         description="keys that stand for the condition in attention: full: one for each channel of its embedding, as "
         "in earlier checkpoints; one; none; default: one for unet-lean, unet-conv and hae-v3, else full",
     )
+    norm_groups: Annotated[int, Field(gt=0, le=32)] | None = Field(
+        None,
+        description="groups of the norms, a divisor of 32; default: 32, as in earlier checkpoints; 8 for unet-lean, "
+        "unet-conv, hae-v3 and film-unet",
+    )
     dropout: Fraction = Field(0.0, description="dropout probability in residual blocks and Transformer MLPs")
     num_heads: Width | None = Field(
         None,

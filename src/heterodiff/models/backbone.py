@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import recomputed, timestep_embedding
 from heterodiff.models.conditioning import zero_rows
-from heterodiff.models.normalization import NORM_GROUPS
+from heterodiff.models.defaults import NORM_GROUPS
 
 
 @dataclass

@@ -11,6 +11,11 @@ SPARSITY = 0.9
 
 FILM_CHANNEL_MULT = (1, 2)
 
+NORM_GROUPS = 32
+"""Groups of the norms of earlier checkpoints; channels are multiples of it."""
+LEAN_NORM_GROUPS = 8
+"""Groups of the norms of the lean networks: with 32, a norm of 32 channels takes away the mean of each one."""
+
 CHANNEL_MULT_BY_SIDE = (
     (8, (1, 2)),
     (32, (1, 2, 2)),

@@ -11,8 +11,8 @@ from torch import nn
 from heterodiff.errors import ConfigError
 from heterodiff.models.backbone import Backbone
 from heterodiff.models.blocks import AttentionBlock, FusedSequential, ResBlock, conv3x3, zero_
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, LAYERS_PER_BLOCK, MODEL_CHANNELS, NUM_HEADS
-from heterodiff.models.normalization import GroupNorm32
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, LAYERS_PER_BLOCK, MODEL_CHANNELS, NORM_GROUPS, NUM_HEADS
+from heterodiff.models.normalization import GroupNorm32, set_norm_groups
 from heterodiff.models.unet import Stage
 
 DERIVED = ("in_channels", "sample_size", "num_classes")
@@ -65,12 +65,14 @@ class FiLMUNet(Backbone):
         num_heads: int = NUM_HEADS,
         dropout: float = 0.0,
         use_checkpoint: bool = False,
+        norm_groups: int = NORM_GROUPS,
     ):
         super().__init__()
         self.register_to_config(in_channels=latent_channels + guess_channels, sample_size=latent_size, num_classes=None)
         self.gradient_checkpointing = use_checkpoint
         self._check_arguments()
         self._build(self._make_embeddings())
+        set_norm_groups(self, norm_groups)
         self._finish()
 
     @classmethod

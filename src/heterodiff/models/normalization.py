@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-NORM_GROUPS = 32
+from heterodiff.errors import ConfigError
+from heterodiff.models.defaults import LEAN_NORM_GROUPS, NORM_GROUPS
 
 NORM_WAYS = {"cpu": "kernel"}
 """Computation of norms by device type; default: ``kernel``.
@@ -22,13 +23,26 @@ NCHW_KERNELS = ("cuda", "xpu", "mps")
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups, computed in float32 for inputs of less precision."""
+    """GroupNorm with 32 groups by default, computed in float32 for inputs of less precision."""
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return _norm(x, self, silu=False)
+
+
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Give the norms of ``module`` this number of groups.
+
+    Raises:
+        ConfigError: no divisor of 32, which channels are multiples of.
+    """
+    if groups < 1 or NORM_GROUPS % groups:
+        raise ConfigError(f"norm_groups: expected a divisor of {NORM_GROUPS}, found {groups}; use {LEAN_NORM_GROUPS}")
+    for norm in module.modules():
+        if isinstance(norm, GroupNorm32):
+            norm.num_groups = groups
 
 
 def norm_silu(x: Tensor, norm: GroupNorm32) -> Tensor:
@@ -44,10 +58,12 @@ def _norm(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
     if torch.compiler.is_compiling():  # compiled code fuses and recomputes by itself
         weight, bias = norm.weight.to(dtype := _wide(x)), norm.bias.to(dtype)
         # torch.group_norm, unlike F.group_norm, accepts one value per group (1x1 maps, 32 channels).
-        y = torch.group_norm(x.to(dtype), NORM_GROUPS, weight, bias, norm.eps)
+        y = torch.group_norm(x.to(dtype), norm.num_groups, weight, bias, norm.eps)
         return (F.silu(y) if silu else y).to(x.dtype)
     way = NORM_WAYS.get(x.device.type, "kernel")
-    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(x, norm.weight, norm.bias, norm.eps, silu)
+    return {"kernel": _KernelNorm, "tokens": _TokenNorm}[way].apply(
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+    )
 
 
 def norm_film(x: Tensor, norm: GroupNorm32, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
@@ -62,7 +78,7 @@ def norm_film(x: Tensor, norm: GroupNorm32, scale: Tensor, shift: Tensor, silu: 
     if torch.compiler.is_compiling() or not kernel or x.dtype != _wide(x):
         n = norm(x) * (1 + scale) + shift
         return F.silu(n) if silu else n
-    return _FilmNorm.apply(x, norm.weight, norm.bias, scale, shift, norm.eps, silu)
+    return _FilmNorm.apply(x, norm.weight, norm.bias, scale, shift, norm.num_groups, norm.eps, silu)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -74,9 +90,9 @@ class _KernelNorm(torch.autograd.Function):
     """torch's kernels, called directly, since its own autograd makes gradients NCHW on every device but the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-        y, mean, rstd = _kernel(x, weight, bias, eps)
-        ctx.eps, ctx.silu = eps, silu
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        y, mean, rstd = _kernel(x, weight, bias, groups, eps)
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         ctx.save_for_backward(x, weight, bias, *(() if silu else (mean, rstd)))
         return _like(F.silu(y, inplace=True) if silu else y, x)
 
@@ -86,13 +102,18 @@ class _KernelNorm(torch.autograd.Function):
         x, weight, bias, *statistics = ctx.saved_tensors
         grad = _kernel_layout(grad, x)
         if ctx.silu:
-            y, *statistics = _kernel(x, weight, bias, ctx.eps)
+            y, *statistics = _kernel(x, weight, bias, ctx.groups, ctx.eps)
             grad = torch.ops.aten.silu_backward(grad, y)
         found = torch.ops.aten.native_group_norm_backward(
-            grad, _kernel_layout(x, x), *statistics, weight.to(_wide(x)), *_sizes(x), ctx.needs_input_grad[:3]
+            grad,
+            _kernel_layout(x, x),
+            *statistics,
+            weight.to(_wide(x)),
+            *_sizes(x, ctx.groups),
+            ctx.needs_input_grad[:3],
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
-        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None
+        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None, None
 
 
 class _FilmNorm(torch.autograd.Function):
@@ -100,11 +121,19 @@ class _FilmNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float, silu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
     ) -> Tensor:
-        y, mean, rstd = _kernel(x, weight, bias, eps)
+        y, mean, rstd = _kernel(x, weight, bias, groups, eps)
         n = (y * (1 + scale)).add_(shift)
-        ctx.silu = silu
+        ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(x, weight, scale, shift, y, mean, rstd)
         return _like(F.silu(n, inplace=True) if silu else n, x)
 
@@ -122,23 +151,23 @@ class _FilmNorm(torch.autograd.Function):
             _kernel_layout(x, x),
             *statistics,
             weight.to(_wide(x)),
-            *_sizes(x),
+            *_sizes(x, ctx.groups),
             ctx.needs_input_grad[:3],
         )
         to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
         to_x = None if to_x is None else _like(to_x, x)
-        return to_x, to_weight, to_bias, to_scale, to_shift, None, None
+        return to_x, to_weight, to_bias, to_scale, to_shift, None, None, None
 
 
-def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """norm(x), and mean and 1/std of each group (B, 32)."""
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x), and mean and 1/std of each group (B, groups)."""
     weight, bias = weight.to(_wide(x)), bias.to(_wide(x))
-    return torch.native_group_norm(_kernel_layout(x, x), weight, bias, *_sizes(x), eps)
+    return torch.native_group_norm(_kernel_layout(x, x), weight, bias, *_sizes(x, groups), eps)
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     batch, channels, height, width = x.shape
-    return batch, channels, height * width, NORM_GROUPS
+    return batch, channels, height * width, groups
 
 
 def _kernel_layout(map_: Tensor, x: Tensor) -> Tensor:
@@ -157,9 +186,9 @@ class _TokenNorm(torch.autograd.Function):
     """Formulas of Wu & He 2018 on channels-last maps, viewed as (B, positions, groups, channels of a group)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-        t, mean, rstd = _statistics(x, eps)
-        ctx.silu = silu
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        t, mean, rstd = _statistics(x, groups, eps)
+        ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         y = _scaled(t, mean, rstd, weight, bias)
         return _from_groups(F.silu(y, inplace=True) if silu else y, x)
@@ -168,13 +197,13 @@ class _TokenNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        t, g = _groups(x), _groups(grad)
+        t, g = _groups(x, ctx.groups), _groups(grad, ctx.groups)
         if ctx.silu:
             g = torch.ops.aten.silu_backward(g, _scaled(t, mean, rstd, weight, bias))
         wide = g.to(_wide(x))
         to_bias = wide.sum(1)  # of each image, (B, groups, channels)
         to_weight = ((wide * t).sum(1) - mean * to_bias) * rstd
-        gamma, count = _per_group(weight, x), t[0, :, 0].numel()
+        gamma, count = _per_group(weight, t), t[0, :, 0].numel()
         mean_g = (to_bias * gamma).sum(-1, keepdim=True) / count
         mean_gx = (to_weight * gamma).sum(-1, keepdim=True) / count * rstd
         shift = (mean_gx * mean - mean_g) * rstd
@@ -182,12 +211,12 @@ class _TokenNorm(torch.autograd.Function):
             torch.addcmul(shift[:, None], t, (mean_gx * rstd)[:, None], value=-1), wide, (gamma * rstd)[:, None]
         )
         grad_weight, grad_bias = (s.sum(0).flatten().to(weight.dtype) for s in (to_weight, to_bias))
-        return _from_groups(found, x), grad_weight, grad_bias, None, None
+        return _from_groups(found, x), grad_weight, grad_bias, None, None, None
 
 
-def _groups(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, 32, C / 32); a view when ``x`` is channels-last."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, NORM_GROUPS, x.shape[1] // NORM_GROUPS)
+def _groups(x: Tensor, groups: int) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, groups, C / groups); a view when ``x`` is channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1, groups, x.shape[1] // groups)
 
 
 def _from_groups(y: Tensor, x: Tensor) -> Tensor:
@@ -196,13 +225,14 @@ def _from_groups(y: Tensor, x: Tensor) -> Tensor:
     return _like(y.view(batch, height, width, channels).permute(0, 3, 1, 2), x)
 
 
-def _per_group(parameter: Tensor, x: Tensor) -> Tensor:
-    return parameter.to(_wide(x)).view(NORM_GROUPS, -1)
+def _per_group(parameter: Tensor, t: Tensor) -> Tensor:
+    """A parameter (C,) for maps ``t`` in groups, as (groups, C / groups)."""
+    return parameter.to(_wide(t)).view(t.shape[2:])
 
 
-def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` in groups, and mean and 1/std of each group (B, 32, 1)."""
-    t, wide = _groups(x), _wide(x)
+def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` in groups, and mean and 1/std of each group (B, groups, 1)."""
+    t, wide = _groups(x, groups), _wide(x)
     if x.dtype == wide:
         variance, mean = torch.var_mean(t, (1, 3), correction=0)
     else:  # a cancellation in float32 is less than the rounding of the numbers themselves

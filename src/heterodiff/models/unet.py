@@ -27,12 +27,13 @@ from heterodiff.models.defaults import (
     ATTENTION_SIDE,
     LAYERS_PER_BLOCK,
     MODEL_CHANNELS,
+    NORM_GROUPS,
     NUM_HEADS,
     SPARSITY,
     default_levels,
 )
 from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
-from heterodiff.models.normalization import GroupNorm32
+from heterodiff.models.normalization import GroupNorm32, set_norm_groups
 from heterodiff.models.pooled import PooledResBlock
 from heterodiff.models.variants import VARIANTS
 
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "use_scale_shift_norm": False,
     "condition_tokens": "full",
     "mid_attention": True,
+    "norm_groups": NORM_GROUPS,
     "memory_optimization": False,
     "attention_resolutions": None,
     "attention_side": ATTENTION_SIDE,
@@ -108,6 +110,7 @@ class HAEUNet(Backbone):
             :func:`heterodiff.models.attention.patterns.make_pattern`.
         condition_dim: width of a condition vector, for example a text embedding, in place of the class; None for none.
         mid_attention: attention between the residual blocks of the coarsest level.
+        norm_groups: groups of the norms, a divisor of 32; default: as the variant.
         patch_size: patch side in pixels; each patch becomes the channels of one position, so that everything between
             the first and the last convolution costs patch_size^2 times less.
 
@@ -152,6 +155,7 @@ class HAEUNet(Backbone):
         condition_dim: int | None = None,
         patch_size: int = 1,
         mid_attention: bool | None = None,
+        norm_groups: int | None = None,
     ):
         super().__init__()
         if variant not in VARIANTS:
@@ -165,6 +169,7 @@ class HAEUNet(Backbone):
         self.factor = patch_size * 2 ** (len(self.config.channel_mult) - 1)
         embedding_dim = self._make_embeddings()
         self._build(embedding_dim)
+        set_norm_groups(self, self.config.norm_groups)
         self._finish()
 
     def _fill_in_defaults(self, of_variant: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from heterodiff.errors import ConfigError, unknown_name
 from heterodiff.lazy import loaded
-from heterodiff.models.defaults import HEAD_CHANNELS
+from heterodiff.models.defaults import HEAD_CHANNELS, LEAN_NORM_GROUPS
 
 if TYPE_CHECKING:
     from heterodiff.models.backbone import Backbone
@@ -56,6 +56,7 @@ _LEAN = {
     "num_head_channels": HEAD_CHANNELS,
     "condition_tokens": "one",
     "attention_side": 8,
+    "norm_groups": LEAN_NORM_GROUPS,
 }
 _SAVING = {"memory_optimization": True}
 _CONVOLUTIONS = _LEAN | {"attention_resolutions": ()}

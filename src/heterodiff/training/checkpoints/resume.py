@@ -43,6 +43,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "alignment.latent_channels": 256,
     "model.channel_mult": None,
     "model.model_channels": 64,
+    "model.norm_groups": 32,
     "model.num_heads": 4,
     "model.use_scale_shift_norm": False,
     "text.captioner_layers": 4,

@@ -21,7 +21,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, MODEL_CHANNELS, NUM_HEADS, default_levels
+from heterodiff.models.defaults import FILM_CHANNEL_MULT, LEAN_NORM_GROUPS, MODEL_CHANNELS, NUM_HEADS, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
@@ -76,6 +76,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
             "guess_channels": prior_channels,
             "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
             "num_heads": m.num_heads or NUM_HEADS,
+            "norm_groups": m.norm_groups or LEAN_NORM_GROUPS,
         }
     channel_mult, _ = default_levels((height, width), m.patch_size, m.channel_mult)
     factor = m.patch_size * 2 ** (len(channel_mult) - 1) * (spec.height // height)
@@ -86,6 +87,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
         "num_classes": len(spec.class_names) or None,
         "channel_mult": channel_mult,
         "num_heads": m.num_heads,
+        "norm_groups": m.norm_groups,
         **{key: getattr(m, key) for key in HAE_KEYS},
     }
 
