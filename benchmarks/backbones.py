@@ -1,10 +1,12 @@
 """Networks side by side in our loop: equal minutes on a CPU thread each, several seeds, paired differences.
 
-    python -m benchmarks.backbones [--runs DIR] [--data DIR] [--workers 2] [speed | A | B | C-latents | C-pixels | D]...
+    python -m benchmarks.backbones [--runs DIR] [--data DIR] [--workers 2] [NAME]...
+
+NAME is speed, A, B, C-latents, C-pixels, D-fashion or D-phantom; without one, all are done.
 
 First each network's training step is timed, in turns, which gives its number of steps in the minutes of the experiment.
-Its learning rate is the one with the least validation loss on a seed of its own, in half the time. Then three other
-seeds are trained and measured on data that no choice has seen. Rates are constant after the warm-up and the EMA
+Its learning rate is the one with the least validation loss on a seed of its own, in a quarter of the time. Then three
+other seeds are trained and measured on data that no choice has seen. Rates are constant after the warm-up and the EMA
 weights are measured, so that validation losses of different networks can also be compared after equal steps. What is
 measured already stands in benchmarks/results/backbones.json and is not measured again.
 """
@@ -34,6 +36,7 @@ from heterodiff.config.file import load_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.memory import keep_freed_memory
 from heterodiff.models.variants import create_model
+from heterodiff.training.codec_stage import codec_run
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data")
 NAME = "backbones"
@@ -44,7 +47,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "unet-conv": ("model.variant=unet-conv",),
     "hae-v3": ("model.variant=hae-v3",),
     PEER: (f"model.variant={PEER}",),
+    f"{PEER}-pixels": (f"model.variant={PEER}", "model.patch_size=1", "model.channel_mult=[1,2,2]"),
 }
+"""Networks; all but the last, which stands for what one gets without patches, differ in nothing but their blocks."""
+BLOCKS = tuple(ARMS)[:-1]
 CHOICE_SEED, SEEDS = 100, range(3)
 RATES = (5e-4, 1e-3, 2e-3)
 TIMED_STEPS = 12
@@ -68,7 +74,7 @@ class Experiment:
     measure: Callable[[Path, Path], dict[str, float]]
     higher_is_better: dict[str, bool]
     overrides: tuple[str, ...] = ()
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = BLOCKS
     rates: tuple[float, ...] = field(default=RATES)
 
 
@@ -105,8 +111,20 @@ def images(run: Path, unseen: Path, per_class: int) -> dict[str, float]:
 
 
 IMAGE_NUMBERS = {"frechet": False, "cnn_accuracy": True, "svm_accuracy": True, "val_loss": False}
+COSINE = ("diffusion.prediction=v", "diffusion.schedule=cosine")
 PHANTOM = ("data.test_fraction=0.1", "model.channel_mult=[1,2,3]", "segmentation.num_inference_steps=13")
 RADAR = ("data.path={data}/radar_gestures/png/train", "model.model_channels=32")
+FASHION = (
+    "data.source=images",
+    "data.path={fashion}",
+    "data.val_fraction=0.02",
+    "model.layers_per_block=2",
+    "model.patch_size=2",
+    "model.channel_mult=[2,2]",
+    "training.batch_size=16",
+    "sampling.guidance_scale=1.5",
+    *COSINE,
+)
 EXPERIMENTS = {
     "A": Experiment(
         "phantom",
@@ -120,23 +138,42 @@ EXPERIMENTS = {
         20,
         lambda run, data: images(run, fashion(run.parents[1], data, "t10k"), 100),
         IMAGE_NUMBERS,
-        ("data.source=images", "data.path={fashion}", "data.val_fraction=0.02", "model.layers_per_block=2"),
+        FASHION,
+        (*BLOCKS, f"{PEER}-pixels"),
     ),
     "C-latents": Experiment(
         "radar_gestures_latent",
-        10,
+        5,
         lambda run, data: images(run, data / "radar_gestures" / "png" / "test", 50),
         IMAGE_NUMBERS,
-        (*RADAR, "codec.path={runs}/radar_vae"),
+        (*RADAR, *COSINE, "codec.path={runs}/radar_vae"),
     ),
     "C-pixels": Experiment(
         "digits",
-        20,
+        10,
         lambda run, data: images(run, data / "radar_gestures" / "png" / "test", 50),
         IMAGE_NUMBERS,
-        ("data.source=images", *RADAR, "data.image_size=64", "data.channels=1", "diffusion.prediction=v"),
+        (
+            "data.source=images",
+            *RADAR,
+            *COSINE,
+            "data.image_size=64",
+            "data.channels=1",
+            "data.val_fraction=0.1",
+            "model.patch_size=4",
+            "model.channel_mult=[2,2,4]",
+            "training.batch_size=16",
+        ),
     ),
-    "D": Experiment(
+    "D-fashion": Experiment(
+        "digits",
+        60,
+        lambda run, data: images(run, fashion(run.parents[1], data, "t10k"), 100),
+        IMAGE_NUMBERS,
+        FASHION,
+        ("unet-conv", "hae-v3"),
+    ),
+    "D-phantom": Experiment(
         "phantom",
         60,
         anomalies,
@@ -262,12 +299,14 @@ def compare(name: str, runs: Path, data: Path, workers: int) -> None:
         results["minutes"] = experiment.minutes
         save(name, results)
     steps = {arm: round(60 * experiment.minutes / seconds) for arm, seconds in results["step_seconds"].items()}
+    if (codec := codec_run(configure(name, experiment.arms[0], runs, data))) is not None:
+        to_the_end(codec)
     jobs = Jobs(name, runs, data, workers, results)
-    jobs.run([(arm, rate, CHOICE_SEED, steps[arm] // 2, False) for arm in experiment.arms for rate in experiment.rates])
+    jobs.run([(arm, rate, CHOICE_SEED, steps[arm] // 4, False) for arm in experiment.arms for rate in experiment.rates])
     rates = {}
     for arm in experiment.arms:
         losses = {
-            r: results["runs"][f"{arm} {r:g} {CHOICE_SEED} {steps[arm] // 2}"]["val_loss"] for r in experiment.rates
+            r: results["runs"][f"{arm} {r:g} {CHOICE_SEED} {steps[arm] // 4}"]["val_loss"] for r in experiment.rates
         }
         rates[arm] = min(losses, key=lambda rate: losses[rate])
     results["rates"] = rates
@@ -310,7 +349,7 @@ def speed() -> None:
     results: dict[str, Any] = {}
     for title, (size, channels, batch) in SPEEDS.items():
         size_of = {"sample_size": size, "in_channels": 3, "model_channels": channels, "num_classes": 10}
-        networks = {arm: create_model(arm, **size_of) for arm in ARMS}
+        networks = {arm: create_model(arm, **size_of) for arm in BLOCKS}
         x, t = torch.randn(batch, 3, size, size), torch.full((batch,), 500)
         y = torch.ones(batch, dtype=torch.long)
 
@@ -320,7 +359,7 @@ def speed() -> None:
 
         times = interleaved({arm: lambda n=network, f=train: f(n) for arm, network in networks.items()}, 9)
         results[title] = {
-            arm: statistics.median(a / b for a, b in zip(times[arm], times[PEER], strict=True)) for arm in ARMS
+            arm: statistics.median(a / b for a, b in zip(times[arm], times[PEER], strict=True)) for arm in BLOCKS
         }
         print(f"{title}: training step, {PEER} = 1: " + ", ".join(f"{k} {v:.2f}" for k, v in results[title].items()))
     save("speed", results)

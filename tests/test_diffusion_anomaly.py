@@ -16,7 +16,7 @@ from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError
 from tests.oracles.anomaly import literal_forward_process
 
-SCHEDULE = NoiseSchedule.from_config(DiffusionConfig())
+SCHEDULE = NoiseSchedule.from_config(DiffusionConfig(schedule="linear"))
 COUNT, CHANNELS, SIDE = 3, 2, 8
 HEALTHY, NONE = torch.zeros(COUNT, dtype=torch.long), torch.full((COUNT,), -1)
 

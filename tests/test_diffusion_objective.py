@@ -163,7 +163,7 @@ def test_hybrid_loss(kind):
 
 
 def test_bound_trains_the_variance_only():
-    objective = build(learn_variance=True, num_train_timesteps=50)
+    objective = build(prediction="epsilon", schedule="linear", learn_variance=True, num_train_timesteps=50)
     x0, noise = torch.rand(4, 3, 4, 4) * 2 - 1, torch.randn(4, 3, 4, 4)
     t = torch.tensor([0, 1, 20, 49])
     output = torch.randn(4, 6, 4, 4, requires_grad=True)
@@ -176,7 +176,7 @@ def test_bound_trains_the_variance_only():
 
 
 def test_perfect_prediction_has_no_bound_above_zero():
-    objective = build(learn_variance=True, num_train_timesteps=50)
+    objective = build(prediction="epsilon", schedule="linear", learn_variance=True, num_train_timesteps=50)
     x0, noise = torch.rand(3, 3, 4, 4) * 2 - 1, torch.randn(3, 3, 4, 4)
     smallest = torch.full_like(noise, -1.0)
     _, parts = objective.losses(

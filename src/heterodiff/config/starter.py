@@ -20,6 +20,7 @@ training:
   learning_rate: 1.0e-3  # lower it if the loss jumps or becomes nan
   warmup_steps: 50       # steps over which the learning rate rises
   ema_decay: 0.995       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 200
+diffusion: {prediction: epsilon, schedule: linear}  # what the denoiser predicts, and its noise levels
 sampling:
   guidance_scale: 1.5    # 1 is unguided; larger follows the class more closely, with less variety
 """
@@ -31,15 +32,12 @@ data:
   path: data/images      # your folder: a subfolder for each class, or metadata.csv with file_name,label
   image_size: 64         # height and width after resizing; leave it out to keep those of the files
 model:
-  variant: hae-v2        # the network; `heterodiff models` lists all
-  model_channels: 32     # its width, a multiple of 32; 64 or 128 on a GPU
-  patch_size: 2          # patches of 2x2 pixels cost about a quarter; 1 on a GPU
+  variant: unet-conv     # the network; `heterodiff models` lists all
+  patch_size: 2          # patches of 2x2 pixels cost about a quarter; 4 for 128x128 pixels or little time, 1 on a GPU
 training:
-  steps: 5000            # a finished run can be made longer
-  batch_size: 32         # images of a step; fewer take less memory
-  learning_rate: 4.0e-4  # lower it if the loss jumps or becomes nan
-  ema_decay: 0.999       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 1000
-sampling: {guidance_scale: 2.0}  # 1 is unguided; larger follows the class more closely, with less variety
+  minutes: 20            # the number of steps and the width of the network follow; a finished run can be made longer
+  batch_size: 16         # images of a step; 64 on a GPU
+sampling: {guidance_scale: 1.5}  # 1 is unguided; larger follows the class more closely, with less variety
 """
 
 CAPTIONS = """\
@@ -69,11 +67,11 @@ data:
   image_size: 64         # sides of the slices after resizing; 128 on a GPU
   test_fraction: 0.2     # share of the patients kept for the last measurement
 model: {model_channels: 32, patch_size: 2}  # width, 128 on a GPU; patches of 2x2 pixels cost about a quarter
+diffusion: {prediction: epsilon, schedule: linear}  # what the denoiser predicts, and its noise levels
 training:
   steps: 2000            # a short training; 60000 on a GPU
   batch_size: 16         # slices of a step; fewer take less memory
   learning_rate: 4.0e-4  # 1.0e-4 for a long training
-  ema_decay: 0.998       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 500
 segmentation:            # the next line suits short trainings; leave both out for long ones
   {depth: 250, num_inference_steps: 25, guidance_scale: 30, score: peak, threshold: half-peak}
 """
@@ -90,7 +88,7 @@ codec:
   training: {steps: 1200, batch_size: 16, learning_rate: 1.5e-3, warmup_steps: 50, ema_decay: 0.99}  # of the VAE
 vae: {block_out_channels: [16, 32, 64], structural_weight: 0.3}  # three levels: factor 4; weight of 1 - SSIM
 model: {variant: hae-v2, model_channels: 32, layers_per_block: 1}  # the denoiser; `heterodiff models` lists all
-diffusion: {prediction: v}  # what the denoiser predicts
+diffusion: {prediction: v, schedule: linear}  # what the denoiser predicts, and its noise levels
 training: {steps: 1500, batch_size: 32, learning_rate: 1.0e-3, warmup_steps: 50, ema_decay: 0.995}  # of the denoiser
 sampling: {guidance_scale: 1.5}  # 1 is unguided; larger follows the class more closely, with less variety
 """

@@ -11,11 +11,13 @@ class DiffusionConfig(Section):
     """Forward process and objective."""
 
     schedule: Literal["linear", "cosine"] = Field(
-        "linear", description="noise schedule (betas), not of prediction: flow"
+        "cosine", description="noise schedule (betas), not of prediction: flow; linear in earlier runs"
     )
     num_train_timesteps: Annotated[int, Field(ge=10, le=1_000_000)] = Field(1000, description="number of noise levels")
     prediction: Literal["epsilon", "v", "sample", "flow"] = Field(
-        "epsilon", description="target of the network: noise, v, clean image, or velocity of a rectified flow"
+        "v",
+        description="target of the network: noise, v, clean image, or velocity of a rectified flow; epsilon in earlier "
+        "runs",
     )
     learn_variance: bool = Field(False, description="learn the variance of reverse steps, too (Nichol & Dhariwal 2021)")
     weighting: Literal["none", "min-snr"] = Field(

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
 
 EARLIER_DEFAULTS: dict[str, Any] = {
     "alignment.latent_channels": 256,
+    "diffusion.prediction": "epsilon",
+    "diffusion.schedule": "linear",
     "model.channel_mult": None,
     "model.model_channels": 64,
     "model.norm_groups": 32,
