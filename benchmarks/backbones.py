@@ -41,11 +41,11 @@ from heterodiff.training.codec_stage import codec_run
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data")
 NAME = "backbones"
 ARMS: dict[str, tuple[str, ...]] = {
+    "unet-conv": ("model.variant=unet-conv",),
+    "hae-v3": ("model.variant=hae-v3",),
     "unet": ("model.variant=unet",),
     "hae-v2": ("model.variant=hae-v2",),
     "unet-lean": ("model.variant=unet-lean",),
-    "unet-conv": ("model.variant=unet-conv",),
-    "hae-v3": ("model.variant=hae-v3",),
     PEER: (f"model.variant={PEER}",),
     f"{PEER}-pixels": (f"model.variant={PEER}", "model.patch_size=1", "model.channel_mult=[1,2,2]"),
 }

@@ -1,5 +1,6 @@
 """Networks of other libraries in our training loop, as one more variant."""
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from heterodiff.config import readers
 from heterodiff.models.backbone import UNetOutput
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import VARIANTS, Variant
@@ -60,4 +62,8 @@ class DiffusersUNet(HAEUNet):
 def register_peers() -> None:
     """Let configurations name the networks of this file, and pipelines load them."""
     VARIANTS[PEER] = Variant("diffusers' UNet2DModel", network=f"{__name__}:DiffusersUNet")
+    for index, reader in enumerate(readers.READERS):
+        if reader.covers("model.patch_size") and reader.decided_by == "model.variant":
+            everywhere = replace(reader, reads=lambda run: run.model.variant in VARIANTS)
+            readers.READERS = (*readers.READERS[:index], everywhere, *readers.READERS[index + 1 :])
     mock.patch("heterodiff.pipelines.load.HAEUNet", (HAEUNet, DiffusersUNet)).start()
