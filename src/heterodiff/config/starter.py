@@ -4,25 +4,19 @@ from pathlib import Path
 
 from heterodiff.errors import ConfigError, unknown_name
 
-NAME = "NAME"
-"""Placeholder of the file name, without suffix, in the texts below."""
-
 DIGITS = """\
 # Handwritten digits of 8x8 pixels, which come with heterodiff. `heterodiff keys` explains every key.
 data: {source: digits, val_fraction: 0.2}  # a fifth of the images is held out to measure the model
 model:
-  variant: hae-v2        # the network; `heterodiff models` lists all
+  variant: hae-v3        # the network; `heterodiff models` lists all
   model_channels: 32     # its width, a multiple of 32: wider learns more and takes longer
   layers_per_block: 1    # its depth
 training:
-  steps: 1000            # minutes on a CPU; a finished run can be made longer
+  steps: 2400            # minutes on a CPU; a finished run can be made longer
   batch_size: 64         # images of a step; fewer take less memory
   learning_rate: 1.0e-3  # lower it if the loss jumps or becomes nan
-  warmup_steps: 50       # steps over which the learning rate rises
-  ema_decay: 0.995       # the model used averages the weights of at most the last 1 / (1 - ema_decay) steps, here 200
-diffusion: {prediction: epsilon, schedule: linear}  # what the denoiser predicts, and its noise levels
 sampling:
-  guidance_scale: 1.5    # 1 is unguided; larger follows the class more closely, with less variety
+  guidance_scale: 1.25   # 1 is unguided; larger follows the class more closely, with less variety
 """
 
 IMAGES = """\
@@ -77,19 +71,20 @@ segmentation:            # the next line suits short trainings; leave both out f
 """
 
 RADAR = """\
-# Radar spectrograms of six simulated movers: first a VAE, then diffusion in its latents.
+# Radar spectrograms of six simulated movers. `heterodiff keys` explains every key.
 data:
   source: microdoppler   # your own: source: images and path: FOLDER, with a subfolder for each class
   image_size: 64         # height and width after resizing
   microdoppler: {images_per_class: 250, snr_db: [25, 40]}  # simulated images, signal to noise; not for your own
-codec:
-  kind: kl-vae           # latents of a VAE, 4x16x16 here; leave section codec out to train on the pixels
-  path: runs/NAME_vae    # the VAE is trained in this folder first, if it is not there yet
-  training: {steps: 1200, batch_size: 16, learning_rate: 1.5e-3, warmup_steps: 50, ema_decay: 0.99}  # of the VAE
-vae: {block_out_channels: [16, 32, 64], structural_weight: 0.3}  # three levels: factor 4; weight of 1 - SSIM
-model: {variant: hae-v2, model_channels: 32, layers_per_block: 1}  # the denoiser; `heterodiff models` lists all
-diffusion: {prediction: v, schedule: linear}  # what the denoiser predicts, and its noise levels
-training: {steps: 1500, batch_size: 32, learning_rate: 1.0e-3, warmup_steps: 50, ema_decay: 0.995}  # of the denoiser
+model:
+  variant: hae-v3        # the network; `heterodiff models` lists all
+  model_channels: 64     # its width, a multiple of 32
+  channel_mult: [1, 1, 2]  # three levels, the last of twice that width
+  layers_per_block: 1    # its depth
+  patch_size: 4          # patches of 4x4 pixels cost a sixteenth; 2 or 1 on a GPU
+training:
+  steps: 5000            # minutes on a CPU; a finished run can be made longer
+  batch_size: 16         # images of a step; fewer take less memory
 sampling: {guidance_scale: 1.5}  # 1 is unguided; larger follows the class more closely, with less variety
 """
 
@@ -110,7 +105,7 @@ def write_starter(task: str, path: Path) -> None:
         raise ConfigError(f"--out {path}: expected the name of a YAML file, such as {path.name or task}.yaml")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(STARTERS[task].replace(NAME, path.stem))
+            file.write(STARTERS[task])
     except FileExistsError:
         raise ConfigError(f"{path}: exists already and is not overwritten; name another file with --out") from None
     except OSError as error:
