@@ -29,6 +29,14 @@ ATTENTION_SIDE = 16
 """Maps up to this side get attention by default."""
 
 
+MIN_LEVELS = 2
+
+
+def _halvings(side: int) -> int:
+    """How often ``side`` can be halved to an integer."""
+    return (side & -side).bit_length() - 1
+
+
 def default_levels(
     sample_size: int | Sequence[int],
     patch_size: int = 1,
@@ -44,12 +52,16 @@ def default_levels(
         channel_mult, attention_resolutions: returned as they are, unless None.
 
     Returns:
-        channel_mult by the size, and as attention_resolutions all downsampling factors at which maps have at most
-        ``attention_side`` positions a side.
+        channel_mult by the size, with as many levels as halve it evenly, two at least; and as attention_resolutions
+        all downsampling factors at which maps have at most ``attention_side`` positions a side.
     """
-    side = (sample_size if isinstance(sample_size, int) else max(sample_size)) / max(1, patch_size)
+    sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
+    side = max(sides) / max(1, patch_size)
     if channel_mult is None:
         channel_mult = next((mult for largest, mult in CHANNEL_MULT_BY_SIDE if side <= largest), LARGE_CHANNEL_MULT)
+        if all(one % max(1, patch_size) == 0 for one in sides):  # else no number of levels suits
+            halvings = min(_halvings(one // max(1, patch_size)) for one in sides)
+            channel_mult = channel_mult[: max(MIN_LEVELS, halvings + 1)]
     if attention_resolutions is None:
         factors = (2**level for level in range(len(channel_mult)))
         attention_resolutions = [factor for factor in factors if side / factor <= attention_side]
