@@ -112,7 +112,12 @@ def images(run: Path, unseen: Path, per_class: int) -> dict[str, float]:
 
 IMAGE_NUMBERS = {"frechet": False, "cnn_accuracy": True, "svm_accuracy": True, "val_loss": False}
 COSINE = ("diffusion.prediction=v", "diffusion.schedule=cosine")
-PHANTOM = ("data.test_fraction=0.1", "model.channel_mult=[1,2,3]", "segmentation.num_inference_steps=13")
+PHANTOM = (
+    "data.test_fraction=0.1",
+    "model.norm_groups=32",
+    "model.channel_mult=[1,2,3]",
+    "segmentation.num_inference_steps=13",
+)
 RADAR = ("data.path={data}/radar_gestures/png/train", "model.model_channels=32")
 FASHION = (
     "data.source=images",

@@ -26,14 +26,16 @@ from heterodiff.pipelines.image_files import all_classes, draw_classes
 from heterodiff.pipelines.load import load_generation
 
 PER_CLASS = 20
+SCALE = 1.25
+"""The shipped guidance scale."""
 ROWS: list[dict[str, Any]] = [
     *({"sampler": "dpmpp", "num_inference_steps": 20, "guidance_scale": w} for w in (1.0, 1.25, 1.5, 2.0, 3.0)),
-    *({"sampler": "dpmpp", "num_inference_steps": n, "guidance_scale": 1.5} for n in (5, 10, 50)),
+    *({"sampler": "dpmpp", "num_inference_steps": n, "guidance_scale": SCALE} for n in (5, 10, 50)),
     *(
-        {"sampler": s, "num_inference_steps": 20, "guidance_scale": 1.5}
+        {"sampler": s, "num_inference_steps": 20, "guidance_scale": SCALE}
         for s in ("ddim", "unipc", "euler", "heun", "ddpm")
     ),
-    {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": 1.5},
+    {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": SCALE},
 ]
 
 
