@@ -163,7 +163,7 @@ def test_bad_images_can_be_skipped(images: Path, tmp_path: Path) -> None:
 CONFIG_CASES = {
     "data.path=nowhere": "nowhere",
     "data.source=digit": "did you mean 'digits'",
-    "data.image_size=[10, 7]": "nearest widths [4, 8]",
+    "data.image_size=[10, 7]": "nearest widths [6, 8]",
     "data.image_size=9": "nearest heights [8, 12]",
     "model.variant=hae-v9": "did you mean 'hae-v3'",
     "model.modelchannels=32": "did you mean 'model_channels'",
@@ -278,8 +278,8 @@ def test_overrides_of_a_demo_come_last(tmp_path: Path, monkeypatch: pytest.Monke
         raise ConfigError(f"{config.training.steps} {seeds} {config.output} {config.codec.path}")
 
     monkeypatch.setattr("heterodiff.demo.train", stop)
-    assert call("demo", "radar", "training.steps=7", "codec.training.seed=1", "--seed", "5", "--out", "a/b") == 1
-    assert call("demo", "radar", "training.steps=7", "output=c", "codec.path=d") == 1
+    assert call("demo", "latents", "training.steps=7", "codec.training.seed=1", "--seed", "5", "--out", "a/b") == 1
+    assert call("demo", "latents", "training.steps=7", "output=c", "codec.path=d") == 1
     assert capsys.readouterr().err.splitlines() == ["error: 7 (5, 1) a/b a/b_vae", "error: 7 (0, 0) c d"]
     assert call("demo", "digits", "training.step=7") == 1
     assert "did you mean 'steps'" in capsys.readouterr().err

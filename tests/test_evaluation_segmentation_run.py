@@ -42,7 +42,7 @@ def settings(output: Path, **more: object) -> RunConfig:
             "test_fraction": 0.3,
         },
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
-        "diffusion": {},
+        "diffusion": {"prediction": "epsilon", "schedule": "linear"},
         "sampling": {"num_inference_steps": 2},
         "segmentation": {"depth": 300, "num_inference_steps": 6},
         "training": {"steps": 2, "batch_size": 8, "warmup_steps": 1, "tensorboard": False},

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.models import normalization
-from heterodiff.models.normalization import GroupNorm32, norm_silu
+from heterodiff.models.normalization import GroupNorm32, norm_silu, set_norm_groups
 from heterodiff.models.profile import count_saved_bytes
 
 WAYS = {"kernel": ("kernel", ()), "kernel of NCHW maps": ("kernel", ("cpu",)), "tokens": ("tokens", ())}
@@ -19,9 +19,12 @@ def way(request, monkeypatch) -> str:
     return name
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> tuple[GroupNorm32, Tensor]:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, groups: int = 32
+) -> tuple[GroupNorm32, Tensor]:
     torch.manual_seed(0)
     norm = GroupNorm32(shape[1])
+    set_norm_groups(norm, groups)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
@@ -29,21 +32,22 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory
 
 
 def formula(x: Tensor, norm: GroupNorm32, silu: bool) -> Tensor:
-    groups = x.double().reshape(len(x), 32, -1)
+    groups = x.double().reshape(len(x), norm.num_groups, -1)
     centred = groups - groups.mean(-1, keepdim=True)
     normal = (centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()).view(x.shape)
     y = normal * norm.weight[:, None, None].double() + norm.bias[:, None, None].double()
     return y * torch.sigmoid(y) if silu else y
 
 
+@pytest.mark.parametrize("groups", [32, 8])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 64, 6, 5), (1, 32, 1, 1), (3, 96, 1, 4)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)]
 )
-def test_values_gradients_layout_and_precision(way, shape, memory_format, dtype, tolerance, silu):
-    norm, x = make(shape, dtype, memory_format)
+def test_values_gradients_layout_and_precision(way, shape, memory_format, dtype, tolerance, silu, groups):
+    norm, x = make(shape, dtype, memory_format, groups)
     inputs = [x, norm.weight, norm.bias]
     found, expected = norm_silu(x, norm) if silu else norm(x), formula(x, norm, silu)
     direction = torch.randn(shape).to(dtype)

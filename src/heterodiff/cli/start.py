@@ -9,7 +9,13 @@ import typer
 from heterodiff.cli.options import AsJson, Overrides, Seed
 from heterodiff.errors import ConfigError, unknown_name
 
-DEMOS = {"digits": "digits", "radar": "microdoppler_small", "text": "shapes_small", "brain": "phantom_small"}
+DEMOS = {
+    "digits": "digits",
+    "latents": "digits_latent",
+    "radar": "microdoppler_small",
+    "text": "shapes_small",
+    "brain": "phantom_small",
+}
 """Names of the shipped configurations."""
 
 
@@ -17,8 +23,9 @@ def demo(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="[digits|radar|text|brain]",
-            help="Real digits, simulated radar, pictures with captions, or simulated heads with lesions.",
+            metavar="[digits|latents|radar|text|brain]",
+            help="Real digits, the same in the latents of a VAE, simulated radar, pictures with captions, or simulated "
+            "heads with lesions.",
         ),
     ] = "digits",
     overrides: Overrides = None,

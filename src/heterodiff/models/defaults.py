@@ -33,7 +33,7 @@ MIN_LEVELS = 2
 
 
 def _halvings(side: int) -> int:
-    """How often ``side`` can be halved to an integer."""
+    """Number of times that ``side`` can be halved to an integer."""
     return (side & -side).bit_length() - 1
 
 
