@@ -110,3 +110,30 @@ def test_a_dry_run_names_the_steps_of_the_minutes(tmp_path: Path, monkeypatch: p
     rows = dict(trial.dry_run(open_config(tmp_path / "run", training__minutes=10)).rows)
     assert rows["step"].endswith("285 steps take about 9 min 30 s")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_before_goes_on_with_the_defaults_of_before(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    before = {"diffusion__prediction": "epsilon", "diffusion__schedule": "linear", "model__norm_groups": 32}
+    train(tiny_config(output, model__variant="hae-v3", training__steps=4, **before), quiet=True, stop_after=2)
+    file = RunFolder(output).config_file
+    text = file.read_text()
+    assert "norm_groups: 32\n" in text
+    file.write_text("".join(line for line in text.splitlines(True) if "norm_groups" not in line))  # a key of later
+    left_open = tiny_config(output, model__variant="hae-v3", training__steps=4)
+    assert train(left_open, quiet=True).step == 4
+    config = RunFolder(output).config()
+    assert (config.diffusion.prediction, config.diffusion.schedule, config.model.norm_groups) == (
+        "epsilon",
+        "linear",
+        32,
+    )
+    with pytest.raises(RunError, match="diffusion.prediction: epsilon -> v"):
+        train(tiny_config(output, model__variant="hae-v3", training__steps=4, diffusion__prediction="v"), quiet=True)
+
+
+def test_a_new_run_keeps_its_groups(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", model__variant="hae-v3", training__steps=4)
+    train(config, quiet=True, stop_after=2)
+    assert train(config, quiet=True).step == 4
+    assert '"norm_groups": 8' in (tmp_path / "run" / "unet" / "config.json").read_text()
