@@ -1,4 +1,4 @@
-"""Text to image and back: speed at the default sizes, and how good the shipped runs are.
+"""Text to image and back: speed at the sizes for 224x224, and how good the shipped runs are.
 
     python -m benchmarks.text_image                                  speed only
     python -m benchmarks.text_image --runs runs [shapes] [emoji]     also train (or go on with) and evaluate these
@@ -38,8 +38,8 @@ STEPS, CAPTIONS, CAPTION_TOKENS, LONG_TOKENS, MANY = 50, 3, 30, 60, 16
 ROUNDS = 3
 
 
-def default_pipeline() -> TextImagePipeline:
-    """All networks at their default sizes for 224x224, with random weights."""
+def large_pipeline() -> TextImagePipeline:
+    """All networks at the sizes of ``configs/coco_224.yaml``, with random weights."""
     torch.manual_seed(0)
     text = TextConfig()
     tokenizer = train_tokenizer([f"word{k}" for k in range(text.vocabulary_size)], text.vocabulary_size)
@@ -48,7 +48,13 @@ def default_pipeline() -> TextImagePipeline:
     captioner = Captioner(len(tokenizer)).eval()
     prior_channels = 256 + FEATURE_CHANNELS
     unet = create_model(
-        "film-unet", latent_channels=256, latent_size=7, condition_dim=512, guess_channels=prior_channels
+        "film-unet",
+        latent_channels=256,
+        latent_size=7,
+        condition_dim=512,
+        guess_channels=prior_channels,
+        model_channels=128,
+        channel_mult=(1, 2, 4),
     ).eval()
     pipeline = TextImagePipeline(
         codec, encoder, tokenizer, captioner, unet, training_scheduler(DiffusionConfig(), False)
@@ -59,7 +65,7 @@ def default_pipeline() -> TextImagePipeline:
 
 def measure_speed() -> dict[str, Any]:
     """Seconds of a picture and of captions, and what the key-value cache is worth."""
-    pipeline = default_pipeline()
+    pipeline = large_pipeline()
     picture = torch.rand(1, 3, 224, 224)
     latents = pipeline.image_codec.encode(picture * 2 - 1).detach()
 
