@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from heterodiff.config import ModelConfig, RunConfig, TrainingConfig
-from heterodiff.config.file import load_config
-from heterodiff.errors import RunError
+from heterodiff.config.file import apply_override, load_config
+from heterodiff.errors import ConfigError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.loop import Trainer
 from heterodiff.training.optimization import learning_rate_at, with_rates
@@ -85,7 +85,7 @@ def test_more_minutes_make_a_finished_run_longer(tmp_path: Path, monkeypatch: py
 
 def test_minutes_do_not_fit_a_run_of_steps(tmp_path: Path) -> None:
     train(tiny_config(tmp_path / "run", training__steps=2), quiet=True)
-    with pytest.raises(RunError, match=r"training\.minutes: none -> 5; it began with training\.steps"):
+    with pytest.raises(RunError, match=r"training\.minutes: none -> 5; set training\.steps"):
         train(tiny_config(tmp_path / "run", training__steps=2, training__minutes=5), quiet=True)
 
 
@@ -134,3 +134,31 @@ def test_a_new_run_keeps_its_groups(tmp_path: Path) -> None:
     train(config, quiet=True, stop_after=2)
     assert train(config, quiet=True).step == 4
     assert '"norm_groups": 8' in (tmp_path / "run" / "unet" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("section", ["training", "codec.training"])
+def test_the_later_length_takes_the_place_of_the_earlier_one(section: str, tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    for override, left in (
+        ("minutes=20", {"minutes": 20}),
+        ("steps=300", {"steps": 300}),
+        ("minutes=5", {"minutes": 5}),
+        ("minutes=null", {"minutes": None}),
+        ("steps=7", {"steps": 7}),
+        ("minutes=null", {"steps": 7, "minutes": None}),
+    ):
+        apply_override(content, f"{section}.{override}")
+        inner = content["codec"] if section.startswith("codec") else content
+        assert inner["training"] == left
+    file = tmp_path / "both.yaml"
+    kind = "codec: {kind: kl-vae, path: vae, training: {steps: 3, minutes: 2}}\n"
+    file.write_text(kind if section.startswith("codec") else "training: {steps: 3, minutes: 2}\n")
+    with pytest.raises(ConfigError, match=rf"{section}\.steps=3 and {section}\.minutes=2 are both given"):
+        load_config(file)
+
+
+def test_steps_lengthen_a_run_of_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taking(1.0, monkeypatch)
+    train(open_config(tmp_path / "run", training__minutes=0.1), quiet=True)
+    longer = load_config(tmp_path / "run" / "config.yaml", ["training.steps=8"])
+    assert train(longer, quiet=True).step == 8

@@ -14,6 +14,8 @@ from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.defaults import NORM_GROUPS
 
 MAX_CONFIG_BYTES = 1_000_000
+LENGTHS = ("steps", "minutes")
+"""Keys of section ``training`` that set its length; a run saves both, the steps being those that it measured."""
 BESIDE_SAVED = ("run.json", "model_index.json")
 """Files that mark a run folder; the configuration beside them is that of the run."""
 
@@ -62,6 +64,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Set ``key.path=value``, the value read as YAML, in nested ``content``.
 
+    A length of a training (``steps`` or ``minutes``) takes the place of the other one.
+
     Raises:
         ConfigError: not of that form, or a path through a value.
     """
@@ -79,6 +83,21 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         section[last] = text
+    if parents[-1:] == ["training"] and last in LENGTHS and section[last] is not None:
+        section.pop(LENGTHS[1 - LENGTHS.index(last)], None)
+
+
+def _refuse_two_lengths(content: dict[str, Any], where: Path) -> None:
+    """Raise a ConfigError if ``content`` gives both steps and minutes to a training."""
+    codec = content.get("codec")
+    sections = {"training": content, "codec.training": codec if isinstance(codec, dict) else {}}
+    for name, parent in sections.items():
+        training = parent.get("training")
+        if isinstance(training, dict) and all(training.get(length) is not None for length in LENGTHS):
+            raise ConfigError(
+                f"{where}: {name}.steps={training['steps']} and {name}.minutes={training['minutes']} are both given; "
+                "leave one of them out"
+            )
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
@@ -148,6 +167,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         saved = parse_config(content, str(path), tolerated=None)
         given = {override.partition("=")[0].strip() for override in overrides}
         tolerated = {unread.key for unread in unread_keys(saved)} - given
+    else:
+        _refuse_two_lengths(content, path)
     for override in overrides:
         apply_override(content, override)
     content.setdefault("output", str(Path("runs") / path.stem))

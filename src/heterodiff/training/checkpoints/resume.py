@@ -91,7 +91,7 @@ def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[st
     ]
     if before.training.minutes is None and now.training.minutes is not None:
         changes.append(
-            f"training.minutes: none -> {now.training.minutes:g}; it began with training.steps, which can change"
+            f"training.minutes: none -> {now.training.minutes:g}; set training.steps, with which the run began"
         )
     if now.training.steps < reached:
         changes.append(f"training.steps: {before.training.steps} -> {now.training.steps}; {reached} steps are done")
