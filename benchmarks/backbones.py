@@ -67,6 +67,7 @@ class Experiment:
         overrides: changes to the configuration; ``{data}`` is the folder of data.
         arms: networks that are compared.
         higher_is_better: of each number that is compared.
+        rates_of: experiment whose learning rates are taken, which saves choosing them again; its own without one.
     """
 
     config: str
@@ -76,6 +77,7 @@ class Experiment:
     overrides: tuple[str, ...] = ()
     arms: tuple[str, ...] = BLOCKS
     rates: tuple[float, ...] = field(default=RATES)
+    rates_of: str | None = None
 
 
 def anomalies(run: Path, data: Path) -> dict[str, float]:
@@ -177,6 +179,7 @@ EXPERIMENTS = {
         IMAGE_NUMBERS,
         FASHION,
         ("unet-conv", "hae-v3"),
+        rates_of="B",
     ),
     "D-phantom": Experiment(
         "phantom",
@@ -184,7 +187,8 @@ EXPERIMENTS = {
         anomalies,
         {"dice": True, "auroc": True, "val_loss": False},
         PHANTOM,
-        arms=("unet-conv", "hae-v3"),
+        ("unet-conv", "hae-v3"),
+        rates_of="A",
     ),
 }
 
@@ -296,9 +300,28 @@ def save(name: str, results: dict[str, Any]) -> None:
     write_results(NAME, {**saved(), name: results})
 
 
-def compare(name: str, runs: Path, data: Path, workers: int) -> None:
-    """Do an experiment, or the rest of it, and print its table."""
+def chosen_rates(name: str, arms: tuple[str, ...], jobs: Jobs, steps: dict[str, int]) -> dict[str, float]:
+    """The learning rate of each network: least validation loss on the seed of choices, in a quarter of the time."""
+    experiment, results = EXPERIMENTS[name], jobs.results
+    if experiment.rates_of:
+        earlier = saved().get(experiment.rates_of, {}).get("rates", {})
+        if missing := [arm for arm in arms if arm not in earlier]:
+            raise SystemExit(
+                f"{name} takes the learning rates of {experiment.rates_of}: measure {missing[0]} there first"
+            )
+        return {arm: earlier[arm] for arm in arms}
+    jobs.run([(arm, rate, CHOICE_SEED, steps[arm] // 4, False) for arm in arms for rate in experiment.rates])
+    losses = {
+        arm: {r: results["runs"][f"{arm} {r:g} {CHOICE_SEED} {steps[arm] // 4}"]["val_loss"] for r in experiment.rates}
+        for arm in arms
+    }
+    return {arm: min(found, key=found.__getitem__) for arm, found in losses.items()}
+
+
+def compare(name: str, runs: Path, data: Path, workers: int, only: tuple[str, ...] = ()) -> None:
+    """Do an experiment, or the rest of it, of all its networks or ``only`` some, and print its table."""
     experiment, results = EXPERIMENTS[name], saved().get(name, {})
+    arms = tuple(arm for arm in experiment.arms if not only or arm in only)
     if "step_seconds" not in results:
         results["step_seconds"] = step_seconds(name, runs, data)
         results["minutes"] = experiment.minutes
@@ -307,18 +330,10 @@ def compare(name: str, runs: Path, data: Path, workers: int) -> None:
     if (codec := codec_run(configure(name, experiment.arms[0], runs, data))) is not None:
         to_the_end(codec)
     jobs = Jobs(name, runs, data, workers, results)
-    jobs.run([(arm, rate, CHOICE_SEED, steps[arm] // 4, False) for arm in experiment.arms for rate in experiment.rates])
-    rates = {}
-    for arm in experiment.arms:
-        losses = {
-            r: results["runs"][f"{arm} {r:g} {CHOICE_SEED} {steps[arm] // 4}"]["val_loss"] for r in experiment.rates
-        }
-        rates[arm] = min(losses, key=lambda rate: losses[rate])
-    results["rates"] = rates
-    jobs.run([(arm, rates[arm], seed, steps[arm], True) for seed in SEEDS for arm in experiment.arms])
-    table = {
-        arm: [results["runs"][f"{arm} {rates[arm]:g} {seed} {steps[arm]}"] for seed in SEEDS] for arm in experiment.arms
-    }
+    rates = chosen_rates(name, arms, jobs, steps)
+    results["rates"] = {**results.get("rates", {}), **rates}
+    jobs.run([(arm, rates[arm], seed, steps[arm], True) for seed in SEEDS for arm in arms])
+    table = {arm: [results["runs"][f"{arm} {rates[arm]:g} {seed} {steps[arm]}"] for seed in SEEDS] for arm in arms}
     for arm, rows in table.items():
         cells = [
             f"{key} {statistics.mean(row[key] for row in rows):.4g} ({min(row[key] for row in rows):.4g} to "
@@ -327,10 +342,13 @@ def compare(name: str, runs: Path, data: Path, workers: int) -> None:
         ]
         print(f"{name} {arm:10} {steps[arm]:6} steps of {results['step_seconds'][arm]:.3f} s  {'  '.join(cells)}")
     results["differences"] = {
-        f"{arm} - {base}": {key: difference(table[arm], table[base], key) for key in experiment.higher_is_better}
-        for arm in experiment.arms
-        for base in ("unet", "unet-conv", PEER)
-        if base in experiment.arms and arm != base
+        **results.get("differences", {}),
+        **{
+            f"{arm} - {base}": {key: difference(table[arm], table[base], key) for key in experiment.higher_is_better}
+            for arm in arms
+            for base in ("unet", "unet-conv", PEER)
+            if base in arms and arm != base
+        },
     }
     for pair, found in results["differences"].items():
         print(f"{name} {pair}: " + "  ".join(f"{k} {v['mean']:+.4g} ± {v['interval']:.2g}" for k, v in found.items()))
@@ -377,6 +395,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/backbones"))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, help="only these networks; default: all")
     parser.add_argument("--job", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in every]:
@@ -391,7 +410,7 @@ def main() -> None:
         if name == "speed":
             speed()
         else:
-            compare(name, arguments.runs, arguments.data, arguments.workers)
+            compare(name, arguments.runs, arguments.data, arguments.workers, tuple(arguments.arms))
 
 
 if __name__ == "__main__":
