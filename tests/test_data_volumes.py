@@ -131,8 +131,9 @@ def test_channels_of_a_slice_are_stretched_each() -> None:
 # --- the source --------------------------------------------------------------------------------
 
 
-def test_patients_become_labelled_slices(tmp_path: Path) -> None:
-    found = open_volumes(settings(patients(tmp_path / "data")))
+@pytest.mark.parametrize("normalization", ["patient", "slice"])
+def test_patients_become_labelled_slices(tmp_path: Path, normalization: str) -> None:
+    found = open_volumes(settings(patients(tmp_path / "data"), volumes={"normalization": normalization}))
     assert found.groups is not None
     assert found.mask is not None
     assert len({*found.names}) == len(found.names)
@@ -142,7 +143,8 @@ def test_patients_become_labelled_slices(tmp_path: Path) -> None:
         assert found.class_of[row] == ("unhealthy" if number in (0, 2) and z in (4, 5) else "healthy")
         expected = slice_patient(Patient(head(number), None), (32, 32), 0.02)
         picture = expected.image[expected.index.tolist().index(z)]
-        np.testing.assert_allclose(found.read(row), stretch_slice(picture), atol=2e-3)  # kept in half precision
+        shown = picture if normalization == "patient" else stretch_slice(picture)
+        np.testing.assert_allclose(found.read(row), shown, atol=2e-3)  # kept in half precision
         assert found.mask(row).any() == (found.class_of[row] == "unhealthy")
     assert pickle.loads(pickle.dumps(found.read))(3).shape == (2, 32, 32)
 
@@ -283,16 +285,23 @@ def arrays(**more: np.ndarray) -> dict[str, np.ndarray]:
     return {"image": image, "mask": mask, "patient": np.array([7, 7, 7, 19, 19, 19]), "z": np.arange(6) % 3 + 10} | more
 
 
-def test_slices_of_an_npz_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalization", ["patient", "slice"])
+def test_slices_of_an_npz_file(tmp_path: Path, normalization: str) -> None:
+    """Of a patient every slice, and no slice of another, counts for the scale of a channel."""
     np.savez(tmp_path / "slices.npz", **arrays())
-    found = open_volumes(settings(tmp_path / "slices.npz", image_size=20))
+    config = settings(tmp_path / "slices.npz", image_size=20, volumes={"normalization": normalization})
+    found = open_volumes(config)
     assert found.names == ("7/0010", "7/0011", "7/0012", "19/0010", "19/0011", "19/0012")
     assert found.class_of == ("healthy", "unhealthy") * 3
     assert found.mask is not None
     content = arrays()
     for row in range(6):
         square = np.pad(content["image"][row], ((0, 0), (0, 0), (3, 3))).astype(np.float32)
-        np.testing.assert_allclose(found.read(row), stretch_slice(square), atol=1e-6)
+        own = content["image"][content["patient"] == content["patient"][row]]
+        tops = [np.percentile(own[:, c][own[:, c] > 0], 99) for c in range(2)]
+        scaled = np.clip(square / np.array(tops)[:, None, None], 0, 1)
+        shown = scaled if normalization == "patient" else stretch_slice(square)
+        np.testing.assert_allclose(found.read(row), shown, atol=1e-6)
         np.testing.assert_array_equal(found.mask(row), np.pad(content["mask"][row], ((0, 0), (3, 3))))
 
 

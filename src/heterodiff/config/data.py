@@ -110,6 +110,11 @@ class VolumesConfig(Section):
         None, description="folder of the cached slices; default: data.path with _slices appended"
     )
     least_brain: Fraction = Field(0.02, description="minimum brain area of a slice, as a fraction of its area")
+    normalization: Literal["patient", "slice"] = Field(
+        "patient",
+        description="scale of each channel; patient: 99th percentile of the patient's foreground to 1, so that "
+        "brightness compares between slices; slice: minimum and maximum of each slice to 0 and 1, as in earlier runs",
+    )
 
     @model_validator(mode="after")
     def _has_modalities(self) -> "VolumesConfig":

@@ -18,6 +18,8 @@ LENGTHS = ("steps", "minutes")
 """Keys of section ``training`` that set its length; a run saves both, the steps being those that it measured."""
 BESIDE_SAVED = ("run.json", "model_index.json")
 """Files that mark a run folder; the configuration beside them is that of the run."""
+ADDED_KEYS = {("model", "norm_groups"): NORM_GROUPS, ("data", "volumes", "normalization"): "slice"}
+"""Keys that earlier runs did not save, and what these runs did."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -162,8 +164,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     content = read_yaml(path)
     tolerated: Container[str] | None = ()
     if any((path.parent / name).is_file() for name in BESIDE_SAVED):
-        if isinstance(model := content.get("model"), dict):
-            model.setdefault("norm_groups", NORM_GROUPS)  # a run from before this key was there
+        for (*sections, key), value in ADDED_KEYS.items():
+            inner: Any = content
+            for section in sections:
+                inner = inner.get(section) if isinstance(inner, dict) else None
+            if isinstance(inner, dict):
+                inner.setdefault(key, value)
         saved = parse_config(content, str(path), tolerated=None)
         given = {override.partition("=")[0].strip() for override in overrides}
         tolerated = {unread.key for unread in unread_keys(saved)} - given

@@ -54,9 +54,13 @@ def slice_patient(patient: Patient, size: Size, least_brain: float) -> Slices:
 
 def scale_volume(modality: np.ndarray) -> np.ndarray:
     """Divide (X, Y, Z) by the 99th percentile of its values above 0, and clip to [0, 1]."""
+    return np.clip(modality / foreground_top(modality), 0, 1).astype(np.float32)
+
+
+def foreground_top(modality: np.ndarray) -> float:
+    """Return the 99th percentile of the values above 0, at least 1e-12, or 1 if there are none."""
     inside = modality[modality > 0]
-    top = float(np.percentile(inside, PERCENTILE)) if inside.size else 1.0
-    return np.clip(modality / max(top, 1e-12), 0, 1).astype(np.float32)
+    return max(float(np.percentile(inside, PERCENTILE)), 1e-12) if inside.size else 1.0
 
 
 def to_pictures(volume: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,15 @@ from heterodiff.data.decoding import array_names, opened_npz, read_member
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
-from heterodiff.data.sources.slices import CLASSES, PERCENTILE, VERSION, resize_slices, slice_patient, stretch_slice
+from heterodiff.data.sources.slices import (
+    CLASSES,
+    PERCENTILE,
+    VERSION,
+    foreground_top,
+    resize_slices,
+    slice_patient,
+    stretch_slice,
+)
 from heterodiff.errors import CheckpointError, DataError
 from heterodiff.files import read_json, replacing, write_text
 
@@ -32,13 +41,15 @@ def layout_of(config: VolumesConfig) -> Layout:
 
 def preprocessing(config: DataConfig) -> dict[str, Any]:
     """Return every setting that changes the slices of given volumes, ready for JSON."""
-    return {
+    kept = {
         "version": VERSION,
         "channels": list(layout_of(config.volumes).modalities),
         "image_size": list(config.image_size or DEFAULT_SIZE),
         "percentile": PERCENTILE,
         "least_brain": config.volumes.least_brain,
     }
+    # Runs of before the key have no such entry.
+    return kept if config.volumes.normalization == "slice" else kept | {"normalization": config.volumes.normalization}
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -51,6 +62,16 @@ def known_fingerprint(config: DataConfig) -> str | None:
     if config.source != "volumes" or config.path is None or config.path.suffix.lower() == ".npz":
         return None
     return fingerprint(config)
+
+
+def finish_slice(config: VolumesConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what is done to a slice (C, H, W) whose patient has been scaled, when it is read."""
+    return stretch_slice if config.normalization == "slice" else unchanged
+
+
+def unchanged(image: np.ndarray) -> np.ndarray:
+    """Return ``image``; a function with a name, which worker processes can be sent."""
+    return image
 
 
 def slices_folder(config: DataConfig) -> Path | None:
@@ -74,9 +95,10 @@ class KeptSlices:
     """Row ``i`` is slice ``rows[i][1]`` of the arrays in files ``rows[i][0]`` + ``.image.npy`` and ``.mask.npy``."""
 
     rows: tuple[tuple[Path, int], ...]
+    finish: Callable[[np.ndarray], np.ndarray]
 
     def __call__(self, row: int) -> np.ndarray:
-        return stretch_slice(self._read(row, "image").astype(np.float32))
+        return self.finish(self._read(row, "image").astype(np.float32))
 
     def mask(self, row: int) -> np.ndarray:
         try:
@@ -132,7 +154,7 @@ def open_volumes(config: DataConfig) -> Collection:
     if not rows:
         raise DataError(f"{path}: no slice shows enough of the brain; lower data.volumes.least_brain")
     labelled = config.labels != "none" and bool(with_mask)
-    reader = KeptSlices(tuple(places))
+    reader = KeptSlices(tuple(places), finish_slice(config.volumes))
     return Collection(
         where=str(path),
         names=tuple(f"{patient.name}/{z:04d}" for patient, z, _ in rows),
@@ -189,20 +211,34 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class ArraySlices:
-    """Row ``i`` of ``image`` (N, C, H, W), at ``size`` and stretched; ``mask`` likewise."""
+    """Row ``i`` of ``image`` (N, C, H, W) at ``size``, divided by ``top`` (N, C) or stretched; ``mask`` likewise."""
 
     image: np.ndarray
     mask_array: np.ndarray | None
     size: Size
+    top: np.ndarray | None = None
 
     def __call__(self, row: int) -> np.ndarray:
         picture = self.image[row : row + 1].astype(np.float32)
-        return stretch_slice(resize_slices(picture, self.size, "bilinear")[0])
+        if self.top is None:
+            return stretch_slice(resize_slices(picture, self.size, "bilinear")[0])
+        return resize_slices(np.clip(picture / self.top[row, :, None, None], 0, 1), self.size, "bilinear")[0]
 
     def mask(self, row: int) -> np.ndarray:
         assert self.mask_array is not None
         mask = self.mask_array[row : row + 1, None].astype(np.float32)
         return resize_slices(mask, self.size, "nearest-exact")[0, 0] > 0.5
+
+
+def patient_tops(image: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """Return the 99th percentile of the values above 0 of each channel of each slice's patient, (N, C)."""
+    tops = np.ones(image.shape[:2], np.float32)
+    _, of = np.unique(np.asarray(patients), return_inverse=True)
+    for patient in range(of.max(initial=-1) + 1):
+        rows = np.flatnonzero(of == patient)
+        for channel in range(image.shape[1]):
+            tops[rows, channel] = foreground_top(image[rows, channel])
+    return tops
 
 
 def _open_npz(path: Path, config: DataConfig) -> Collection:
@@ -232,7 +268,8 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
     names = tuple(f"{group}/{int(index):04d}" for group, index in zip(groups, z, strict=True))
     if len(set(names)) < count:
         raise DataError(f"{path}: slices of a patient share a number in 'z'; leave 'z' out or correct it")
-    reader = ArraySlices(image, mask, config.image_size or DEFAULT_SIZE)
+    top = patient_tops(image, groups) if config.volumes.normalization == "patient" else None
+    reader = ArraySlices(image, mask, config.image_size or DEFAULT_SIZE, top)
     labelled = config.labels != "none" and mask is not None
     unhealthy = [mask is not None and bool(mask[row].any()) for row in range(count)]
     return Collection(

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from heterodiff.config import RunConfig
+from heterodiff.config.base import Section
 from heterodiff.errors import CheckpointError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
@@ -40,6 +42,7 @@ FREE_TO_CHANGE = (
 """Keys (and sections) that a resumed run may change: they do not alter what the steps done so far have learned."""
 
 EARLIER_DEFAULTS: dict[str, Any] = {
+    "data.volumes.normalization": "slice",
     "alignment.latent_channels": 256,
     "diffusion.prediction": "epsilon",
     "diffusion.schedule": "linear",
@@ -102,6 +105,12 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
+def _replaced(section: Section, path: Sequence[str], value: Any) -> Any:
+    """Return ``section`` with ``value`` at ``path``, the names of sections and at last of a key."""
+    inner = value if len(path) == 1 else _replaced(getattr(section, path[0]), path[1:], value)
+    return section.model_copy(update={path[0]: inner})
+
+
 def as_begun(config: RunConfig) -> RunConfig:
     """Return ``config`` with what the run in its folder began with, where ``config`` leaves it open.
 
@@ -114,11 +123,11 @@ def as_begun(config: RunConfig) -> RunConfig:
         return config
     before = RunFolder(config.output).config()
     for key in EARLIER_DEFAULTS:
-        section, name = key.split(".")
-        now, begun = getattr(config, section), getattr(getattr(before, section), name)
+        section, _, name = key.rpartition(".")
+        now, begun = attrgetter(section)(config), attrgetter(key)(before)
         chosen = getattr(now, name) is None and begun is not None  # chosen when the run began
         if chosen or (name not in now.model_fields_set and begun == EARLIER_DEFAULTS[key]):
-            config = config.model_copy(update={section: now.model_copy(update={name: begun})})
+            config = _replaced(config, key.split("."), begun)
     minutes, measured = config.training.minutes, before.training.minutes
     if minutes is not None and measured is not None:
         steps = {"steps": max(1, round(before.training.steps * minutes / measured))}
