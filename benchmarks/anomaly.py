@@ -27,13 +27,14 @@ from heterodiff.config import SegmentationConfig
 from heterodiff.config.file import load_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.sources import load_test
-from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies
+from heterodiff.evaluation.anomalies import evaluate_anomalies
+from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.memory import keep_freed_memory
 from heterodiff.metrics.segmentation import overlap, patient_interval
-from heterodiff.pipelines.anomaly_masks import calibrate
+from heterodiff.pipelines.anomalies.masks import calibrate
+from heterodiff.pipelines.anomalies.segment import Segmenter
 from heterodiff.pipelines.load import load_generation
-from heterodiff.pipelines.segment import Segmenter
 from heterodiff.report.writing import summary_lines
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.preflight.trial import trial

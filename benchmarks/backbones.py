@@ -82,7 +82,8 @@ class Experiment:
 
 def anomalies(run: Path, data: Path) -> dict[str, float]:
     """Dice and more on heads of another seed."""
-    from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies
+    from heterodiff.evaluation.anomalies import evaluate_anomalies
+    from heterodiff.evaluation.calibration import calibrate_run
     from heterodiff.run_folder import RunFolder
 
     calibrate_run(run)

@@ -77,9 +77,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "alignment.latent_noise": (0.2, TEXTS, VAE),
     "alignment.diffusion_weight": (1, JOINT, TEXTS),
     "segmentation.depth": (100, {}, LATENT),
-    "segmentation.patience": (3, {}, {"segmentation.method": "ddib"}),
+    "segmentation.patience": (3, {"segmentation.method": "forward-process"}, {"segmentation.method": "ddib"}),
     "segmentation.guidance_scale": (9, {"segmentation.method": "ddib"}, {"segmentation.method": "partial-noising"}),
-    "segmentation.seed": (1, {"segmentation.method": "partial-noising"}, {}),
+    "segmentation.seed": (1, {}, {"segmentation.method": "ddib"}),
+    "segmentation.score": ("peak", {"segmentation.method": "ddib"}, {}),
 }
 
 

@@ -1,5 +1,6 @@
 """A run on simulated heads is calibrated and evaluated from its folder; what is missing is said."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from heterodiff.cli import main
 from heterodiff.config import RunConfig, SegmentationConfig
@@ -15,16 +17,16 @@ from heterodiff.config.file import load_config, parse_config
 from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
-from heterodiff.evaluation import anomalies as segmentation_run
-from heterodiff.evaluation.anomalies import (
-    calibrate_run,
-    evaluate_anomalies,
-    finds_anomalies,
-)
+from heterodiff.evaluation import calibration as calibration_of
+from heterodiff.evaluation import heights as heights_of
+from heterodiff.evaluation.anomalies import evaluate_anomalies, finds_anomalies
+from heterodiff.evaluation.calibration import calibrate_run
+from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.models.unet import HAEUNet
-from heterodiff.pipelines.anomaly_masks import Calibration, drop_small, half_peak_mask, peak_score
+from heterodiff.pipelines.anomalies.label_weights import planes_of
+from heterodiff.pipelines.anomalies.masks import Calibration, drop_small, half_peak_mask, peak_score
+from heterodiff.pipelines.anomalies.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
 from heterodiff.pipelines.load import load_generation
-from heterodiff.pipelines.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
 from heterodiff.report.writing import summary_lines, write_report
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.start import train
@@ -44,7 +46,7 @@ def settings(output: Path, **more: object) -> RunConfig:
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
         "diffusion": {"prediction": "epsilon", "schedule": "linear"},
         "sampling": {"num_inference_steps": 2},
-        "segmentation": {"depth": 300, "num_inference_steps": 6},
+        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 6},
         "training": {"steps": 2, "batch_size": 8, "warmup_steps": 1, "tensorboard": False},
     }
     for key, value in more.items():
@@ -180,7 +182,7 @@ def test_an_untrained_model_is_not_calibrated_in_silence(run: Path) -> None:
 def test_masks_are_found_in_the_precision_of_the_calibration(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(segmentation_run, "calibrate", lambda *_: CALIBRATION)
+    monkeypatch.setattr(calibration_of, "calibrate", lambda *_: CALIBRATION)
     seen = []
     forward = HAEUNet.forward
 
@@ -351,3 +353,127 @@ def test_options_that_would_not_count_are_refused(
 def test_only_runs_of_images_with_masks_find_anomalies(run: Path, tmp_path: Path) -> None:
     assert not finds_anomalies(tmp_path)
     assert open_source(settings(run).data).mask is not None
+
+
+# ---- label-difference -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned nothing, on lesions that are bright: intensities alone find them."""
+    folder = tmp_path_factory.mktemp("weighed") / "run"
+    phantom = settings(folder).data.brain_phantom.model_copy(update={"patients": 16})
+    method = {"segmentation__method": "label-difference", "segmentation__num_inference_steps": None}
+    train(settings(folder, **method, segmentation__depth=None, data__brain_phantom=phantom), quiet=True)
+    return folder
+
+
+def test_planes_are_weighed_and_compared_with_intensities_alone(weighed: Path) -> None:
+    lines = "\n".join(calibrate_run(weighed))
+    calibration = load_calibration(weighed, RunFolder(weighed).config().segmentation, 4)
+    assert calibration.evidence is not None
+    assert calibration.intensity is not None
+    assert (len(calibration.evidence.weights), len(calibration.intensity.weights)) == (8, 4)
+    assert "AUROC    of patients held out at equal heights: with the model " in lines
+    found = evaluate_anomalies(weighed).metrics
+    assert found["calls_per_image"] == 24
+    assert found["intensity"]["auroc"] > 0.9
+    assert abs(found["unhealthy"]["dice"]["mean"] - found["intensity"]["dice"]) < 0.2
+    gain = found["intensity"]["gain"]
+    assert gain["low"] <= gain["mean"] <= gain["high"]
+    assert gain["mean"] == pytest.approx(found["unhealthy"]["dice"]["mean"] - found["intensity"]["dice"])
+    with (weighed / "evaluation" / "images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == found["n"]
+    with_lesion = [float(row["dice"]) for row in rows if row["dice"]]
+    assert np.mean(with_lesion) == pytest.approx(found["unhealthy"]["dice"]["mean"], abs=1e-4)
+    scores, labels = ([float(row[key]) for row in rows] for key in ("score", "unhealthy"))
+    assert roc_auc_score(labels, scores) == pytest.approx(found["image"]["auroc"])
+    assert 0 <= found["image"]["auroc_of_height"] <= 1
+    assert 0 <= found["image"]["auroc_at_equal_heights"] <= 1
+    threshold = found["threshold"]
+    assert threshold["gain"]["mean"] == pytest.approx(found["unhealthy"]["dice"]["mean"] - threshold["dice"])
+    assert "Intensities alone" in write_report(weighed).read_text("utf-8")
+    assert any("intensities alone" in line for line in summary_lines(found))
+
+
+def test_a_difference_that_the_model_has_learned_is_weighed(weighed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows the lesions, and bright spots in all images that intensities cannot tell from them."""
+    data = run_data(weighed)
+    collection = open_source(image_config(weighed))
+    assert collection.mask is not None
+    truth = {name: collection.mask(row) for row, name in enumerate(collection.names)}
+
+    def known(segmenter: Segmenter, images: torch.Tensor, first: int = 0, *rest: object) -> AnomalyMaps:
+        rng = np.random.default_rng(first)
+        lesion = np.stack([truth[name] for name in data.val.names[first : first + len(images)]])[:, None]
+        shown = rng.normal(0, 0.1, (len(images), 4, 32, 32)) - lesion * np.array([0, 1, 0, 0])[:, None, None]
+        planes = planes_of(shown, rng.uniform(0.2, 1, (len(images), 4, 32, 32)), [0, 1, 2, 3], 5)
+        count = torch.zeros(len(images))
+        return AnomalyMaps(torch.from_numpy(planes), torch.zeros(len(images), 4), count, count)
+
+    monkeypatch.setattr(Segmenter, "maps", known)
+    lines = "\n".join(calibrate_run(weighed))
+    assert "adds nothing" not in lines
+    calibration = load_calibration(weighed, RunFolder(weighed).config().segmentation, 4)
+    assert calibration.evidence is not None
+    assert np.argmin(calibration.evidence.weights) == 1
+    assert calibration.errors <= 1  # of twelve; a lesion of a few pixels may be missed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evidence": {"weights": [1.0], "bias": 0.0, "area": 3}}, r"calibration\.json: saved calibration cannot be"),
+        ({"evidence": None}, r"calibration\.json: .* calibrate again"),
+        ({"intensity": {"weights": [1, 2, 3, 4], "bias": "x", "area": 3}}, r"calibration\.json: saved calibration"),
+    ],
+)
+def test_damaged_weights(weighed: Path, changes: dict[str, Any], message: str) -> None:
+    calibrate_run(weighed)
+    file = RunFolder(weighed).calibration_file
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(RunError, match=message):
+        evaluate_anomalies(weighed)
+
+
+def test_one_label_alone_teaches_no_weights(weighed: Path) -> None:
+    data = run_data(weighed)
+    images = data.val.take(np.flatnonzero(data.val.labels == 0).tolist())
+    segmenter = Segmenter(load_generation(weighed), RunFolder(weighed).config().segmentation)
+    with pytest.raises(DataError, match="needs healthy and unhealthy validation images"):
+        calibration_of.choose_images(images, np.zeros(len(images), bool), segmenter)
+
+
+def test_patients_and_heights_come_from_names() -> None:
+    names = ["a/0001", "b/x/slice7", "a/0003", "a/0002", "b/x/slice9"]
+    patients, heights = heights_of.patients_and_heights(names)
+    assert patients.tolist() == ["a", "b/x", "a", "a", "b/x"]
+    assert heights is not None
+    assert heights.tolist() == [0, 0, 1, 0.5, 1]
+    assert heights_of.patients_and_heights(["1.png", "2.png"])[1] is None
+
+
+def test_heights_that_tell_the_label_are_noticed() -> None:
+    heights = np.tile(np.linspace(0, 1, 20), 6)
+    unhealthy, patients = np.abs(heights - 0.5) < 0.2, np.repeat(np.arange(6), 20)
+    by_height, equal = heights_of.by_height(heights, unhealthy), np.ones(120)
+    assert heights_of.held_out_auroc(by_height, unhealthy, patients, equal) == pytest.approx(1)
+    shuffled = np.random.default_rng(0).permutation(unhealthy)
+    found = heights_of.held_out_auroc(heights_of.by_height(heights, shuffled), shuffled, patients, equal)
+    assert found is not None
+    assert 0.3 < found < 0.7
+    assert heights_of.held_out_auroc(by_height, unhealthy, np.zeros(120), equal) is None
+
+
+def test_overlap_weights_give_both_labels_the_same_heights() -> None:
+    rng = np.random.default_rng(0)
+    heights = rng.uniform(0, 1, 4000)
+    unhealthy = rng.uniform(size=4000) < 0.9 * np.exp(-(((heights - 0.6) / 0.25) ** 2))
+    weights = heights_of.overlap_weights(heights, unhealthy)
+    moments = [
+        [np.average(heights[label] ** power, weights=weights[label]) for power in (1, 2)]
+        for label in (unhealthy, ~unhealthy)
+    ]
+    np.testing.assert_allclose(*moments, atol=0.01)
+    assert abs(heights[unhealthy].std() - heights[~unhealthy].std()) > 0.1  # they differ without

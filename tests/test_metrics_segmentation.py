@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from heterodiff.metrics.segmentation import evaluate_segmentation, overlap, patient_interval, threshold_baseline
-from heterodiff.pipelines.anomaly_masks import drop_small
+from heterodiff.pipelines.anomalies.masks import drop_small
 
 SIDE = 12
 

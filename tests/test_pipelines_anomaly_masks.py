@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from heterodiff.errors import DataError, RunError
-from heterodiff.pipelines.anomaly_masks import (
+from heterodiff.pipelines.anomalies.masks import (
     Calibration,
     anomaly_mask,
     calibrate,

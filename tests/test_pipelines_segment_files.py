@@ -19,11 +19,12 @@ from heterodiff.data.decoding.nifti import LAYOUTS, find_patients, load_nifti, r
 from heterodiff.data.sources.slices import slice_patient
 from heterodiff.data.sources.volumes import fingerprint
 from heterodiff.errors import DataError, RunError
-from heterodiff.evaluation.anomalies import calibrate_run, evaluate_anomalies
-from heterodiff.pipelines import segment_files
-from heterodiff.pipelines.anomaly_masks import Calibration
-from heterodiff.pipelines.segment import Segmentation, save_calibration
-from heterodiff.pipelines.segment_files import save_like, segment_folder, to_volumes
+from heterodiff.evaluation.anomalies import evaluate_anomalies
+from heterodiff.evaluation.calibration import calibrate_run
+from heterodiff.pipelines.anomalies import files as segment_files
+from heterodiff.pipelines.anomalies.files import save_like, segment_folder, to_volumes
+from heterodiff.pipelines.anomalies.masks import Calibration
+from heterodiff.pipelines.anomalies.segment import Segmentation, save_calibration
 from heterodiff.training.build import load_run_data
 from heterodiff.training.start import train
 from tests.test_data_nifti import AFFINES
@@ -38,7 +39,7 @@ def settings(output: Path, data: Path) -> RunConfig:
         "data": {"source": "volumes", "path": str(data), "image_size": 32, "volumes": {"modalities": MODALITIES}},
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
         "sampling": {"num_inference_steps": 2},
-        "segmentation": {"depth": 300, "num_inference_steps": 3},
+        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 3},
         "training": {"steps": 1, "batch_size": 4, "warmup_steps": 1, "tensorboard": False},
     }
     return parse_config(content)
@@ -265,7 +266,7 @@ def test_where_masks_cannot_be_written(run: Path, tmp_path: Path) -> None:
 def test_folders_are_looked_at_before_calibrating(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("heterodiff.evaluation.anomalies.calibrate_run", lambda run: pytest.fail("calibrated"))
+    monkeypatch.setattr("heterodiff.evaluation.calibration.calibrate_run", lambda run: pytest.fail("calibrated"))
     data = write_patient(tmp_path / "data", "a", np.eye(4))
     for folder, out, message in (
         (tmp_path / "nowhere", tmp_path / "out", "no such folder of patients"),

@@ -48,9 +48,9 @@ def _segment(config: "RunConfig") -> int:
         Unexpected: values that are not finite.
     """
     from heterodiff.evaluation.runs import run_data
-    from heterodiff.pipelines.anomaly_masks import Calibration
+    from heterodiff.pipelines.anomalies.masks import Calibration
+    from heterodiff.pipelines.anomalies.segment import Segmenter
     from heterodiff.pipelines.load import load_generation
-    from heterodiff.pipelines.segment import Segmenter
 
     assert config.output is not None
     segmenter = Segmenter(load_generation(config.output), config.segmentation)

@@ -7,7 +7,7 @@ from pathlib import Path
 from heterodiff.config import RunConfig
 from heterodiff.config.file import load_config
 from heterodiff.errors import ConfigError
-from heterodiff.evaluation import anomalies, captions, runs
+from heterodiff.evaluation import calibration, captions, runs
 from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import duration
@@ -70,7 +70,7 @@ def class_images(config: RunConfig, out: Path, seed: int) -> list[str]:
 def find_anomalies(config: RunConfig, out: Path, seed: int) -> list[str]:
     """Calibrate and evaluate a run that finds anomalies."""
     print(f"trained  {config.training.steps} steps; learning thresholds, finding anomalies", flush=True)
-    for line in anomalies.calibrate_run(out):
+    for line in calibration.calibrate_run(out):
         print(line, flush=True)
     _evaluated(out, runs.Request(seed=seed))
     return task_of(config).next_lines(out)

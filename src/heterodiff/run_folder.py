@@ -70,6 +70,7 @@ class RunFolder:
         self.calibration_file = path / "calibration.json"
         self.evaluation = path / "evaluation"
         self.evaluation_file = path / "evaluation.json"
+        self.images_file = self.evaluation / "images.csv"
         self.anomalies_picture = self.evaluation / "segmentation.png"
         self.prompts_picture = self.evaluation / "text_to_image.png"
         self.captions_picture = self.evaluation / "image_to_text.png"

@@ -144,7 +144,7 @@ def test_caption(runs: Runs, tmp_path: Path) -> None:
 # ---- anomalies ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["forward-process", "ddib", "partial-noising"])
+@pytest.mark.parametrize("method", ["label-difference", "forward-process", "ddib", "partial-noising"])
 def test_segment_and_evaluate_anomalies(method: str, tmp_path: Path) -> None:
     phantom = {"patients": 6, "slices_per_patient": 2, "contrast": 3, "lesion_radius": [0.25, 0.35]}
     small = {"data__image_size": 32, "data__brain_phantom": phantom, "training__preview_every": 100}

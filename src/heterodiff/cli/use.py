@@ -69,8 +69,8 @@ def segment(
 ) -> None:
     """Find anomalies with a run of healthy and unhealthy images: masks, anomaly maps, scores. Not a medical device."""
     from heterodiff.devices import find_device
-    from heterodiff.evaluation.anomalies import calibrate_run
-    from heterodiff.pipelines.segment_files import prepare_folders, segment_folder
+    from heterodiff.evaluation.calibration import calibrate_run
+    from heterodiff.pipelines.anomalies.files import prepare_folders, segment_folder
     from heterodiff.training.interrupt import Interrupted, StopRequest
 
     if data is None and not calibrate:

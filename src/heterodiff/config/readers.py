@@ -207,7 +207,15 @@ READERS = (
     ),
     _with("segmentation.patience", "segmentation.method", "forward-process"),
     _with("segmentation.guidance_scale", "segmentation.method", "forward-process", "ddib", note=" (guided by classes)"),
-    _with("segmentation.seed", "segmentation.method", "partial-noising", note=" (draws noise)"),
+    _with("segmentation.seed", "segmentation.method", "label-difference", "partial-noising", note=" (draw noise)"),
+    _with(
+        "segmentation.score segmentation.threshold",
+        "segmentation.method",
+        "forward-process",
+        "ddib",
+        "partial-noising",
+        note=" (the maps of label-difference are probabilities)",
+    ),
 )
 """Every key is in at least one row, and is read where all its rows apply; general rows come first."""
 

@@ -39,13 +39,20 @@ class SamplingConfig(Section):
 class SegmentationConfig(Section):
     """Anomaly segmentation with a model of healthy and unhealthy images."""
 
-    method: Literal["forward-process", "ddib", "partial-noising"] = Field(
-        "forward-process",
-        description="forward-process: AnoFPDM; ddib: DDIM encoding, healthy decoding; partial-noising: AnoDDPM, "
-        "without labels",
+    method: Literal["label-difference", "forward-process", "ddib", "partial-noising"] = Field(
+        "label-difference",
+        description="label-difference: predictions for both labels and intensities, weighted as image labels teach; "
+        "forward-process: AnoFPDM; ddib: DDIM encoding, healthy decoding; partial-noising: AnoDDPM, without labels",
     )
-    depth: Timesteps = Field(600, description="noise depth: only timesteps below this one are used")
-    num_inference_steps: Timesteps = Field(60, description="evenly spaced steps below depth, two network calls each")
+    depth: Timesteps | None = Field(
+        None,
+        description="noise depth: only timesteps below this one are used; default: label-difference up to a standard "
+        "deviation of the noise of 0.7, others 600",
+    )
+    num_inference_steps: Timesteps | None = Field(
+        None,
+        description="evenly spaced steps below depth, two network calls each; default: label-difference 12, others 60",
+    )
     patience: PositiveInt | None = Field(
         None,
         description="forward-process: stop after this number of steps in which the healthy and unconditional "

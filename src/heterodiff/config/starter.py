@@ -59,15 +59,13 @@ data:
   path: data/patients    # your folder
   volumes: {layout: brats}  # names *_flair *_t1 *_t1ce *_t2 [*_seg]; for others see `heterodiff keys data.volumes`
   image_size: 64         # sides of the slices after resizing; 128 on a GPU
+  horizontal_flip: true  # mirrored heads are heads, too
+  val_fraction: 0.2      # share of the slices whose labels teach thresholds
   test_fraction: 0.2     # share of the patients kept for the last measurement
 model: {model_channels: 32, patch_size: 2}  # width, 128 on a GPU; patches of 2x2 pixels cost about a quarter
-diffusion: {prediction: epsilon, schedule: linear}  # what the denoiser predicts, and its noise levels
 training:
-  steps: 2000            # a short training; 60000 on a GPU
+  steps: 6500            # about half an hour on two CPU cores; 60000 on a GPU
   batch_size: 16         # slices of a step; fewer take less memory
-  learning_rate: 4.0e-4  # 1.0e-4 for a long training
-segmentation:            # the next line suits short trainings; leave both out for long ones
-  {depth: 250, num_inference_steps: 25, guidance_scale: 30, score: peak, threshold: half-peak}
 """
 
 RADAR = """\

@@ -1,7 +1,8 @@
 """Anomaly maps: where an image differs from what a class-conditional model expects of a healthy one.
 
-Three methods:
+Four methods:
 
+    label-difference  noise the image a little, compare the predictions for unhealthy and for healthy, sign kept
     forward-process   encode without condition; at each step compare the healthy prediction (AnoFPDM, Che et al. 2025)
     ddib              encode without condition, decode guided to healthy, compare (Su et al. 2023; Sanchez et al. 2022)
     partial-noising   noise the image in part, denoise without condition, compare (AnoDDPM, Wyatt et al. 2022)
@@ -29,10 +30,12 @@ class AnomalyMaps:
     """Result of a method for C chosen channels of images (B, *, H, W).
 
     Attributes:
-        maps: (B, C, H, W) squared difference of each channel, in units of the network's [-1, 1].
+        maps: (B, C, H, W) squared difference of each channel, in units of the network's [-1, 1]; of label-difference
+            the difference itself.
         divergence: (B, C) largest difference between healthy and unconditional predictions, or the mean of the map.
         score: (B,) the higher, the more anomalous the image. Forward process: minus the cosine between the errors of
-            healthy and unconditional predictions along the steps, which differ in anomalous images; else the mean map.
+            healthy and unconditional predictions along the steps, which differ in anomalous images; label difference:
+            0; else the mean map.
         calls: (B,) int64, network calls that each image took.
     """
 
@@ -40,6 +43,56 @@ class AnomalyMaps:
     divergence: Tensor
     score: Tensor
     calls: Tensor
+
+
+@torch.no_grad()
+def label_difference(
+    model_call: ModelCall,
+    schedule: NoiseSchedule,
+    prediction: str,
+    x: Tensor,
+    healthy: Tensor,
+    unhealthy: Sequence[Tensor],
+    timesteps: Sequence[int],
+    *,
+    noise: Callable[[], Tensor],
+    channels: Sequence[int] | None = None,
+    progress: Progress = lambda step, total: None,
+) -> AnomalyMaps:
+    """Compare what the model expects of an unhealthy image and of a healthy one where this image is, sign kept.
+
+    At each timestep the image is noised anew, and the clean images that are predicted for the two labels are
+    subtracted. The maps are the mean of unhealthy minus healthy over the timesteps: positive where a lesion is brighter
+    than healthy tissue, negative where it is darker, and near 0 where the label makes no difference. Which channels
+    and signs matter is not known here, so the score is 0 for all images.
+
+    Args:
+        model_call, schedule, prediction, x, channels, progress: as :func:`forward_process`.
+        healthy: condition of B rows.
+        unhealthy: one condition of B rows for each class that is not healthy; the mean of their predictions counts.
+        timesteps: strictly decreasing; each takes one network call and one for each unhealthy class.
+        noise: returns (B, C, H, W) standard normal, anew for each timestep.
+
+    Raises:
+        ConfigError: timesteps outside the schedule or not decreasing.
+    """
+    x = x.float()
+    denoiser = Denoiser(model_call, schedule, prediction)
+    falling = check_timesteps(timesteps, schedule.num_train_timesteps)
+    condition: Any = healthy
+    for other in unhealthy:
+        condition = join_conditions(condition, other)
+    bound, branches = denoiser.guided(condition), 1 + len(unhealthy)
+    total = torch.zeros_like(x)
+    for number, t in enumerate(falling, start=1):
+        z = schedule.alpha[t].item() * x + schedule.sigma[t].item() * noise()
+        z = z.repeat(branches, 1, 1, 1)
+        clean = denoiser.x0_eps(bound.output(z, t), z, t)[0].unflatten(0, (branches, len(x)))
+        total += clean[1:].mean(dim=0) - clean[0]
+        progress(number, len(falling))
+    maps = (total if channels is None else total[:, list(channels)]) / len(falling)
+    calls = torch.full((len(x),), branches * len(falling), device=x.device)
+    return AnomalyMaps(maps, maps.square().mean(dim=(2, 3)), x.new_zeros(len(x)), calls)
 
 
 @torch.no_grad()
@@ -168,6 +221,17 @@ def partial_noising(
     z = schedule.alpha[start].item() * x + schedule.sigma[start].item() * noise
     free = Denoiser(model_call, schedule, prediction).guided(none)
     return _decoded_maps(x, free, z, timesteps, channels, progress, len(timesteps))
+
+
+def difference_timesteps(depth: int, count: int) -> list[int]:
+    """Return at most ``count`` evenly spaced timesteps, decreasing from ``depth`` - 1; both at least 1.
+
+    Unlike :func:`noising_timesteps` they leave out timestep 0, at which an image shows everything and labels nothing.
+    """
+    if depth < 1 or count < 1:
+        raise ValueError(f"depth {depth} in {count} steps: expected at least 1 of each")
+    count = min(depth, count)
+    return [(depth * (k + 1)) // count - 1 for k in range(count)][::-1]
 
 
 def noising_timesteps(depth: int, count: int) -> list[int]:

@@ -1,36 +1,43 @@
-"""Calibration and evaluation of a run that finds anomalies, on its validation and its test images."""
+"""Evaluation of a run that finds anomalies, on its test images."""
 
+import csv
+import io
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL.Image import Image
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import TestImages, load_test, open_source
 from heterodiff.data.sources.volumes import known_fingerprint
-from heterodiff.devices import Device, DType, dtype_name
+from heterodiff.devices import Device
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation import class_images
+from heterodiff.evaluation.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.held_out import count_seen
 from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
-from heterodiff.metrics.segmentation import evaluate_segmentation, threshold_baseline
+from heterodiff.metrics.segmentation import (
+    evaluate_segmentation,
+    mean_and_interval,
+    overlap,
+    precision_recall_area,
+    threshold_baseline,
+)
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
-from heterodiff.pipelines.anomaly_masks import calibrate, drop_small
-from heterodiff.pipelines.load import check_preprocessing, load_generation
-from heterodiff.pipelines.segment import (
-    DEFAULT_PRECISION,
+from heterodiff.pipelines.anomalies.label_weights import FOREGROUND
+from heterodiff.pipelines.anomalies.segment import (
     AnomalyMaps,
     Segmentation,
     Segmenter,
     calibrated_precision,
     load_calibration,
-    save_calibration,
 )
+from heterodiff.pipelines.load import check_preprocessing, load_generation
 from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
@@ -40,10 +47,9 @@ if TYPE_CHECKING:
 
 IMAGES_AT_ONCE = 32
 SHOWN, SHOWN_SIDE = 8, 128
+IMAGE_COLUMNS = ("image", "patient", "unhealthy", "judged_unhealthy", "score", "dice")
 COMPARED = 300
 """Most images with a lesion, evenly spread, that the intensity threshold is chosen and measured on."""
-FOREGROUND = 0.025
-"""Mean of all channels, in [0, 1], above which a pixel is not background (Che et al. 2025)."""
 
 
 def finds_anomalies(run: Path, elsewhere: "DataConfig | None" = None) -> bool:
@@ -73,62 +79,22 @@ def other_patients(run: Path, path: Path) -> "DataConfig | None":
     return found
 
 
-def _parts(images: ImageDataset) -> Iterator[Tensor]:
+def parts_of(images: ImageDataset) -> Iterator[Tensor]:
     for first in range(0, len(images), IMAGES_AT_ONCE):
         yield images.batch(range(first, min(first + IMAGES_AT_ONCE, len(images))))[0]
 
 
-def _all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
-    for number, part in enumerate(_parts(images)):
+def all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[AnomalyMaps]:
+    for number, part in enumerate(parts_of(images)):
         first, count = number * IMAGES_AT_ONCE, len(part)
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
-
-
-def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None = None) -> list[str]:
-    """Learn the thresholds of masks from the run's validation images and their labels, and save them in the run.
-
-    Args:
-        device: see :func:`heterodiff.load`.
-        dtype: precision of the network, saved with the thresholds and used for masks from then on. Default: float32.
-
-    Returns:
-        Lines that describe the calibration.
-
-    Raises:
-        HeterodiffError: no usable run, or validation images that do not allow it.
-    """
-    data = run_data(run)  # reports what is missing of the run
-    settings = RunFolder(run).config().segmentation
-    segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
-    classes = data.spec.class_names
-    alone = settings.method == "partial-noising"  # needs no unhealthy images; unlabelled ones count as healthy
-    if settings.healthy not in classes and (classes or not alone):
-        raise RunError(
-            f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "
-            f"{', '.join(classes) or 'none'}; label them, or correct segmentation.healthy"
-        )
-    with progress_tasks() as start:
-        every = _all_maps(segmenter, data.val, start("validation images", len(data.val)))
-        found = [(one.divergence, one.score) for one in every]
-    labels = data.val.labels
-    known = labels >= 0 if classes else np.full(len(labels), True)
-    unhealthy = labels != classes.index(settings.healthy) if classes else ~known
-    divergence, score = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    calibration = calibrate(divergence[known], score[known], unhealthy[known], alone)
-    path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
-    total = calibration.healthy + calibration.unhealthy
-    images = f"{calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images"
-    decision = f"{total - calibration.errors} of {total} judged as labelled"
-    if not calibration.unhealthy:
-        images = f"{calibration.healthy} validation images, taken for healthy"
-        decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
-    return [f"images   {images}", f"decision {decision}", f"wrote    {path}"]
 
 
 def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
-    Writes ``evaluation/segmentation.png`` and ``evaluation.json`` into the run folder.
+    Writes ``evaluation/segmentation.png``, ``evaluation/images.csv`` (a row for each image; Dice where there is a
+    lesion) and ``evaluation.json`` into the run folder.
 
     Args:
         elsewhere: other images, all of which are measured in place of the run's, see :func:`other_patients`.
@@ -146,11 +112,19 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     settings, count = config.segmentation, len(test.images)
     segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
     with progress_tasks() as start:
-        maps = _all_maps(segmenter, test.images, start("test images", count))
-        found = [(segmenter.masks(one, calibration), segmenter.smoothed(one), one.calls) for one in maps]
-    every = Segmentation.join([part for part, _, _ in found])
-    smoothed = np.concatenate([part for _, part, _ in found])
-    foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in _parts(test.images)])
+        maps = all_maps(segmenter, test.images, start("test images", count))
+        found = [
+            (
+                segmenter.masks(one, calibration),
+                segmenter.smoothed(one, calibration),
+                one.calls,
+                segmenter.by_intensity(one, calibration),
+            )
+            for one in maps
+        ]
+    every = Segmentation.join([part for part, _, _, _ in found])
+    smoothed = np.concatenate([part for _, part, _, _ in found])
+    foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in parts_of(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
     shown = ill = np.asarray(truth.any(axis=(1, 2)))
     if settings.healthy in (classes := test.images.spec.class_names):
@@ -159,25 +133,51 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     metrics = evaluate_segmentation(
         every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
     )
+    dice, of_patient = overlap(every.masks, truth)[0], np.array(test.patients)
     if compared := _spread(np.flatnonzero(shown), COMPARED):
         images = test.images.batch(compared)[0].numpy()
-        drop = partial(drop_small, least=settings.drop_small)
-        of_threshold = (images, truth[compared], foreground[compared], drop, settings.smoothing)
-        metrics["threshold"] = {"n": len(compared), **threshold_baseline(*of_threshold)}
+        of_threshold = (images, truth[compared], foreground[compared], segmenter.without_small, settings.smoothing)
+        threshold = threshold_baseline(*of_threshold)
+        gain = mean_and_interval(dice[compared] - threshold.pop("each"), of_patient[compared])
+        metrics["threshold"] = {"n": len(compared), **threshold, "gain": gain}
+    if calibration.intensity is not None:
+        alone = Segmentation.join([part for _, _, _, part in found if part is not None])
+        metrics["intensity"] = {
+            "dice": float(overlap(alone.masks, truth)[0][shown].mean()) if shown.any() else None,
+            "auprc": precision_recall_area(truth[shown], alone.maps[shown], foreground[shown]),
+            "auroc": float(roc_auc_score(ill, alone.score)) if 0 < ill.sum() < len(ill) else None,
+            "gain": mean_and_interval((dice - overlap(alone.masks, truth)[0])[shown], of_patient[shown]),
+        }
+    _, heights = patients_and_heights(test.images.names)
+    if heights is not None and 0 < ill.sum() < count:
+        importance = overlap_weights(heights, ill)
+        metrics["image"]["auroc_at_equal_heights"] = float(roc_auc_score(ill, every.score, sample_weight=importance))
+        metrics["image"]["auroc_of_height"] = held_out_auroc(by_height(heights, ill), ill, of_patient, np.ones(count))
+    each = zip(test.images.names, of_patient, ill, every.unhealthy, every.score, shown, dice, strict=True)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([IMAGE_COLUMNS, *(_image_row(*one) for one in each)])
     metrics["data"] = {
         "path": str(of.path or of.source),
         "part": "all" if elsewhere else "kept for testing",
         "notes": _seen_in_training(run, test.images) if elsewhere else [],
     }
     metrics["settings"] = settings.model_dump(mode="json")
-    metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls in found]).float().mean())
+    metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls, _ in found]).float().mean())
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
     first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
     overview = overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows])
     folder.write_picture(folder.anomalies_picture, overview)
+    folder.write_text(folder.images_file, table.getvalue())
     folder.write_json(folder.evaluation_file, metrics)
     return Evaluation(metrics, folder.anomalies_picture)
+
+
+def _image_row(
+    name: str, patient: str, unhealthy: bool, judged: bool, score: float, shown: bool, dice: float
+) -> tuple[str, ...]:
+    overlap_with_truth = f"{dice:.4f}" if shown else ""
+    return name, patient, str(int(unhealthy)), str(int(judged)), f"{score:.6g}", overlap_with_truth
 
 
 def _test_images(run: Path, config: "DataConfig", own: bool) -> TestImages:
@@ -194,7 +194,7 @@ def _test_images(run: Path, config: "DataConfig", own: bool) -> TestImages:
 
 def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
     """Note on those of ``images`` that the run was trained on."""
-    seen = count_seen((image for part in _parts(images) for image in part), run_data(run).train)
+    seen = count_seen((image for part in parts_of(images) for image in part), run_data(run).train)
     return [f"{seen:,} of these {len(images):,} images are training images too: they are not held out"] if seen else []
 
 

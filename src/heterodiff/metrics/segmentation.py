@@ -31,7 +31,8 @@ def patient_interval(values: np.ndarray, patients: Sequence[str] | np.ndarray, s
     return percentile_interval((drawn @ sums) / (drawn @ counts))
 
 
-def _mean(values: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+def mean_and_interval(values: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+    """Return the mean of ``values`` (N,), its interval over patients, and their number."""
     if len(values) == 0:
         return {"n": 0}
     low, high = patient_interval(values, patients)
@@ -42,13 +43,13 @@ def _overlaps(
     found: np.ndarray, truth: np.ndarray, maps: np.ndarray, foreground: np.ndarray, patients: np.ndarray
 ) -> dict[str, Any]:
     dice, iou = overlap(found, truth)
-    result: dict[str, Any] = {"dice": _mean(dice, patients), "iou": _mean(iou, patients)}
-    if (area := _precision_recall_area(truth, maps, foreground)) is not None:
+    result: dict[str, Any] = {"dice": mean_and_interval(dice, patients), "iou": mean_and_interval(iou, patients)}
+    if (area := precision_recall_area(truth, maps, foreground)) is not None:
         result["auprc"] = area
     return result
 
 
-def _precision_recall_area(truth: np.ndarray, values: np.ndarray, foreground: np.ndarray) -> float | None:
+def precision_recall_area(truth: np.ndarray, values: np.ndarray, foreground: np.ndarray) -> float | None:
     """AUPRC over the foreground's pixels; over evenly spread images where all have more than fifty million pixels."""
     every = truth.size // MOST_PIXELS + 1
     truth, values = (part[::every][foreground[::every]] for part in (truth, values))
@@ -74,24 +75,27 @@ def threshold_baseline(
         smoothing: side in pixels of the square of the moving average.
 
     Returns:
-        ``dice``, ``of`` (in words), ``threshold`` in [0, 1], and ``auprc`` of the same values.
+        ``dice``, ``of`` (in words), ``threshold`` in [0, 1], ``auprc`` of the same values, and the Dice of ``each``
+        image (N,).
     """
     from scipy.ndimage import uniform_filter
 
     channels = {f"channel {channel}": images[:, channel] for channel in range(images.shape[1])}
     if len(channels) > 1:
         channels["mean of channels"] = images.mean(axis=1)
-    best: dict[str, Any] = {"dice": 0.0, "of": "", "threshold": 0.0, "auprc": None}
+    nothing = np.zeros(len(images))
+    best: dict[str, Any] = {"dice": 0.0, "of": "", "threshold": 0.0, "auprc": None, "each": nothing}
     for name, plain in channels.items():
         smooth = uniform_filter(plain, (1, smoothing, smoothing))
         for of, values in ((name, plain), (f"{name}, smoothed", smooth)):
             for sign, side in ((1, "above"), (-1, "below")):
                 for threshold in np.linspace(0, 1, THRESHOLDS, endpoint=False):
                     marked = (sign * values > sign * threshold) & foreground
-                    dice = float(overlap(np.stack([drop_small(one) for one in marked]), truth)[0].mean())
-                    if dice > best["dice"]:
-                        area = _precision_recall_area(truth, sign * values, foreground)
+                    each = overlap(np.stack([drop_small(one) for one in marked]), truth)[0]
+                    if (dice := float(each.mean())) > best["dice"]:
+                        area = precision_recall_area(truth, sign * values, foreground)
                         best = {"dice": dice, "of": f"{of}, {side}", "threshold": float(threshold), "auprc": area}
+                        best["each"] = each
     return best
 
 
@@ -102,7 +106,7 @@ def _by_size(dice: np.ndarray, area: np.ndarray, patients: np.ndarray) -> list[d
         {
             "size": name,
             "pixels": [int(area[third == k].min()), int(area[third == k].max())],
-            "dice": _mean(dice[third == k], patients[third == k]),
+            "dice": mean_and_interval(dice[third == k], patients[third == k]),
         }
         for k, name in enumerate(SIZES)
         if (third == k).any()
@@ -143,7 +147,7 @@ def evaluate_segmentation(
         "n": len(truth),
         "mixed": _overlaps(mixed, truth, maps, foreground, of),
         "unhealthy": _overlaps(masks[shown], truth[shown], maps[shown], foreground[shown], of[shown]),
-        "healthy": {"false_positive_area": _mean(mixed[~ill].mean(axis=(1, 2)), of[~ill])},
+        "healthy": {"false_positive_area": mean_and_interval(mixed[~ill].mean(axis=(1, 2)), of[~ill])},
         "image": _decisions(unhealthy, score, ill),
     }
     dice = overlap(masks, truth)[0]

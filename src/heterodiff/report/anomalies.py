@@ -38,8 +38,14 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
         values = [value_of(baseline.get("dice"), "{:.1%}"), Value()]
         explanation = "Dice of the intensity threshold that is best on these images, chosen on the true masks."
         note = f"{baseline.get('of', MISSING)} {number(baseline.get('threshold'), '{:.2f}')}"
-        note = f"{note[:1].upper()}{note[1:]}; AUPRC {percent(baseline.get('auprc'))}"
+        note = f"{note[:1].upper()}{note[1:]}; AUPRC {percent(baseline.get('auprc'))}{_gain(baseline)}"
         masks.append(Metric("Best threshold", values, explanation, note, "compare"))
+    if baseline := part_of(evaluation, "intensity"):
+        values = [value_of(baseline.get("dice"), "{:.1%}"), Value()]
+        explanation = "Dice of intensities alone, weighted as the labels of the validation images teach."
+        auroc = number(baseline.get("auroc"), "{:.3f}")
+        note = f"AUPRC {percent(baseline.get('auprc'))}; AUROC of whole images {auroc}{_gain(baseline)}"
+        masks.append(Metric("Intensities alone", values, explanation, note, "compare"))
     sizes = [
         Metric(
             f"{row.get('size', MISSING)} lesions",
@@ -55,6 +61,15 @@ def metrics(evaluation: Mapping[str, Any]) -> list[MetricTable]:
     ]
 
 
+def _gain(baseline: Mapping[str, Any]) -> str:
+    """The difference of the run's Dice from that of a baseline, with its interval, in points."""
+    gain = part_of(baseline, "gain")
+    if not all(is_number(gain.get(key)) for key in ("mean", "low", "high")):
+        return ""
+    mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
+    return f"; the run {mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
 def _range(pixels: Any) -> str:
     if not (isinstance(pixels, list) and len(pixels) == 2):
         return MISSING
@@ -65,6 +80,9 @@ def _whole_images(evaluation: Mapping[str, Any]) -> Iterable[Metric]:
     image = part_of(evaluation, "image")
     if is_number(image.get("auroc")):
         note = ", ".join(f"{key} {percent(image.get(key))}" for key in ("precision", "recall", "accuracy"))
+        if is_number(equal := image.get("auroc_at_equal_heights")):
+            height = number(image.get("auroc_of_height"), "{:.3f}")
+            note += f"; at equal heights {equal:.3f}; the height of a slice alone has {height}"
         yield Metric("AUROC of whole images", [value_of(image["auroc"], "{:.3f}")], note=note, tag="images")
     area = part_of(evaluation, "healthy", "false_positive_area")
     if is_number(area.get("mean")):

@@ -14,22 +14,22 @@ import torch
 from heterodiff.config import DataConfig, RunConfig
 from heterodiff.data.decoding.nifti import PatientFiles, find_patients, load_nifti, read_patient
 from heterodiff.data.findings import printable
-from heterodiff.data.sources.slices import from_pictures, restore_slices, slice_patient, stretch_slice
-from heterodiff.data.sources.volumes import DEFAULT_SIZE, fingerprint, layout_of
+from heterodiff.data.sources.slices import from_pictures, restore_slices, slice_patient
+from heterodiff.data.sources.volumes import DEFAULT_SIZE, fingerprint, finish_slice, layout_of
 from heterodiff.devices import Device
 from heterodiff.errors import CheckpointError, DataError, RunError
 from heterodiff.files import fresh, read_json, replacing, write_json, write_text
 from heterodiff.pictures import RED, image_grid, tinted
-from heterodiff.pipelines.anomaly_masks import Calibration
-from heterodiff.pipelines.load import check_preprocessing, load_generation
-from heterodiff.pipelines.output_folder import writing
-from heterodiff.pipelines.segment import (
+from heterodiff.pipelines.anomalies.masks import Calibration
+from heterodiff.pipelines.anomalies.segment import (
     Progress,
     Segmentation,
     Segmenter,
     calibrated_precision,
     load_calibration,
 )
+from heterodiff.pipelines.load import check_preprocessing, load_generation
+from heterodiff.pipelines.output_folder import writing
 from heterodiff.run_folder import RunFolder
 
 SLICES_AT_ONCE = 16
@@ -161,7 +161,8 @@ def _segment(
     slices = slice_patient(read, config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
     if not len(slices.index):
         raise DataError(f"{patient.volumes[0].parent}: no slice shows enough of the brain to be judged")
-    images = torch.from_numpy(np.stack([stretch_slice(image) for image in slices.image]))
+    finish = finish_slice(config.volumes)
+    images = torch.from_numpy(np.stack([finish(image) for image in slices.image]))
     parts = [
         segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first, progress), calibration)
         for first in range(0, len(images), SLICES_AT_ONCE)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from heterodiff.errors import DataError, RunError
+from heterodiff.pipelines.anomalies.label_weights import LabelWeights
 
 CANDIDATES = 100
 QUANTILES = (0.905, 0.995)
@@ -29,6 +30,8 @@ class Calibration:
         score_limit: threshold; images of at least this score are judged unhealthy.
         healthy, unhealthy: number of images of each label.
         errors: number of these images that are judged wrongly.
+        evidence: weights of label differences and intensities, of method label-difference.
+        intensity: weights of intensities alone, to compare with.
     """
 
     largest_divergence: tuple[float, ...]
@@ -36,6 +39,8 @@ class Calibration:
     healthy: int
     unhealthy: int
     errors: int
+    evidence: LabelWeights | None = None
+    intensity: LabelWeights | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary for JSON."""
@@ -54,7 +59,13 @@ class Calibration:
         try:
             largest = tuple(float(value) for value in content["largest_divergence"])
             threshold = float(content["score_limit"])
-            counts = [int(content[key]) for key in ("healthy", "unhealthy", "errors")]
+            healthy, unhealthy, errors = (int(content[key]) for key in ("healthy", "unhealthy", "errors"))
+            planes = {"evidence": len(largest) * 2, "intensity": len(largest)}
+            weights = {
+                key: LabelWeights.from_dict(content[key], count)
+                for key, count in planes.items()
+                if content.get(key) is not None
+            }
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RunError(f"saved calibration cannot be used ({error!r}); calibrate again") from None
         if not np.isfinite([*largest, threshold]).all():
@@ -63,11 +74,16 @@ class Calibration:
             )
         if channels is not None and len(largest) != channels:
             raise RunError(f"saved calibration: expected {channels} channels, found {len(largest)}; calibrate again")
-        return cls(largest, threshold, *counts)
+        return cls(largest, threshold, healthy, unhealthy, errors, **weights)
 
 
 def calibrate(
-    divergence: np.ndarray, score: np.ndarray, unhealthy: np.ndarray, healthy_alone: bool = False
+    divergence: np.ndarray,
+    score: np.ndarray,
+    unhealthy: np.ndarray,
+    healthy_alone: bool = False,
+    evidence: LabelWeights | None = None,
+    intensity: LabelWeights | None = None,
 ) -> Calibration:
     """Learn from validation images and their labels, as Che et al. 2025 do.
 
@@ -76,6 +92,7 @@ def calibrate(
         score: (N,).
         unhealthy: (N,) bool.
         healthy_alone: accept healthy images alone; the threshold is then the 95th percentile of their scores.
+        evidence, intensity: see :class:`Calibration`.
 
     Raises:
         DataError: a label is missing; scores or divergences that are not finite; or a mean score of unhealthy images
@@ -102,7 +119,8 @@ def calibrate(
     errors = ((score[None] >= candidates[:, None]) != unhealthy[None]).sum(axis=1)
     best = int(errors.argmin())
     largest = tuple(map(float, divergence[unhealthy if count else ~unhealthy].max(axis=0)))
-    return Calibration(largest, float(candidates[best]), len(unhealthy) - count, count, int(errors[best]))
+    counts = len(unhealthy) - count, count, int(errors[best])
+    return Calibration(largest, float(candidates[best]), *counts, evidence, intensity)
 
 
 def smoothed_map(maps: np.ndarray, threshold: str, smoothing: int = SMOOTHING) -> np.ndarray:
@@ -155,18 +173,21 @@ def half_peak_mask(maps: np.ndarray, smoothing: int = SMOOTHING) -> np.ndarray:
     return (smooth >= smooth.max() / 2) & (smooth > 0)
 
 
+def small_area(shape: tuple[int, int], least: int | None = None) -> int:
+    """Return ``least``, or by default 40 pixels of 128x128 and the same share of another ``shape``."""
+    return round(MIN_COMPONENT * shape[0] * shape[1] / AT_SIDE**2) if least is None else least
+
+
 def drop_small(mask: np.ndarray, least: int | None = None) -> np.ndarray:
     """Return ``mask`` (H, W) without components, joined by edge or corner, of at most ``least`` pixels.
 
     Args:
-        least: default: 40 of 128x128, and the same share of other sizes.
+        least: see :func:`small_area`.
     """
     from scipy.ndimage import label
 
-    if least is None:
-        least = round(MIN_COMPONENT * mask.size / AT_SIDE**2)
     parts, count = label(mask, structure=np.ones((3, 3)))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    kept = sizes > least
+    kept = sizes > small_area(mask.shape, least)
     kept[0] = False
     return kept[parts]

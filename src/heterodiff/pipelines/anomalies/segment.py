@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from heterodiff.diffusion.anomaly import (
     AnomalyMaps,
     Progress,
     ddib,
+    difference_timesteps,
     forward_process,
+    label_difference,
     noising_timesteps,
     partial_noising,
 )
@@ -23,13 +26,19 @@ from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.errors import CheckpointError, ConfigError, RunError, unknown_name
 from heterodiff.files import read_json
-from heterodiff.pipelines import anomaly_masks
-from heterodiff.pipelines.anomaly_masks import Calibration
+from heterodiff.pipelines.anomalies import masks as anomaly_masks
+from heterodiff.pipelines.anomalies.label_weights import planes_of
+from heterodiff.pipelines.anomalies.masks import Calibration
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.run_folder import RunFolder
 
 DEFAULT_PRECISION = "float32"
 """Precision of the network in segmentation, and of calibrations that name none."""
+
+
+LABEL_NOISE = 0.7
+"""Standard deviation of the noise up to which labels are compared: beyond it, images hardly show where a lesion is."""
+USUAL_DEPTH = 600
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Segmentation:
     Attributes:
         masks: (B, H, W) bool, without small components, also of images that are judged healthy.
         unhealthy: (B,) bool, the decision for each image.
-        maps: (B, H, W) float32, mean of the channels' squared differences, in units of [-1, 1].
+        maps: (B, H, W) float32, mean of the channels' squared differences, in units of [-1, 1]; of method
+            label-difference the probability, 0 to 1, that a pixel belongs to a lesion, which is not calibrated.
         score: (B,) the higher, the more anomalous.
     """
 
@@ -75,15 +85,18 @@ class Segmenter:
             raise ConfigError("segmentation compares pixels; this run denoises latents of a VAE: train one on pixels")
         self.denoiser = pipeline.denoiser
         steps = self.denoiser.schedule.num_train_timesteps
-        if settings.depth > steps:
-            raise ConfigError(f"segmentation.depth={settings.depth}: the run was trained on {steps} timesteps")
+        self.by_labels = settings.method == "label-difference"
+        depth = settings.depth or self._default_depth()
+        if depth > steps:
+            raise ConfigError(f"segmentation.depth={depth}: the run was trained on {steps} timesteps")
         count = pipeline.unet.config.in_channels
         if wrong := [c for c in settings.channels or () if c >= count]:
             raise ConfigError(
                 f"segmentation.channels: {wrong[0]} is not one of the run's {count} channels, 0..{count - 1}"
             )
         self.channels = list(range(count) if settings.channels is None else settings.channels)
-        self.timesteps = noising_timesteps(settings.depth, settings.num_inference_steps)
+        timesteps = difference_timesteps if self.by_labels else noising_timesteps
+        self.timesteps = timesteps(depth, settings.num_inference_steps or (12 if self.by_labels else 60))
         self.healthy = -1
         if settings.method != "partial-noising":
             if settings.healthy not in pipeline.class_names:
@@ -93,10 +106,24 @@ class Segmenter:
                     "or set segmentation.method=partial-noising for a model of healthy images alone"
                 )
             self.healthy = pipeline.class_names.index(settings.healthy)
+            if self.by_labels and len(pipeline.class_names) < 2:
+                raise ConfigError(
+                    f"segmentation.method=label-difference: the run knows the class '{settings.healthy}' alone; train "
+                    "with unhealthy images, too, or set segmentation.method=partial-noising"
+                )
+
+    def _default_depth(self) -> int:
+        schedule = self.denoiser.schedule
+        if self.by_labels:
+            return max(1, int((schedule.sigma <= LABEL_NOISE).sum()))
+        return min(USUAL_DEPTH, schedule.num_train_timesteps)
 
     @torch.no_grad()
     def maps(self, images: Tensor, first: int = 0, progress: Progress = lambda step, total: None) -> AnomalyMaps:
         """Return anomaly maps of the channels compared, with the scores that images are judged by, on the CPU.
+
+        With method label-difference the maps are the planes of
+        :func:`heterodiff.pipelines.anomalies.label_weights.planes_of`, and scores follow from the calibration.
 
         Args:
             images: (B, C, H, W) in [0, 1].
@@ -110,6 +137,14 @@ class Segmenter:
         if settings.method == "partial-noising":
             noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
             found = partial_noising(*self.denoiser, x, none, self.timesteps, noise=noise, **options)
+        elif self.by_labels:
+            generators = seeded_generators(settings.seed, len(x), first)
+            others = [k for k in range(len(self.pipeline.class_names)) if k != self.healthy]
+            unhealthy = [torch.full_like(healthy, k) for k in others]
+            options["noise"] = partial(draw_noise, x.shape, generators, x.device)
+            found = label_difference(*self.denoiser, x, healthy, unhealthy, self.timesteps, **options)
+            shown = planes_of(found.maps.cpu().numpy(), images.cpu().numpy(), self.channels, settings.smoothing)
+            return AnomalyMaps(torch.from_numpy(shown), found.divergence.cpu(), found.score.cpu(), found.calls.cpu())
         else:
             options["guidance_scale"] = settings.guidance_scale
             method = ddib
@@ -123,8 +158,10 @@ class Segmenter:
             score = torch.tensor([anomaly_masks.peak_score(one, settings.smoothing) for one in maps.numpy()])
         return AnomalyMaps(maps, divergence, score, found.calls.cpu())
 
-    def smoothed(self, found: AnomalyMaps) -> np.ndarray:
-        """Return the mean over the channels of anomaly maps, (B, H, W), smoothed as for masks."""
+    def smoothed(self, found: AnomalyMaps, calibration: Calibration) -> np.ndarray:
+        """Return one map for each image, (B, H, W), smoothed as for masks."""
+        if calibration.evidence is not None:
+            return calibration.evidence.probabilities(found.maps.numpy())
         options = self.settings.threshold, self.settings.smoothing
         return np.stack([anomaly_masks.smoothed_map(one, *options) for one in found.maps.numpy()])
 
@@ -132,13 +169,34 @@ class Segmenter:
         """Return masks and decisions of anomaly maps."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
         largest, smoothing = np.array(calibration.largest_divergence), self.settings.smoothing
-        if self.settings.threshold == "half-peak":
+        if calibration.evidence is not None:
+            score = calibration.evidence.scores(calibration.evidence.values(maps))
+            maps = calibration.evidence.probabilities(maps)[:, None]
+            masks = [anomaly_masks.half_peak_mask(one, 1) for one in maps]  # the planes have been smoothed
+        elif self.settings.threshold == "half-peak":
             masks = [anomaly_masks.half_peak_mask(one, smoothing) for one in maps]
         else:
             pairs = zip(maps, divergence, strict=True)
             masks = [anomaly_masks.anomaly_mask(one, each, largest, smoothing) for one, each in pairs]
-        masks = [anomaly_masks.drop_small(mask, self.settings.drop_small) for mask in masks]
+        masks = [self.without_small(mask) for mask in masks]
         return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
+
+    def by_intensity(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation | None:
+        """Return what intensities alone would find, weighted by image labels; None for other methods.
+
+        Its decisions are those of values above 0, as no threshold is learned for them.
+        """
+        if calibration.intensity is None:
+            return None
+        planes = found.maps.numpy()[:, len(self.channels) :]
+        values, maps = calibration.intensity.values(planes), calibration.intensity.probabilities(planes)
+        masks = np.stack([self.without_small(anomaly_masks.half_peak_mask(one[None], 1)) for one in maps])
+        score = calibration.intensity.scores(values)
+        return Segmentation(masks, score > 0, maps, score)
+
+    def without_small(self, mask: np.ndarray) -> np.ndarray:
+        """Return ``mask`` (H, W) without the components that do not count."""
+        return anomaly_masks.drop_small(mask, self.settings.drop_small)
 
 
 def save_calibration(
@@ -188,6 +246,9 @@ def load_calibration(run: Path, settings: SegmentationConfig, channels: int | No
     if content.get("weights") != RunFolder(run).weights_digest():
         raise RunError(f"{path}: calibrated before the run was trained further, so thresholds do not fit; {way_out}")
     try:
-        return Calibration.from_dict(content, channels)
+        found = Calibration.from_dict(content, channels)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
+    if settings.method == "label-difference" and (found.evidence is None or found.intensity is None):
+        raise RunError(f"{path}: holds no weights of method label-difference; {way_out} to calibrate again")
+    return found

@@ -1,0 +1,130 @@
+"""Calibration of a run that finds anomalies, on its validation images and their labels."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from heterodiff.data.dataset import ImageDataset
+from heterodiff.devices import Device, DType, dtype_name
+from heterodiff.errors import RunError
+from heterodiff.evaluation.anomalies import all_maps
+from heterodiff.evaluation.heights import ENTANGLED, by_height, held_out_auroc, overlap_weights, patients_and_heights
+from heterodiff.evaluation.runs import run_data
+from heterodiff.pipelines.anomalies.label_weights import LabelWeights, fit_label_weights
+from heterodiff.pipelines.anomalies.masks import calibrate, small_area
+from heterodiff.pipelines.anomalies.segment import DEFAULT_PRECISION, Segmenter, save_calibration
+from heterodiff.pipelines.load import load_generation
+from heterodiff.progress import progress_tasks
+from heterodiff.run_folder import RunFolder
+
+MOST_VALUES = 100_000_000
+"""Values of planes that are kept at once: 400 MB. Of more validation images, evenly spread ones are taken."""
+
+
+def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None = None) -> list[str]:
+    """Learn the thresholds of masks from the run's validation images and their labels, and save them in the run.
+
+    With method label-difference, the weights of its planes are learned from these labels, too, and compared with what
+    intensities alone and the height of a slice would tell.
+
+    Args:
+        device: see :func:`heterodiff.load`.
+        dtype: precision of the network, saved with the thresholds and used for masks from then on. Default: float32.
+
+    Returns:
+        Lines that describe the calibration.
+
+    Raises:
+        HeterodiffError: no usable run, or validation images that do not allow it.
+    """
+    data = run_data(run)  # reports what is missing of the run
+    settings = RunFolder(run).config().segmentation
+    segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
+    classes = data.spec.class_names
+    alone = settings.method == "partial-noising"  # needs no unhealthy images; unlabelled ones count as healthy
+    if settings.healthy not in classes and (classes or not alone):
+        raise RunError(
+            f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "
+            f"{', '.join(classes) or 'none'}; label them, or correct segmentation.healthy"
+        )
+    images = data.val.take(np.flatnonzero(data.val.labels >= 0).tolist()) if classes else data.val
+    unhealthy = images.labels != classes.index(settings.healthy) if classes else np.full(len(images), False)
+    notes: list[str] = []
+    if segmenter.by_labels:
+        images, unhealthy, notes = choose_images(images, unhealthy, segmenter)
+    with progress_tasks() as start:
+        every = all_maps(segmenter, images, start("validation images", len(images)))
+        found = [(one.divergence, one.score, one.maps if segmenter.by_labels else one.score) for one in every]
+    divergence, score, planes = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    if segmenter.by_labels:
+        evidence, intensity, lines = _weigh(planes, unhealthy, images.names, segmenter)
+        score = evidence.scores(evidence.values(planes))
+        calibration, notes = calibrate(divergence, score, unhealthy, False, evidence, intensity), [*notes, *lines]
+    else:
+        calibration = calibrate(divergence, score, unhealthy, alone)
+    path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
+    total = calibration.healthy + calibration.unhealthy
+    counts = f"{calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images"
+    decision = f"{total - calibration.errors} of {total} judged as labelled"
+    if not calibration.unhealthy:
+        counts = f"{calibration.healthy} validation images, taken for healthy"
+        decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
+    return [f"images   {counts}", f"decision {decision}", *notes, f"wrote    {path}"]
+
+
+def choose_images(
+    images: ImageDataset, unhealthy: np.ndarray, segmenter: Segmenter
+) -> tuple[ImageDataset, np.ndarray, list[str]]:
+    """Check that there are both labels; take evenly spread images where the planes of all are too large."""
+    if not 0 < unhealthy.sum() < len(unhealthy):
+        calibrate(np.zeros((len(unhealthy), 1)), np.zeros(len(unhealthy)), unhealthy)  # reports it
+    most = max(2, MOST_VALUES // (2 * len(segmenter.channels) * images.spec.height * images.spec.width))
+    if len(images) <= most:
+        return images, unhealthy, []
+    chosen = np.linspace(0, len(images) - 1, most).round().astype(int)
+    return images.take(chosen.tolist()), unhealthy[chosen], [f"note     {most:,} of {len(images):,} images were used"]
+
+
+def _weigh(
+    planes: np.ndarray, unhealthy: np.ndarray, names: list[str], segmenter: Segmenter
+) -> tuple[LabelWeights, LabelWeights, list[str]]:
+    """Fit the weights of all planes and of intensities alone; lines that say what they are worth."""
+    area = small_area((planes.shape[2], planes.shape[3]), segmenter.settings.drop_small) + 1
+    channels = segmenter.channels
+    intensities = planes[:, len(channels) :]
+    patients, heights = patients_and_heights(names)
+    importance = np.ones(len(planes)) if heights is None else overlap_weights(heights, unhealthy)
+
+    def fitted(chosen: np.ndarray, rows: np.ndarray) -> LabelWeights:
+        return fit_label_weights(chosen[rows], unhealthy[rows], area, importance[rows])
+
+    def told(chosen: np.ndarray) -> float | None:
+        """AUROC of patients that the weights have not seen."""
+
+        def scores(known: np.ndarray, others: np.ndarray) -> np.ndarray:
+            found = fitted(chosen, known)
+            return found.scores(found.values(chosen[others]))
+
+        return held_out_auroc(scores, unhealthy, patients, importance)
+
+    every = np.arange(len(planes))
+    evidence, intensity = fitted(planes, every), fitted(intensities, every)
+    kinds = [f"{kind} {channel}" for kind in ("difference", "intensity") for channel in channels]
+    strengths = np.array(evidence.weights) * planes.std(axis=(0, 2, 3))
+    lines = [f"weights  {', '.join(f'{kind} {one:+.2f}' for kind, one in zip(kinds, strengths, strict=True))}"]
+    model, alone = told(planes), told(intensities)
+    if model is None or alone is None:
+        return evidence, intensity, [*lines, "warning  too few patients to tell whether the model adds anything"]
+    at = "" if heights is None else " at equal heights"
+    lines.append(f"AUROC    of patients held out{at}: with the model {model:.3f}, intensities alone {alone:.3f}")
+    if alone >= model:
+        lines.append("warning  intensities alone do as well: the model adds nothing yet")
+    if heights is not None:
+        height = held_out_auroc(by_height(heights, unhealthy), unhealthy, patients, np.ones(len(planes)))
+        if height is not None and height > ENTANGLED:
+            lines.append(
+                f"warning  the height of a slice tells its label almost always (AUROC {height:.3f}): the model may "
+                "have learned places and not lesions; train on slices of the heights at which both labels occur"
+            )
+    return evidence, intensity, lines

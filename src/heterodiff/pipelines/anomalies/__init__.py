@@ -1,0 +1,1 @@
+"""Anomalies: maps of images, masks and decisions, and what is learned for them from image labels."""
