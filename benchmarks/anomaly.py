@@ -5,9 +5,10 @@
     python -m benchmarks.anomaly --runs runs steps       its Dice with a tenth of the steps, with all, and with patience
     python -m benchmarks.anomaly --runs runs variants    hae-v2 and unet at 32x32, for the same time, two seeds
     python -m benchmarks.anomaly --runs runs ms          three real patients, each by a model of the other two
+    python -m benchmarks.anomaly --runs runs lgg         sixty real patients in three folds, beside other ways
 
 Each takes about an hour on two CPU cores, and goes on where it was interrupted. Writes
-benchmarks/results/anomaly_{phantom,others,steps,variants,ms}.json and pictures to docs/images.
+benchmarks/results/anomaly_{phantom,others,steps,variants,ms,lgg}.json and pictures to docs/images.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lgg import lgg
 from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.config import SegmentationConfig
@@ -171,6 +173,7 @@ MEASURES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "steps": steps,
     "variants": variants,
     "ms": ms,
+    "lgg": lgg,
 }
 
 

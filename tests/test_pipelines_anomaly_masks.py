@@ -229,3 +229,9 @@ def test_numbers_that_are_none_are_refused(which: int) -> None:
     numbers[which][7] = np.nan
     with pytest.raises(DataError, match="not finite"):
         calibrate(*numbers)
+
+
+def test_a_threshold_that_no_unhealthy_image_reaches_is_refused() -> None:
+    score = np.concatenate([np.linspace(0, 1, 40), np.full(10, 0.6)])
+    with pytest.raises(DataError, match="every image would be judged healthy"):
+        calibrate(np.ones((50, 1)), score, np.arange(50) >= 40)

@@ -130,7 +130,7 @@ def test_patients_that_are_done_are_left(run: Path, tmp_path: Path) -> None:
     assert [line.rsplit(", ")[1] for line in told[2:]] == ["done", "done before"]
 
 
-@pytest.mark.parametrize("name", ["mask.nii.gz", "anomaly.nii.gz", "overlay.png"])
+@pytest.mark.parametrize("name", ["mask.nii.gz", "anomaly.nii.gz", "overlay.png", "slices.png"])
 @pytest.mark.parametrize("emptied", [True, False])
 def test_files_that_are_lost_are_made_again(run: Path, tmp_path: Path, name: str, emptied: bool) -> None:
     data, out = write_patient(tmp_path / "data", "a", np.eye(4)), tmp_path / "out"
@@ -142,7 +142,7 @@ def test_files_that_are_lost_are_made_again(run: Path, tmp_path: Path, name: str
         (out / "a" / name).unlink()
     assert segment_folder(run, data, out) == first
     assert (out / "a" / name).stat().st_size == size
-    assert len(list((out / "a").iterdir())) == 4  # with scores.json, and nothing unfinished
+    assert len(list((out / "a").iterdir())) == 5  # with scores.json, and nothing unfinished
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -379,3 +379,58 @@ def test_what_cannot_be_segmented(run: Path, tmp_path: Path) -> None:
     rows, (problem,) = segment_folder(run, tmp_path / "data", tmp_path / "out")
     assert rows == []
     assert "no slice shows enough of the brain" in problem
+
+
+# ---- label-difference ---------------------------------------------------------------------------------------------
+
+
+def write_heads(root: Path, names: list[str], exchanged: bool = False, masks: bool = True) -> Path:
+    """Heads of two tissues and a scalp; every second patient has a lesion that is bright on FLAIR in two slices."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, side) for side in SHAPE), indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + (1.2 * z) ** 2)
+    for number, name in enumerate(names):
+        rng = np.random.default_rng(number)
+        inner, outer = radius < 0.55, radius < 0.9
+        ill = lesion() * (number % 2)
+        scalp = outer & (radius > 0.8)
+        flair = np.where(scalp, 160, np.where(inner, 40, 80)) * outer + 60 * (ill > 0)
+        t1 = np.where(scalp, 160, np.where(inner, 90, 50)) * outer
+        volumes = [np.abs(volume + rng.normal(0, 2, SHAPE)) * outer for volume in (flair, t1)]
+        (root / name).mkdir(parents=True)
+        for kind, volume in zip(("t1", "flair") if exchanged else ("flair", "t1"), volumes, strict=True):
+            nibabel.save(
+                nibabel.Nifti1Image(volume.astype(np.float32), np.eye(4)), root / name / f"{name}_{kind}.nii.gz"
+            )
+        if masks:
+            nibabel.save(nibabel.Nifti1Image(ill, np.eye(4)), root / name / f"{name}_seg.nii.gz")
+    return root
+
+
+def test_labels_teach_where_lesions_are_and_exchanged_sequences_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Bright lesions are found by a network of one step, as intensities are weighed, too."""
+    data = write_heads(tmp_path / "data", [f"p{k}" for k in range(12)])
+    config = settings(tmp_path / "run", data)
+    segmentation = {"method": "label-difference", "depth": None, "num_inference_steps": 2}
+    content = config.model_dump(mode="json") | {"segmentation": segmentation}
+    content["data"]["val_fraction"] = 0.5
+    train(parse_config(content, tolerated=None), quiet=True)
+    assert command(tmp_path / "run", "--calibrate") == 0
+    assert "intensity flair +" in capsys.readouterr().out
+    others = write_heads(tmp_path / "others", ["a", "b"], masks=False)
+    assert command(tmp_path / "run", others, "--out", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().out
+    healthy, ill = (np.asarray(nibabel.load(tmp_path / "out" / name / "mask.nii.gz").dataobj) > 0 for name in "ab")
+    true = lesion() > 0
+    assert 2 * (ill & true).sum() / (ill.sum() + true.sum()) > 0.6
+    assert healthy.sum() < 0.5 * true.sum()
+    with Image.open(tmp_path / "out" / "b" / "slices.png") as picture:
+        assert picture.width > 300
+    maps = nibabel.load(tmp_path / "out" / "b" / "anomaly.nii.gz").get_fdata()
+    assert 0 <= maps.min() <= maps.max() <= 1
+    exchanged = write_heads(tmp_path / "exchanged", ["c"], exchanged=True, masks=False)
+    assert command(tmp_path / "run", exchanged, "--out", tmp_path / "wrong") == 0
+    assert "c: warning: 'flair' looks like 't1' of the patients trained on" in capsys.readouterr().out
+    notes = json.loads((tmp_path / "wrong" / "c" / "scores.json").read_text())["notes"]
+    assert any("'t1' looks like 'flair'" in note for note in notes)

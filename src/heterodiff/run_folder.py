@@ -68,6 +68,7 @@ class RunFolder:
         # written by what uses it
         self.generated = path / "generated"
         self.calibration_file = path / "calibration.json"
+        self.known_patients_file = path / "patients.npz"
         self.evaluation = path / "evaluation"
         self.evaluation_file = path / "evaluation.json"
         self.images_file = self.evaluation / "images.csv"

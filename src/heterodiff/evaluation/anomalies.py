@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import TestImages, load_test, open_source
-from heterodiff.data.sources.volumes import known_fingerprint
+from heterodiff.data.sources.volumes import channel_names, known_fingerprint
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation import class_images
@@ -29,6 +29,7 @@ from heterodiff.metrics.segmentation import (
     threshold_baseline,
 )
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
+from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.label_weights import FOREGROUND
 from heterodiff.pipelines.anomalies.segment import (
     AnomalyMaps,
@@ -159,13 +160,14 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     metrics["data"] = {
         "path": str(of.path or of.source),
         "part": "all" if elsewhere else "kept for testing",
-        "notes": _seen_in_training(run, test.images) if elsewhere else [],
+        "notes": [*_seen_in_training(run, test.images), *_other_channels(run, test)] if elsewhere else [],
     }
     metrics["settings"] = settings.model_dump(mode="json")
     metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls, _ in found]).float().mean())
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
-    first = test.images.batch(rows)[0][:, segmenter.channels[:1]]
+    shown_channel = segmenter.channels[calibration.channel]
+    first = test.images.batch(rows)[0][:, [shown_channel]]
     overview = overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows])
     folder.write_picture(folder.anomalies_picture, overview)
     folder.write_text(folder.images_file, table.getvalue())
@@ -196,6 +198,19 @@ def _seen_in_training(run: Path, images: ImageDataset) -> list[str]:
     """Note on those of ``images`` that the run was trained on."""
     seen = count_seen((image for part in parts_of(images) for image in part), run_data(run).train)
     return [f"{seen:,} of these {len(images):,} images are training images too: they are not held out"] if seen else []
+
+
+def _other_channels(run: Path, test: TestImages) -> list[str]:
+    """Notes on patients whose channels are not as those that the run knows."""
+    known = KnownPatients.load(RunFolder(run).known_patients_file)
+    if known is None:
+        return []
+    names, patients = channel_names(image_config(run), test.images.spec.channels), np.array(test.patients)
+    notes = []
+    for patient in np.unique(patients):
+        images = test.images.batch(np.flatnonzero(patients == patient).tolist())[0].numpy()
+        notes += [f"patient {patient}: {line}" for line in known.differences(images, names)]
+    return notes
 
 
 def overlays(images: Tensor, truth: np.ndarray, maps: np.ndarray, marked: np.ndarray) -> Image:

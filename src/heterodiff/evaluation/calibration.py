@@ -1,16 +1,19 @@
 """Calibration of a run that finds anomalies, on its validation images and their labels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.sources.volumes import channel_names
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.errors import RunError
 from heterodiff.evaluation.anomalies import all_maps
 from heterodiff.evaluation.heights import ENTANGLED, by_height, held_out_auroc, overlap_weights, patients_and_heights
-from heterodiff.evaluation.runs import run_data
+from heterodiff.evaluation.runs import image_config, run_data
+from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.label_weights import LabelWeights, fit_label_weights
 from heterodiff.pipelines.anomalies.masks import calibrate, small_area
 from heterodiff.pipelines.anomalies.segment import DEFAULT_PRECISION, Segmenter, save_calibration
@@ -18,6 +21,7 @@ from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 
+MOST_PATIENTS = 100
 MOST_VALUES = 100_000_000
 """Values of planes that are kept at once: 400 MB. Of more validation images, evenly spread ones are taken."""
 
@@ -58,11 +62,20 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
         found = [(one.divergence, one.score, one.maps if segmenter.by_labels else one.score) for one in every]
     divergence, score, planes = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     if segmenter.by_labels:
-        evidence, intensity, lines = _weigh(planes, unhealthy, images.names, segmenter)
+        every_name = channel_names(image_config(run), data.spec.channels)
+        channels = [every_name[channel] for channel in segmenter.channels]
+        evidence, intensity, channel, lines = _weigh(planes, unhealthy, images.names, segmenter, channels)
         score = evidence.scores(evidence.values(planes))
-        calibration, notes = calibrate(divergence, score, unhealthy, False, evidence, intensity), [*notes, *lines]
+        calibration = calibrate(divergence, score, unhealthy)
+        notes += lines
+        calibration = replace(calibration, evidence=evidence, intensity=intensity, channel=channel)
     else:
         calibration = calibrate(divergence, score, unhealthy, alone)
+    known = _known_patients(data.train, data.val)
+    if known is not None:
+        folder = RunFolder(run)
+        with folder.writing(folder.known_patients_file):
+            known.save(folder.known_patients_file)
     path = save_calibration(run, calibration, settings, dtype_name(segmenter.pipeline.unet.dtype))
     total = calibration.healthy + calibration.unhealthy
     counts = f"{calibration.healthy} healthy and {calibration.unhealthy} unhealthy validation images"
@@ -71,6 +84,22 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
         counts = f"{calibration.healthy} validation images, taken for healthy"
         decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
     return [f"images   {counts}", f"decision {decision}", *notes, f"wrote    {path}"]
+
+
+def _known_patients(train: ImageDataset, val: ImageDataset) -> KnownPatients | None:
+    """Describe at most a hundred patients, evenly spread; None where names tell no patients."""
+    of_names, heights = patients_and_heights([*train.names, *val.names])
+    if heights is None:
+        return None
+    every = np.unique(of_names)
+    chosen = every[np.linspace(0, len(every) - 1, min(len(every), MOST_PATIENTS)).round().astype(int)]
+    images = []
+    for patient in chosen:
+        rows = np.flatnonzero(of_names == patient)
+        in_train, in_val = rows[rows < len(train)], rows[rows >= len(train)] - len(train)
+        parts = [part.batch(some.tolist())[0].numpy() for part, some in ((train, in_train), (val, in_val)) if len(some)]
+        images.append(np.concatenate(parts))
+    return KnownPatients.of(images)
 
 
 def choose_images(
@@ -87,11 +116,10 @@ def choose_images(
 
 
 def _weigh(
-    planes: np.ndarray, unhealthy: np.ndarray, names: list[str], segmenter: Segmenter
-) -> tuple[LabelWeights, LabelWeights, list[str]]:
-    """Fit the weights of all planes and of intensities alone; lines that say what they are worth."""
+    planes: np.ndarray, unhealthy: np.ndarray, names: list[str], segmenter: Segmenter, channels: list[str]
+) -> tuple[LabelWeights, LabelWeights, int, list[str]]:
+    """Fit the weights of all planes and of intensities alone; which channel weighs most; lines that say their worth."""
     area = small_area((planes.shape[2], planes.shape[3]), segmenter.settings.drop_small) + 1
-    channels = segmenter.channels
     intensities = planes[:, len(channels) :]
     patients, heights = patients_and_heights(names)
     importance = np.ones(len(planes)) if heights is None else overlap_weights(heights, unhealthy)
@@ -113,9 +141,11 @@ def _weigh(
     kinds = [f"{kind} {channel}" for kind in ("difference", "intensity") for channel in channels]
     strengths = np.array(evidence.weights) * planes.std(axis=(0, 2, 3))
     lines = [f"weights  {', '.join(f'{kind} {one:+.2f}' for kind, one in zip(kinds, strengths, strict=True))}"]
+    strongest = int(np.abs(strengths).reshape(2, len(channels)).sum(axis=0).argmax())
     model, alone = told(planes), told(intensities)
     if model is None or alone is None:
-        return evidence, intensity, [*lines, "warning  too few patients to tell whether the model adds anything"]
+        lines.append("warning  too few patients to tell whether the model adds anything")
+        return evidence, intensity, strongest, lines
     at = "" if heights is None else " at equal heights"
     lines.append(f"AUROC    of patients held out{at}: with the model {model:.3f}, intensities alone {alone:.3f}")
     if alone >= model:
@@ -127,4 +157,4 @@ def _weigh(
                 f"warning  the height of a slice tells its label almost always (AUROC {height:.3f}): the model may "
                 "have learned places and not lesions; train on slices of the heights at which both labels occur"
             )
-    return evidence, intensity, lines
+    return evidence, intensity, strongest, lines

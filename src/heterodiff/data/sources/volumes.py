@@ -39,6 +39,12 @@ def layout_of(config: VolumesConfig) -> Layout:
     return Layout(config.modalities or known.modalities, config.mask or known.mask)
 
 
+def channel_names(config: DataConfig, count: int) -> list[str]:
+    """Return the names of the modalities, where they are known, else ``channel 0`` and so on."""
+    names = list(layout_of(config.volumes).modalities) if known_fingerprint(config) else []
+    return names if len(names) == count else [f"channel {channel}" for channel in range(count)]
+
+
 def preprocessing(config: DataConfig) -> dict[str, Any]:
     """Return every setting that changes the slices of given volumes, ready for JSON."""
     kept = {

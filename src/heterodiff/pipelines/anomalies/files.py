@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from heterodiff.devices import Device
 from heterodiff.errors import CheckpointError, DataError, RunError
 from heterodiff.files import fresh, read_json, replacing, write_json, write_text
 from heterodiff.pictures import RED, image_grid, tinted
+from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.masks import Calibration
 from heterodiff.pipelines.anomalies.segment import (
     Progress,
@@ -33,9 +34,9 @@ from heterodiff.pipelines.output_folder import writing
 from heterodiff.run_folder import RunFolder
 
 SLICES_AT_ONCE = 16
-SHOWN, SHOWN_SIDE = 6, 128
+SHOWN, SHOWN_SIDE, SLICES_A_ROW = 6, 128, 10
 DONE_FILE = "scores.json"
-MASK_FILE, MAP_FILE, PICTURE_FILE = "mask.nii.gz", "anomaly.nii.gz", "overlay.png"
+MASK_FILE, MAP_FILE, PICTURE_FILE, SLICES_FILE = "mask.nii.gz", "anomaly.nii.gz", "overlay.png", "slices.png"
 SUMMARY_FILE = "patients.csv"
 COLUMNS = ("patient", "slices", "unhealthy_slices", "mask_voxels", "mask_ml", "highest_score")
 
@@ -51,8 +52,9 @@ def segment_folder(
     """Find anomalies in all patients below ``data`` that are not done yet, in the precision of the calibration.
 
     Writes for each patient a folder with ``mask.nii.gz`` (0 or 1), ``anomaly.nii.gz`` (squared difference), both with
-    shape and affine of its first volume, ``overlay.png`` and ``scores.json``; and ``patients.csv`` for all. A patient
-    whose volumes cannot be used does not stop the others.
+    shape and affine of its first volume, ``overlay.png`` of the slices with the largest masks, ``slices.png`` of all,
+    and ``scores.json``; and ``patients.csv`` for all. A patient whose volumes cannot be used does not stop the others;
+    one whose channels differ from those of the patients trained on is reported.
 
     Args:
         report: gets a line about each patient.
@@ -76,21 +78,26 @@ def segment_folder(
         )
     calibration = load_calibration(run, config.segmentation, len(segmenter.channels))
     check_preprocessing(run, fingerprint(config.data))
+    known, names = KnownPatients.load(RunFolder(run).known_patients_file), list(layout.modalities)
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, patient in enumerate(patients, 1):
         place, folder = f"{number} of {len(patients)}  {printable(patient.name)}", out / patient.name
         try:
             key = _key(run, patient)
-            row, state = _done(folder, key), "done before"
+            row, state, notes = _done(folder, key), "done before", list[str]()
             if row is None:
-                row, state = _segment(patient, folder, segmenter, calibration, config.data, key, progress), "done"
+                of_run = segmenter, calibration, config.data
+                row, notes = _segment(patient, folder, *of_run, key, known, names, progress)
+                state = "done"
         except DataError as error:
             problems.append(str(error))
             report(f"{place}: left out, {printable(str(error))}")
             continue
         rows.append(row)
         report(f"{place}: {row['mask_ml']:.2f} ml marked, {state}")
+        for note in notes:
+            report(f"{place}: warning: {note}")
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
@@ -145,7 +152,7 @@ def _done(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for name in (MASK_FILE, MAP_FILE, PICTURE_FILE)}
+    return {name: (folder / name).stat().st_size for name in (MASK_FILE, MAP_FILE, PICTURE_FILE, SLICES_FILE)}
 
 
 def _segment(
@@ -155,8 +162,11 @@ def _segment(
     calibration: Calibration,
     config: DataConfig,
     key: str,
+    known: KnownPatients | None,
+    names: Sequence[str],
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
+    """Segment a patient and write the files; the row of the table, and in what its channels differ from those known."""
     read = read_patient(PatientFiles(patient.name, patient.volumes, None))
     slices = slice_patient(read, config.image_size or DEFAULT_SIZE, config.volumes.least_brain)
     if not len(slices.index):
@@ -182,17 +192,20 @@ def _segment(
         {"slice": int(z), "score": float(score), "unhealthy": bool(unhealthy)}
         for z, score, unhealthy in zip(slices.index, found.score, found.unhealthy, strict=True)
     ]
-    picture = _overlay(images[:, segmenter.channels[0]], found, slices.index)
+    grey = images[:, segmenter.channels[calibration.channel]]
+    pictures = {PICTURE_FILE: _overlay(grey, found, slices.index), SLICES_FILE: _all_slices(grey, found, slices.index)}
+    notes = known.differences(images.numpy(), names) if known else []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DONE_FILE).unlink(missing_ok=True)  # first: it is not valid for the new files
         save_like(folder / MASK_FILE, mask.astype(np.uint8), reference)
         save_like(folder / MAP_FILE, anomaly, reference)
-        with replacing(folder / PICTURE_FILE) as file:
-            picture.save(file, format="PNG")
-        content = {"key": key, "patient": row, "sizes": _sizes(folder), "slices": of_slices}
+        for name, picture in pictures.items():
+            with replacing(folder / name) as file:
+                picture.save(file, format="PNG")
+        content = {"key": key, "patient": row, "sizes": _sizes(folder), "notes": notes, "slices": of_slices}
         write_json(folder / DONE_FILE, content)  # last: with it, the patient is done
-    return row
+    return row, notes
 
 
 def to_volumes(found: Segmentation, index: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +239,13 @@ def save_like(path: Path, canonical: np.ndarray, reference: Any) -> None:
     temporary = path.with_name(f".unfinished.{path.name}")  # nibabel goes by the suffix, and hidden it is no volume
     nibabel.save(image, fresh(temporary))
     temporary.replace(path)
+
+
+def _all_slices(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:
+    """Draw every slice with its mask in red; what is judged unhealthy says so."""
+    marked = tinted(grey[:, None].expand(-1, 3, -1, -1), torch.from_numpy(found.mixed_masks), RED)
+    labels = [f"{z} unhealthy" if ill else str(z) for z, ill in zip(index, found.unhealthy, strict=True)]
+    return image_grid(marked, labels, columns=min(len(labels), SLICES_A_ROW), min_side=SHOWN_SIDE)
 
 
 def _overlay(grey: torch.Tensor, found: Segmentation, index: np.ndarray) -> Any:

@@ -32,6 +32,7 @@ class Calibration:
         errors: number of these images that are judged wrongly.
         evidence: weights of label differences and intensities, of method label-difference.
         intensity: weights of intensities alone, to compare with.
+        channel: which of the channels compared weighs most, and is shown in pictures.
     """
 
     largest_divergence: tuple[float, ...]
@@ -41,6 +42,7 @@ class Calibration:
     errors: int
     evidence: LabelWeights | None = None
     intensity: LabelWeights | None = None
+    channel: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary for JSON."""
@@ -60,6 +62,7 @@ class Calibration:
             largest = tuple(float(value) for value in content["largest_divergence"])
             threshold = float(content["score_limit"])
             healthy, unhealthy, errors = (int(content[key]) for key in ("healthy", "unhealthy", "errors"))
+            channel = int(content.get("channel", 0))
             planes = {"evidence": len(largest) * 2, "intensity": len(largest)}
             weights = {
                 key: LabelWeights.from_dict(content[key], count)
@@ -74,7 +77,7 @@ class Calibration:
             )
         if channels is not None and len(largest) != channels:
             raise RunError(f"saved calibration: expected {channels} channels, found {len(largest)}; calibrate again")
-        return cls(largest, threshold, healthy, unhealthy, errors, **weights)
+        return cls(largest, threshold, healthy, unhealthy, errors, **weights, channel=channel)
 
 
 def calibrate(
@@ -82,8 +85,6 @@ def calibrate(
     score: np.ndarray,
     unhealthy: np.ndarray,
     healthy_alone: bool = False,
-    evidence: LabelWeights | None = None,
-    intensity: LabelWeights | None = None,
 ) -> Calibration:
     """Learn from validation images and their labels, as Che et al. 2025 do.
 
@@ -92,11 +93,10 @@ def calibrate(
         score: (N,).
         unhealthy: (N,) bool.
         healthy_alone: accept healthy images alone; the threshold is then the 95th percentile of their scores.
-        evidence, intensity: see :class:`Calibration`.
 
     Raises:
-        DataError: a label is missing; scores or divergences that are not finite; or a mean score of unhealthy images
-            below that of healthy ones, as if the labels were swapped.
+        DataError: a label is missing; scores or divergences that are not finite; a mean score of unhealthy images
+            below that of healthy ones, as if the labels were swapped; or a threshold that no unhealthy image reaches.
     """
     count = int(unhealthy.sum())
     if not (count > 0 or healthy_alone) or count == len(unhealthy):
@@ -119,8 +119,13 @@ def calibrate(
     errors = ((score[None] >= candidates[:, None]) != unhealthy[None]).sum(axis=1)
     best = int(errors.argmin())
     largest = tuple(map(float, divergence[unhealthy if count else ~unhealthy].max(axis=0)))
-    counts = len(unhealthy) - count, count, int(errors[best])
-    return Calibration(largest, float(candidates[best]), *counts, evidence, intensity)
+    if count and not (score[unhealthy] >= candidates[best]).any():
+        raise DataError(
+            f"calibration: every image would be judged healthy, as no unhealthy validation image scores above the "
+            f"healthy ones (threshold {candidates[best]:.4g}); the model has not learned to tell them apart: train it "
+            "longer, or look at data.image_size and segmentation.smoothing if lesions are small"
+        )
+    return Calibration(largest, float(candidates[best]), len(unhealthy) - count, count, int(errors[best]))
 
 
 def smoothed_map(maps: np.ndarray, threshold: str, smoothing: int = SMOOTHING) -> np.ndarray:
