@@ -141,9 +141,15 @@ def threshold_of_labels(fold: Fold) -> Found:
     return weighed(fold, fold.val_planes[:, best], fold.planes[:, best], half_peak=False)
 
 
-def class_activation(fold: Fold, steps: int = 600, batch: int = 32) -> Found:
-    """A small classifier whose score is the mean of its map's largest values, trained on the same labels."""
-    torch.manual_seed(0)
+def class_activation(fold: Fold) -> Found:
+    """The map of a small classifier that is trained on the same labels: of three, the best on validation images."""
+    tried = [_classifier(fold, seed) for seed in range(3)]
+    return max(tried, key=lambda one: one[0])[1]
+
+
+def _classifier(fold: Fold, seed: int, steps: int = 600, batch: int = 32) -> tuple[float, Found]:
+    """Train a classifier whose score is the mean of its map's largest values; AUROC of validation images, and finds."""
+    torch.manual_seed(seed)
 
     def block(channels: int, out: int, stride: int) -> list[nn.Module]:
         first = [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.GroupNorm(8, out), nn.SiLU()]
@@ -153,7 +159,7 @@ def class_activation(fold: Fold, steps: int = 600, batch: int = 32) -> Found:
     network = nn.Sequential(*block(count, 24, 1), *block(24, 48, 2), *block(48, 96, 2), nn.Conv2d(96, 1, 1))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for _ in range(steps):
         x, y = fold.train.batch(rng.integers(0, len(fold.train), batch))
         x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(3), x) * (1 + 0.1 * torch.randn(batch, count, 1, 1))
@@ -171,7 +177,8 @@ def class_activation(fold: Fold, steps: int = 600, batch: int = 32) -> Found:
         return high.sigmoid().numpy(), low.flatten(1).topk(8, dim=1).values.mean(dim=1).numpy()
 
     (_, val_scores), (found, scores) = maps(fold.val), maps(fold.images)
-    return Found(fold.peaks(found), found, scores, fold.decide(val_scores, scores))
+    known = float(roc_auc_score(fold.unhealthy, val_scores, sample_weight=fold.importance))
+    return known, Found(fold.peaks(found), found, scores, fold.decide(val_scores, scores))
 
 
 def best_threshold(fold: Fold) -> Found:
@@ -238,10 +245,8 @@ def open_fold(run: Path) -> Fold:
         return np.concatenate([one.maps.numpy() for one in all_maps(segmenter, images, lambda done: None)])
 
     unhealthy = data.val.labels == 1
-    val_patients, val_heights = patients_and_heights(data.val.names)
-    _, heights = patients_and_heights(test.images.names)
+    val_patients, val_heights = patients_and_heights(data.val.names, "volumes")
     assert val_heights is not None
-    assert heights is not None
     return Fold(
         val=data.val.batch(range(len(data.val)))[0].numpy(),
         val_patients=val_patients,

@@ -447,11 +447,12 @@ def test_one_label_alone_teaches_no_weights(weighed: Path) -> None:
 
 def test_patients_and_heights_come_from_names() -> None:
     names = ["a/0001", "b/x/slice7", "a/0003", "a/0002", "b/x/slice9"]
-    patients, heights = heights_of.patients_and_heights(names)
+    patients, heights = heights_of.patients_and_heights(names, "volumes")
     assert patients.tolist() == ["a", "b/x", "a", "a", "b/x"]
     assert heights is not None
     assert heights.tolist() == [0, 0, 1, 0.5, 1]
-    assert heights_of.patients_and_heights(["1.png", "2.png"])[1] is None
+    patients, heights = heights_of.patients_and_heights(["healthy/1.png", "ill/2.png"], "images")  # folders are classes
+    assert (patients.tolist(), heights) == (["healthy/1.png", "ill/2.png"], None)
 
 
 def test_heights_that_tell_the_label_are_noticed() -> None:

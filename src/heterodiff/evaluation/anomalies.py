@@ -18,7 +18,7 @@ from heterodiff.data.sources.volumes import channel_names, known_fingerprint
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation import class_images
-from heterodiff.evaluation.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
+from heterodiff.evaluation.heights import SLICED, by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.held_out import count_seen
 from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
 from heterodiff.metrics.segmentation import (
@@ -68,7 +68,7 @@ def other_patients(run: Path, path: Path) -> "DataConfig | None":
     Raises:
         DataError: nothing is at ``path``, or no masks, though the run's own images have some.
     """
-    if not RunFolder(run).has_config or image_config(run).source not in ("volumes", "brain-phantom"):
+    if not RunFolder(run).has_config or image_config(run).source not in SLICED:
         return None
     if not (path.expanduser().is_dir() or (path.suffix.lower() == ".npz" and path.expanduser().is_file())):
         raise DataError(f"{path}: no such folder or npz file; correct --data")
@@ -149,7 +149,7 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
             "auroc": float(roc_auc_score(ill, alone.score)) if 0 < ill.sum() < len(ill) else None,
             "gain": mean_and_interval((dice - overlap(alone.masks, truth)[0])[shown], of_patient[shown]),
         }
-    _, heights = patients_and_heights(test.images.names)
+    _, heights = patients_and_heights(test.images.names, of.source)
     if heights is not None and 0 < ill.sum() < count:
         importance = overlap_weights(heights, ill)
         metrics["image"]["auroc_at_equal_heights"] = float(roc_auc_score(ill, every.score, sample_weight=importance))

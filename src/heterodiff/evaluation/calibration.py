@@ -54,7 +54,7 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
         )
     images = data.val.take(np.flatnonzero(data.val.labels >= 0).tolist()) if classes else data.val
     unhealthy = images.labels != classes.index(settings.healthy) if classes else np.full(len(images), False)
-    notes: list[str] = []
+    notes, source = list[str](), image_config(run).source
     if segmenter.by_labels:
         images, unhealthy, notes = choose_images(images, unhealthy, segmenter)
     with progress_tasks() as start:
@@ -64,14 +64,16 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     if segmenter.by_labels:
         every_name = channel_names(image_config(run), data.spec.channels)
         channels = [every_name[channel] for channel in segmenter.channels]
-        evidence, intensity, channel, lines = _weigh(planes, unhealthy, images.names, segmenter, channels)
+        area = small_area((data.spec.height, data.spec.width), settings.drop_small) + 1
+        of_slices = patients_and_heights(images.names, source)
+        evidence, intensity, channel, lines = _weigh(planes, unhealthy, *of_slices, channels, area)
         score = evidence.scores(evidence.values(planes))
         calibration = calibrate(divergence, score, unhealthy)
         notes += lines
         calibration = replace(calibration, evidence=evidence, intensity=intensity, channel=channel)
     else:
         calibration = calibrate(divergence, score, unhealthy, alone)
-    known = _known_patients(data.train, data.val)
+    known = _known_patients(data.train, data.val, source)
     if known is not None:
         folder = RunFolder(run)
         with folder.writing(folder.known_patients_file):
@@ -86,9 +88,9 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     return [f"images   {counts}", f"decision {decision}", *notes, f"wrote    {path}"]
 
 
-def _known_patients(train: ImageDataset, val: ImageDataset) -> KnownPatients | None:
+def _known_patients(train: ImageDataset, val: ImageDataset, source: str) -> KnownPatients | None:
     """Describe at most a hundred patients, evenly spread; None where names tell no patients."""
-    of_names, heights = patients_and_heights([*train.names, *val.names])
+    of_names, heights = patients_and_heights([*train.names, *val.names], source)
     if heights is None:
         return None
     every = np.unique(of_names)
@@ -116,12 +118,15 @@ def choose_images(
 
 
 def _weigh(
-    planes: np.ndarray, unhealthy: np.ndarray, names: list[str], segmenter: Segmenter, channels: list[str]
+    planes: np.ndarray,
+    unhealthy: np.ndarray,
+    patients: np.ndarray,
+    heights: np.ndarray | None,
+    channels: list[str],
+    area: int,
 ) -> tuple[LabelWeights, LabelWeights, int, list[str]]:
     """Fit the weights of all planes and of intensities alone; which channel weighs most; lines that say their worth."""
-    area = small_area((planes.shape[2], planes.shape[3]), segmenter.settings.drop_small) + 1
     intensities = planes[:, len(channels) :]
-    patients, heights = patients_and_heights(names)
     importance = np.ones(len(planes)) if heights is None else overlap_weights(heights, unhealthy)
 
     def fitted(chosen: np.ndarray, rows: np.ndarray) -> LabelWeights:

@@ -12,15 +12,19 @@ ENTANGLED = 0.98
 """AUROC of the height above which labels can hardly be told from places."""
 
 
-def patients_and_heights(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the patient of each slice, and its height among the patient's slices, 0 to 1, from ``patient/0012``.
+SLICED = ("volumes", "brain-phantom")
+"""Sources of slices, whose names are ``patient/0012``."""
 
-    Heights are None, and each image counts as a patient, where names are no such names.
+
+def patients_and_heights(names: Sequence[str], source: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the patient of each slice, and its height among the patient's slices, 0 to 1, from its name.
+
+    Of a ``source`` that is not one of :data:`SLICED`, each image counts as a patient, and heights are None.
     """
+    if source not in SLICED:
+        return np.array(names), None
     parts = [name.rpartition("/") for name in names]
     numbers = ["".join(letter for letter in last if letter.isdigit()) for _, _, last in parts]
-    if not all(patient and number for (patient, _, _), number in zip(parts, numbers, strict=True)):
-        return np.array(names), None
     patients, index = np.array([patient for patient, _, _ in parts]), np.array([int(number) for number in numbers])
     heights = np.zeros(len(names))
     for patient in np.unique(patients):
