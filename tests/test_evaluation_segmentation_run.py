@@ -425,6 +425,7 @@ def test_a_difference_that_the_model_has_learned_is_weighed(weighed: Path, monke
     ("changes", "message"),
     [
         ({"evidence": {"weights": [1.0], "bias": 0.0, "area": 3}}, r"calibration\.json: saved calibration cannot be"),
+        ({"channel": 9}, r"calibration\.json: .* expected a channel below 4, found 9; calibrate again"),
         ({"evidence": None}, r"calibration\.json: .* calibrate again"),
         ({"intensity": {"weights": [1, 2, 3, 4], "bias": "x", "area": 3}}, r"calibration\.json: saved calibration"),
     ],

@@ -57,7 +57,8 @@ class LabelWeights:
     def scores(self, values: np.ndarray) -> np.ndarray:
         """Return the score (N,) of each image of :meth:`values`."""
         flat = values.reshape(len(values), -1)
-        return np.partition(flat, -self.area, axis=1)[:, -self.area :].mean(axis=1)
+        area = min(self.area, flat.shape[1])
+        return np.partition(flat, -area, axis=1)[:, -area:].mean(axis=1)
 
 
 def planes_of(differences: np.ndarray, images: np.ndarray, channels: list[int], smoothing: int) -> np.ndarray:

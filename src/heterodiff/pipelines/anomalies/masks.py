@@ -75,6 +75,10 @@ class Calibration:
             raise RunError(
                 f"saved calibration: expected finite thresholds, found {[*largest, threshold]}; calibrate again"
             )
+        if not 0 <= channel < max(1, len(largest)):
+            raise RunError(
+                f"saved calibration: expected a channel below {len(largest)}, found {channel}; calibrate again"
+            )
         if channels is not None and len(largest) != channels:
             raise RunError(f"saved calibration: expected {channels} channels, found {len(largest)}; calibrate again")
         return cls(largest, threshold, healthy, unhealthy, errors, **weights, channel=channel)
