@@ -323,13 +323,13 @@ def compare(name: str, runs: Path, data: Path, workers: int, only: tuple[str, ..
     """Do an experiment, or the rest of it, of all its networks or ``only`` some, and print its table."""
     experiment, results = EXPERIMENTS[name], saved().get(name, {})
     arms = tuple(arm for arm in experiment.arms if not only or arm in only)
+    if (codec := codec_run(configure(name, experiment.arms[0], runs, data))) is not None:
+        to_the_end(codec)
     if "step_seconds" not in results:
         results["step_seconds"] = step_seconds(name, runs, data)
         results["minutes"] = experiment.minutes
         save(name, results)
     steps = {arm: round(60 * experiment.minutes / seconds) for arm, seconds in results["step_seconds"].items()}
-    if (codec := codec_run(configure(name, experiment.arms[0], runs, data))) is not None:
-        to_the_end(codec)
     jobs = Jobs(name, runs, data, workers, results)
     rates = chosen_rates(name, arms, jobs, steps)
     results["rates"] = {**results.get("rates", {}), **rates}

@@ -29,9 +29,12 @@ from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.metrics.segmentation import mean_and_interval, overlap, precision_recall_area, threshold_baseline
+from heterodiff.pipelines.anomalies.calibrated import Finder, open_finder
 from heterodiff.pipelines.anomalies.label_weights import FOREGROUND, fit_label_weights
+from heterodiff.pipelines.anomalies.mask_network import train_mask_network, unsure_pixels
 from heterodiff.pipelines.anomalies.masks import calibrate, half_peak_mask, small_area
-from heterodiff.pipelines.anomalies.segment import Segmenter
+from heterodiff.pipelines.anomalies.segment import Segmentation, Segmenter
+from heterodiff.pipelines.anomalies.segment import weighed as weighted_masks
 from heterodiff.pipelines.load import load_generation
 from heterodiff.run_folder import RunFolder
 
@@ -101,7 +104,9 @@ class Fold:
     patients: np.ndarray
     heights: np.ndarray
     planes: np.ndarray
+    train_planes: np.ndarray
     segmenter: Segmenter
+    finder: Finder
     area: int
 
     @property
@@ -181,6 +186,37 @@ def _classifier(fold: Fold, seed: int, steps: int = 600, batch: int = 32) -> tup
     return known, Found(fold.peaks(found), found, scores, fold.decide(val_scores, scores))
 
 
+def as_calibrated(fold: Fold) -> Found:
+    """What ``heterodiff segment`` finds: by default, a segmentation network that learned from found masks."""
+    parts = np.array_split(fold.images, 1 + len(fold.images) // 32)
+    firsts = np.cumsum([0, *map(len, parts)])
+    found = Segmentation.join(
+        [
+            fold.finder.segment(torch.from_numpy(part), int(first), lambda step, total: None)
+            for part, first in zip(parts, firsts[:-1], strict=True)
+        ]
+    )
+    return Found(found.masks, found.smoothed, found.score, found.unhealthy)
+
+
+def taught(fold: Fold, planes: slice) -> Found:
+    """A segmentation network that learned from the masks of ``planes`` weighted by labels."""
+    weights = fit_label_weights(fold.val_planes[:, planes], fold.unhealthy, fold.area, fold.importance)
+    settings, count = fold.segmenter.settings, len(fold.train)
+    learned = weighted_masks(fold.train_planes[:, planes], weights, settings, 0.0, np.zeros(count))
+    network = train_mask_network(
+        fold.train,
+        learned.masks,
+        unsure_pixels(learned.masks, learned.smoothed),
+        fold.train.labels == 1,
+        steps=settings.network_steps,
+        seed=settings.seed,
+        device=torch.device("cpu"),
+    )
+    val, test = (network.segment(torch.from_numpy(part), settings.drop_small, 0) for part in (fold.val, fold.images))
+    return Found(test.masks, test.maps, test.score, fold.decide(val.score, test.score))
+
+
 def best_threshold(fold: Fold) -> Found:
     """The intensity threshold that is best on these test images, chosen on their masks: out of reach without masks."""
     shown = fold.truth.any(axis=(1, 2))
@@ -215,6 +251,9 @@ def median_of_patient(fold: Fold, channel: int = 1) -> Found:
 
 
 WAYS: dict[str, Callable[[Fold], Found]] = {
+    "as calibrated by default": as_calibrated,
+    "network taught by label difference and intensities": lambda fold: taught(fold, slice(None)),
+    "network taught by intensities": lambda fold: taught(fold, slice(fold.images.shape[1], None)),
     "label difference and intensities": lambda fold: weighed(fold, fold.val_planes, fold.planes),
     "label difference alone": lambda fold: weighed(
         fold, fold.val_planes[:, : fold.images.shape[1]], fold.planes[:, : fold.images.shape[1]]
@@ -259,7 +298,9 @@ def open_fold(run: Path) -> Fold:
         patients=np.array(test.patients),
         heights=np.array([int(name.rpartition("/")[2]) / 1000 for name in test.images.names]),
         planes=planes(test.images),
+        train_planes=planes(data.train),
         segmenter=segmenter,
+        finder=open_finder(run, settings),
         area=small_area((spec.height, spec.width), settings.drop_small) + 1,
     )
 

@@ -79,7 +79,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "segmentation.depth": (100, {}, LATENT),
     "segmentation.patience": (3, {"segmentation.method": "forward-process"}, {"segmentation.method": "ddib"}),
     "segmentation.guidance_scale": (9, {"segmentation.method": "ddib"}, {"segmentation.method": "partial-noising"}),
-    "segmentation.seed": (1, {}, {"segmentation.method": "ddib"}),
+    "segmentation.seed": (1, {}, {"segmentation.method": "ddib", "segmentation.network_steps": 0}),
+    "segmentation.network_steps": (100, {}, LATENT),
     "segmentation.score": ("peak", {"segmentation.method": "ddib"}, {}),
 }
 

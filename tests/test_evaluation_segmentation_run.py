@@ -23,9 +23,10 @@ from heterodiff.evaluation.anomalies import evaluate_anomalies, finds_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.models.unet import HAEUNet
+from heterodiff.pipelines.anomalies.calibrated import calibrated_precision, load_calibration, save_calibration
 from heterodiff.pipelines.anomalies.label_weights import planes_of
 from heterodiff.pipelines.anomalies.masks import Calibration, drop_small, half_peak_mask, peak_score
-from heterodiff.pipelines.anomalies.segment import Segmenter, calibrated_precision, load_calibration, save_calibration
+from heterodiff.pipelines.anomalies.segment import Segmenter
 from heterodiff.pipelines.load import load_generation
 from heterodiff.report.writing import summary_lines, write_report
 from heterodiff.run_folder import RunFolder
@@ -46,7 +47,7 @@ def settings(output: Path, **more: object) -> RunConfig:
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
         "diffusion": {"prediction": "epsilon", "schedule": "linear"},
         "sampling": {"num_inference_steps": 2},
-        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 6},
+        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 6, "network_steps": 0},
         "training": {"steps": 2, "batch_size": 8, "warmup_steps": 1, "tensorboard": False},
     }
     for key, value in more.items():

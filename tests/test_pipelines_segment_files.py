@@ -22,9 +22,10 @@ from heterodiff.errors import DataError, RunError
 from heterodiff.evaluation.anomalies import evaluate_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.pipelines.anomalies import files as segment_files
+from heterodiff.pipelines.anomalies.calibrated import save_calibration
 from heterodiff.pipelines.anomalies.files import save_like, segment_folder, to_volumes
 from heterodiff.pipelines.anomalies.masks import Calibration
-from heterodiff.pipelines.anomalies.segment import Segmentation, save_calibration
+from heterodiff.pipelines.anomalies.segment import Segmentation
 from heterodiff.training.build import load_run_data
 from heterodiff.training.start import train
 from tests.test_data_nifti import AFFINES
@@ -39,7 +40,7 @@ def settings(output: Path, data: Path) -> RunConfig:
         "data": {"source": "volumes", "path": str(data), "image_size": 32, "volumes": {"modalities": MODALITIES}},
         "model": {"variant": "unet", "model_channels": 32, "channel_mult": [1, 1], "layers_per_block": 1},
         "sampling": {"num_inference_steps": 2},
-        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 3},
+        "segmentation": {"method": "forward-process", "depth": 300, "num_inference_steps": 3, "network_steps": 0},
         "training": {"steps": 1, "batch_size": 4, "warmup_steps": 1, "tensorboard": False},
     }
     return parse_config(content)
@@ -81,7 +82,8 @@ def test_a_mask_goes_back_to_where_it_came_from(tmp_path: Path, name: str) -> No
     slices = slice_patient(read, (4 * max(SHAPE), 4 * max(SHAPE)), 0.0)
     assert slices.mask is not None
     every = np.ones(len(slices.index), bool)
-    found = Segmentation(slices.mask, every, slices.image[:, 0], every.astype(float))
+    maps, score = slices.image[:, 0], every.astype(float)
+    found = Segmentation(slices.mask, every, maps, score, maps, score)
     mask, _ = to_volumes(found, slices.index, read.image.shape[1:])
     save_like(tmp_path / "mask.nii.gz", mask.astype(np.uint8), load_nifti(files.volumes[0]))
     written = nibabel.load(tmp_path / "mask.nii.gz")
@@ -412,7 +414,7 @@ def test_labels_teach_where_lesions_are_and_exchanged_sequences_are_reported(
     """Bright lesions are found by a network of one step, as intensities are weighed, too."""
     data = write_heads(tmp_path / "data", [f"p{k}" for k in range(12)])
     config = settings(tmp_path / "run", data)
-    segmentation = {"method": "label-difference", "depth": None, "num_inference_steps": 2}
+    segmentation = {"method": "label-difference", "depth": None, "num_inference_steps": 2, "network_steps": 0}
     content = config.model_dump(mode="json") | {"segmentation": segmentation}
     content["data"]["val_fraction"] = 0.5
     train(parse_config(content, tolerated=None), quiet=True)

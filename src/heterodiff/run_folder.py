@@ -69,6 +69,7 @@ class RunFolder:
         self.generated = path / "generated"
         self.calibration_file = path / "calibration.json"
         self.known_patients_file = path / "patients.npz"
+        self.mask_network = path / "segmentation_network"
         self.evaluation = path / "evaluation"
         self.evaluation_file = path / "evaluation.json"
         self.images_file = self.evaluation / "images.csv"
@@ -241,6 +242,16 @@ class RunFolder:
                 self._replace_component(part)
             staging.rmdir()
         self.write_json(self.weights_file, {"step": step})
+
+    def save_mask_network(self, write: Callable[[Path], None]) -> None:
+        """Replace the segmentation network, whole or not at all; ``write`` makes it in a folder. Raises RunError."""
+        with self.writing(self.mask_network):
+            staging = self.path / ".staged" / self.mask_network.name
+            remove(staging.parent)
+            write(staging)
+            share_files(staging)
+            self._replace_component(staging)
+            staging.parent.rmdir()
 
     def _replace_component(self, part: Path) -> None:
         target = self.path / part.name

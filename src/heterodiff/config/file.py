@@ -18,7 +18,11 @@ LENGTHS = ("steps", "minutes")
 """Keys of section ``training`` that set its length; a run saves both, the steps being those that it measured."""
 BESIDE_SAVED = ("run.json", "model_index.json")
 """Files that mark a run folder; the configuration beside them is that of the run."""
-ADDED_KEYS = {("model", "norm_groups"): NORM_GROUPS, ("data", "volumes", "normalization"): "slice"}
+ADDED_KEYS = {
+    ("model", "norm_groups"): NORM_GROUPS,
+    ("data", "volumes", "normalization"): "slice",
+    ("segmentation", "network_steps"): 0,
+}
 """Keys that earlier runs did not save, and what these runs did."""
 
 

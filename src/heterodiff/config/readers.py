@@ -207,7 +207,14 @@ READERS = (
     ),
     _with("segmentation.patience", "segmentation.method", "forward-process"),
     _with("segmentation.guidance_scale", "segmentation.method", "forward-process", "ddib", note=" (guided by classes)"),
-    _with("segmentation.seed", "segmentation.method", "label-difference", "partial-noising", note=" (draw noise)"),
+    Reader(
+        "segmentation.seed",
+        "with segmentation.method=label-difference or partial-noising (draw noise), or segmentation.network_steps > 0",
+        "segmentation.method segmentation.network_steps",
+        lambda run: (
+            bool(run.segmentation.network_steps) or run.segmentation.method in ("label-difference", "partial-noising")
+        ),
+    ),
     _with(
         "segmentation.score segmentation.threshold",
         "segmentation.method",

@@ -82,7 +82,12 @@ class SegmentationConfig(Section):
     channels: tuple[NonNegativeInt, ...] | None = Field(
         None, description="indices of the channels used for maps; default: all"
     )
-    seed: Seed = Field(0, description="random seed of the noise")
+    network_steps: NonNegativeInt = Field(
+        800,
+        description="training steps of a segmentation network that learns, at calibration, from the masks found in "
+        "training images and from their labels; 0: none, masks are found by the denoiser",
+    )
+    seed: Seed = Field(0, description="random seed of the noise and of the segmentation network")
 
     @field_validator("smoothing")
     @classmethod

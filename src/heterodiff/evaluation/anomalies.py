@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,16 +30,12 @@ from heterodiff.metrics.segmentation import (
     threshold_baseline,
 )
 from heterodiff.pictures import GREEN, RED, image_grid, tinted
+from heterodiff.pipelines.anomalies.calibrated import Finder, load_calibration, open_finder
 from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.label_weights import FOREGROUND
-from heterodiff.pipelines.anomalies.segment import (
-    AnomalyMaps,
-    Segmentation,
-    Segmenter,
-    calibrated_precision,
-    load_calibration,
-)
-from heterodiff.pipelines.load import check_preprocessing, load_generation
+from heterodiff.pipelines.anomalies.masks import drop_small
+from heterodiff.pipelines.anomalies.segment import AnomalyMaps, Segmentation, Segmenter, intensity_alone
+from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
@@ -91,6 +88,12 @@ def all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int
         yield segmenter.maps(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
+def _found(finder: Finder, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[Segmentation]:
+    for number, part in enumerate(parts_of(images)):
+        first, count = number * IMAGES_AT_ONCE, len(part)
+        yield finder.segment(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
+
+
 def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device: Device | None = None) -> Evaluation:
     """Find anomalies in the run's test images and compare them with the true masks; one pass over all of them.
 
@@ -106,25 +109,15 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     """
     folder = RunFolder(run)
     config = folder.config()
-    calibration = load_calibration(run, config.segmentation)
+    settings = config.segmentation
+    load_calibration(run, settings)  # before images are read
     of = elsewhere or image_config(run)
     test = _test_images(run, of, own=elsewhere is None)
     assert test.mask is not None  # checked before, by `finds_anomalies`
-    settings, count = config.segmentation, len(test.images)
-    segmenter = Segmenter(load_generation(run, device, dtype=calibrated_precision(run)), settings)
+    finder, count = open_finder(run, settings, device), len(test.images)
+    calibration, small = finder.calibration, partial(drop_small, least=settings.drop_small)
     with progress_tasks() as start:
-        maps = all_maps(segmenter, test.images, start("test images", count))
-        found = [
-            (
-                segmenter.masks(one, calibration),
-                segmenter.smoothed(one, calibration),
-                one.calls,
-                segmenter.by_intensity(one, calibration),
-            )
-            for one in maps
-        ]
-    every = Segmentation.join([part for part, _, _, _ in found])
-    smoothed = np.concatenate([part for _, part, _, _ in found])
+        every = Segmentation.join(list(_found(finder, test.images, start("test images", count))))
     foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in parts_of(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
     shown = ill = np.asarray(truth.any(axis=(1, 2)))
@@ -132,17 +125,18 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
         labels = test.images.labels
         ill = np.where(labels >= 0, labels != classes.index(settings.healthy), shown)
     metrics = evaluate_segmentation(
-        every.masks, every.unhealthy, smoothed, every.score, truth, foreground, test.patients, ill
+        every.masks, every.unhealthy, every.smoothed, every.score, truth, foreground, test.patients, ill
     )
     dice, of_patient = overlap(every.masks, truth)[0], np.array(test.patients)
     if compared := _spread(np.flatnonzero(shown), COMPARED):
         images = test.images.batch(compared)[0].numpy()
-        of_threshold = (images, truth[compared], foreground[compared], segmenter.without_small, settings.smoothing)
+        of_threshold = (images, truth[compared], foreground[compared], small, settings.smoothing)
         threshold = threshold_baseline(*of_threshold)
         gain = mean_and_interval(dice[compared] - threshold.pop("each"), of_patient[compared])
         metrics["threshold"] = {"n": len(compared), **threshold, "gain": gain}
     if calibration.intensity is not None:
-        alone = Segmentation.join([part for _, _, _, part in found if part is not None])
+        parts = [part.numpy() for part in parts_of(test.images)]
+        alone = Segmentation.join([intensity_alone(part, calibration, settings, finder.channels) for part in parts])
         metrics["intensity"] = {
             "dice": float(overlap(alone.masks, truth)[0][shown].mean()) if shown.any() else None,
             "auprc": precision_recall_area(truth[shown], alone.maps[shown], foreground[shown]),
@@ -163,11 +157,11 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
         "notes": [*_seen_in_training(run, test.images), *_other_channels(run, test)] if elsewhere else [],
     }
     metrics["settings"] = settings.model_dump(mode="json")
-    metrics["calls_per_image"] = float(torch.cat([calls for _, _, calls, _ in found]).float().mean())
+    metrics["calls_per_image"] = float(every.calls.mean())
+    metrics["found_by"] = "denoiser" if calibration.network is None else "segmentation network"
     few = min(int((~shown).sum()), SHOWN // 4)
     rows = [*_spread(np.flatnonzero(shown), SHOWN - few), *_spread(np.flatnonzero(~shown), few)]
-    shown_channel = segmenter.channels[calibration.channel]
-    first = test.images.batch(rows)[0][:, [shown_channel]]
+    first = test.images.batch(rows)[0][:, [finder.shown_channel]]
     overview = overlays(first, truth[rows], every.maps[rows], every.mixed_masks[rows])
     folder.write_picture(folder.anomalies_picture, overview)
     folder.write_text(folder.images_file, table.getvalue())

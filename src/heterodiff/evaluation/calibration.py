@@ -1,22 +1,27 @@
 """Calibration of a run that finds anomalies, on its validation images and their labels."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources.volumes import channel_names
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.errors import RunError
-from heterodiff.evaluation.anomalies import all_maps
+from heterodiff.evaluation.anomalies import all_maps, parts_of
 from heterodiff.evaluation.heights import ENTANGLED, by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.runs import image_config, run_data
+from heterodiff.evaluation.teaching import teach
+from heterodiff.pipelines.anomalies.calibrated import DEFAULT_PRECISION, save_calibration
 from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.label_weights import LabelWeights, fit_label_weights
-from heterodiff.pipelines.anomalies.masks import calibrate, small_area
-from heterodiff.pipelines.anomalies.segment import DEFAULT_PRECISION, Segmenter, save_calibration
+from heterodiff.pipelines.anomalies.masks import Calibration, calibrate, small_area
+from heterodiff.pipelines.anomalies.segment import Segmentation, Segmenter, intensity_alone
 from heterodiff.pipelines.load import load_generation
 from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
@@ -57,22 +62,25 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     notes, source = list[str](), image_config(run).source
     if segmenter.by_labels:
         images, unhealthy, notes = choose_images(images, unhealthy, segmenter)
+    val = _Validation.of(images, unhealthy, source)
     with progress_tasks() as start:
         every = all_maps(segmenter, images, start("validation images", len(images)))
         found = [(one.divergence, one.score, one.maps if segmenter.by_labels else one.score) for one in every]
     divergence, score, planes = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    model_helps = True
     if segmenter.by_labels:
         every_name = channel_names(image_config(run), data.spec.channels)
         channels = [every_name[channel] for channel in segmenter.channels]
         area = small_area((data.spec.height, data.spec.width), settings.drop_small) + 1
-        of_slices = patients_and_heights(images.names, source)
-        evidence, intensity, channel, lines = _weigh(planes, unhealthy, *of_slices, channels, area)
-        score = evidence.scores(evidence.values(planes))
-        calibration = calibrate(divergence, score, unhealthy)
+        weights, model_helps, lines = _weigh(planes, val, channels, area)
+        score = weights["evidence"].scores(weights["evidence"].values(planes))
+        calibration = replace(calibrate(divergence, score, unhealthy), **weights)
         notes += lines
-        calibration = replace(calibration, evidence=evidence, intensity=intensity, channel=channel)
     else:
         calibration = calibrate(divergence, score, unhealthy, alone)
+    if settings.network_steps and calibration.unhealthy:
+        calibration, lines = _with_network(run, segmenter, calibration, data.train, val, score, model_helps)
+        notes += lines
     known = _known_patients(data.train, data.val, source)
     if known is not None:
         folder = RunFolder(run)
@@ -86,6 +94,76 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
         counts = f"{calibration.healthy} validation images, taken for healthy"
         decision = "one of twenty of these is judged unhealthy; unhealthy images would give a better threshold"
     return [f"images   {counts}", f"decision {decision}", *notes, f"wrote    {path}"]
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """Validation images with their labels.
+
+    Attributes:
+        unhealthy: (N,) bool.
+        patients: (N,) names.
+        heights: (N,) of slices in the head, 0 to 1; None where names do not tell.
+        importance: (N,) how much each image counts: all the same, or so that both labels have the same heights.
+    """
+
+    images: ImageDataset
+    unhealthy: np.ndarray
+    patients: np.ndarray
+    heights: np.ndarray | None
+    importance: np.ndarray
+
+    @classmethod
+    def of(cls, images: ImageDataset, unhealthy: np.ndarray, source: str) -> "_Validation":
+        patients, heights = patients_and_heights(images.names, source)
+        importance = np.ones(len(images))
+        if heights is not None and 0 < unhealthy.sum() < len(unhealthy):
+            importance = overlap_weights(heights, unhealthy)
+        return cls(images, unhealthy, patients, heights, importance)
+
+
+def _with_network(
+    run: Path,
+    segmenter: Segmenter,
+    calibration: Calibration,
+    train: ImageDataset,
+    val: _Validation,
+    of_method: np.ndarray,
+    model_helps: bool,
+) -> tuple[Calibration, list[str]]:
+    """Teach a segmentation network; the calibration with it if it tells the labels of validation images as well.
+
+    Args:
+        of_method: (N,) scores of the validation images by the method that teaches.
+        model_helps: False makes the network learn from masks of intensities alone.
+    """
+    settings, classes = segmenter.settings, train.spec.class_names
+    labelled = train.take(np.flatnonzero(train.labels >= 0).tolist())
+    unhealthy = labelled.labels != classes.index(settings.healthy)
+
+    def segment(images: Tensor, first: int) -> Segmentation:
+        if not model_helps:
+            return intensity_alone(images.numpy(), calibration, settings, segmenter.channels)
+        return segmenter.masks(segmenter.maps(images, first), calibration)
+
+    device = segmenter.pipeline.device
+    with progress_tasks() as start:
+        options: dict[str, Any] = {"steps": settings.network_steps, "seed": settings.seed, "device": device}
+        network = teach(labelled, unhealthy, segment, start=start, **options)
+    if network is None:
+        return calibration, ["network  none: no masks in unhealthy training images, or no healthy ones, to learn from"]
+    parts = [network.segment(part, settings.drop_small, 0) for part in parts_of(val.images)]
+    score = Segmentation.join(parts).score
+    aurocs = [float(roc_auc_score(val.unhealthy, one, sample_weight=val.importance)) for one in (score, of_method)]
+    teacher = "the method's masks" if model_helps else "masks of intensities alone"
+    line = f"network  learned from {teacher} in training images; AUROC {aurocs[0]:.3f}, the method's {aurocs[1]:.3f}"
+    if aurocs[0] < aurocs[1]:
+        return calibration, [line, "note     the network tells labels less well, so the method's masks are used"]
+    folder = RunFolder(run)
+    folder.save_mask_network(lambda path: network.network.save_pretrained(path, safe_serialization=True))
+    limits = calibrate(np.zeros((len(score), 1)), score, val.unhealthy)
+    learned = replace(calibration, score_limit=limits.score_limit, errors=limits.errors, network=network.digest)
+    return learned, [line]
 
 
 def _known_patients(train: ImageDataset, val: ImageDataset, source: str) -> KnownPatients | None:
@@ -118,16 +196,15 @@ def choose_images(
 
 
 def _weigh(
-    planes: np.ndarray,
-    unhealthy: np.ndarray,
-    patients: np.ndarray,
-    heights: np.ndarray | None,
-    channels: list[str],
-    area: int,
-) -> tuple[LabelWeights, LabelWeights, int, list[str]]:
-    """Fit the weights of all planes and of intensities alone; which channel weighs most; lines that say their worth."""
+    planes: np.ndarray, val: _Validation, channels: list[str], area: int
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Fit the weights of all planes and of intensities alone.
+
+    Returns:
+        what the calibration keeps of them; whether the model adds to intensities; lines that say so.
+    """
     intensities = planes[:, len(channels) :]
-    importance = np.ones(len(planes)) if heights is None else overlap_weights(heights, unhealthy)
+    unhealthy, importance = val.unhealthy, val.importance
 
     def fitted(chosen: np.ndarray, rows: np.ndarray) -> LabelWeights:
         return fit_label_weights(chosen[rows], unhealthy[rows], area, importance[rows])
@@ -139,7 +216,7 @@ def _weigh(
             found = fitted(chosen, known)
             return found.scores(found.values(chosen[others]))
 
-        return held_out_auroc(scores, unhealthy, patients, importance)
+        return held_out_auroc(scores, unhealthy, val.patients, importance)
 
     every = np.arange(len(planes))
     evidence, intensity = fitted(planes, every), fitted(intensities, every)
@@ -147,19 +224,23 @@ def _weigh(
     strengths = np.array(evidence.weights) * planes.std(axis=(0, 2, 3))
     lines = [f"weights  {', '.join(f'{kind} {one:+.2f}' for kind, one in zip(kinds, strengths, strict=True))}"]
     strongest = int(np.abs(strengths).reshape(2, len(channels)).sum(axis=0).argmax())
+    weights = {"evidence": evidence, "intensity": intensity, "channel": strongest}
     model, alone = told(planes), told(intensities)
     if model is None or alone is None:
         lines.append("warning  too few patients to tell whether the model adds anything")
-        return evidence, intensity, strongest, lines
-    at = "" if heights is None else " at equal heights"
+        return weights, True, lines
+    at = "" if val.heights is None else " at equal heights"
     lines.append(f"AUROC    of patients held out{at}: with the model {model:.3f}, intensities alone {alone:.3f}")
     if alone >= model:
-        lines.append("warning  intensities alone do as well: the model adds nothing yet")
-    if heights is not None:
-        height = held_out_auroc(by_height(heights, unhealthy), unhealthy, patients, np.ones(len(planes)))
+        lines.append("warning  intensities alone do as well: the model adds nothing yet and is not used")
+    if val.heights is not None:
+        height = held_out_auroc(by_height(val.heights, unhealthy), unhealthy, val.patients, np.ones(len(planes)))
         if height is not None and height > ENTANGLED:
             lines.append(
                 f"warning  the height of a slice tells its label almost always (AUROC {height:.3f}): the model may "
                 "have learned places and not lesions; train on slices of the heights at which both labels occur"
             )
-    return evidence, intensity, strongest, lines
+    if alone >= model:
+        nothing = (0.0,) * len(channels)
+        weights["evidence"] = replace(intensity, weights=nothing + intensity.weights)
+    return weights, alone < model, lines

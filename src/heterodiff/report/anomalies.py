@@ -88,7 +88,8 @@ def _whole_images(evaluation: Mapping[str, Any]) -> Iterable[Metric]:
     if is_number(area.get("mean")):
         value, note = value_of(area["mean"], "{:.2%}"), f"{count(area.get('n'))} healthy images"
         yield Metric("Area marked in healthy images", [value], note=note, tag="healthy")
-    yield Metric("Network calls an image", [value_of(evaluation.get("calls_per_image"), "{:,.0f}")], tag="calls")
+    which = "Segmentation network" if evaluation.get("found_by") == "segmentation network" else "Network"
+    yield Metric(f"{which} calls an image", [value_of(evaluation.get("calls_per_image"), "{:,.0f}")], tag="calls")
 
 
 def cards(evaluation: Mapping[str, Any]) -> Iterable[Card]:

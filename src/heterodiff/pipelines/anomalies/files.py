@@ -20,16 +20,10 @@ from heterodiff.devices import Device
 from heterodiff.errors import CheckpointError, DataError, RunError
 from heterodiff.files import fresh, read_json, replacing, write_json, write_text
 from heterodiff.pictures import RED, image_grid, tinted
+from heterodiff.pipelines.anomalies.calibrated import Finder, open_finder
 from heterodiff.pipelines.anomalies.known_patients import KnownPatients
-from heterodiff.pipelines.anomalies.masks import Calibration
-from heterodiff.pipelines.anomalies.segment import (
-    Progress,
-    Segmentation,
-    Segmenter,
-    calibrated_precision,
-    load_calibration,
-)
-from heterodiff.pipelines.load import check_preprocessing, load_generation
+from heterodiff.pipelines.anomalies.segment import Progress, Segmentation
+from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.pipelines.output_folder import writing
 from heterodiff.run_folder import RunFolder
 
@@ -68,15 +62,12 @@ def segment_folder(
         HeterodiffError: a run that was not trained on volumes or is not calibrated, or folders that cannot be used.
     """
     config, patients = prepare_folders(run, data, out)
-    pipeline = load_generation(run, device, dtype=calibrated_precision(run))
-    layout, segmenter = layout_of(config.data.volumes), Segmenter(pipeline, config.segmentation)
-    channels = segmenter.pipeline.unet.config.in_channels
-    if len(layout.modalities) != channels:
+    layout, finder = layout_of(config.data.volumes), open_finder(run, config.segmentation, device)
+    if len(layout.modalities) != finder.in_channels:
         raise RunError(
-            f"{run}: its images have {channels} channels, but data.volumes names {len(layout.modalities)} modalities "
-            f"({', '.join(layout.modalities)}); it cannot segment volumes"
+            f"{run}: its images have {finder.in_channels} channels, but data.volumes names {len(layout.modalities)} "
+            f"modalities ({', '.join(layout.modalities)}); it cannot segment volumes"
         )
-    calibration = load_calibration(run, config.segmentation, len(segmenter.channels))
     check_preprocessing(run, fingerprint(config.data))
     known, names = KnownPatients.load(RunFolder(run).known_patients_file), list(layout.modalities)
     rows: list[dict[str, Any]] = []
@@ -87,8 +78,7 @@ def segment_folder(
             key = _key(run, patient)
             row, state, notes = _done(folder, key), "done before", list[str]()
             if row is None:
-                of_run = segmenter, calibration, config.data
-                row, notes = _segment(patient, folder, *of_run, key, known, names, progress)
+                row, notes = _segment(patient, folder, finder, config.data, key, known, names, progress)
                 state = "done"
         except DataError as error:
             problems.append(str(error))
@@ -158,8 +148,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _segment(
     patient: PatientFiles,
     folder: Path,
-    segmenter: Segmenter,
-    calibration: Calibration,
+    finder: Finder,
     config: DataConfig,
     key: str,
     known: KnownPatients | None,
@@ -174,7 +163,7 @@ def _segment(
     finish = finish_slice(config.volumes)
     images = torch.from_numpy(np.stack([finish(image) for image in slices.image]))
     parts = [
-        segmenter.masks(segmenter.maps(images[first : first + SLICES_AT_ONCE], first, progress), calibration)
+        finder.segment(images[first : first + SLICES_AT_ONCE], first, progress)
         for first in range(0, len(images), SLICES_AT_ONCE)
     ]
     found = Segmentation.join(parts)
@@ -192,7 +181,7 @@ def _segment(
         {"slice": int(z), "score": float(score), "unhealthy": bool(unhealthy)}
         for z, score, unhealthy in zip(slices.index, found.score, found.unhealthy, strict=True)
     ]
-    grey = images[:, segmenter.channels[calibration.channel]]
+    grey = images[:, finder.shown_channel]
     pictures = {PICTURE_FILE: _overlay(grey, found, slices.index), SLICES_FILE: _all_slices(grey, found, slices.index)}
     notes = known.differences(images.numpy(), names) if known else []
     with writing(folder):

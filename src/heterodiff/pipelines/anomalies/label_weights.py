@@ -70,11 +70,20 @@ def planes_of(differences: np.ndarray, images: np.ndarray, channels: list[int], 
         channels: the C channels that ``differences`` are of.
         smoothing: side of the moving average in pixels.
     """
+    return _smoothed(np.concatenate([differences, images[:, channels]], axis=1), images, smoothing)
+
+
+def intensity_planes(images: np.ndarray, channels: list[int], smoothing: int) -> np.ndarray:
+    """Return the planes (N, C, H, W) of intensities alone, see :func:`planes_of`."""
+    return _smoothed(images[:, channels], images, smoothing)
+
+
+def _smoothed(planes: np.ndarray, images: np.ndarray, smoothing: int) -> np.ndarray:
     from scipy.ndimage import uniform_filter
 
-    planes = np.concatenate([differences, images[:, channels]], axis=1).astype(np.float32)
     foreground = images.mean(axis=1, keepdims=True) > FOREGROUND
-    return np.where(foreground, uniform_filter(planes, (1, 1, smoothing, smoothing)), np.float32(0))
+    side = (1, 1, smoothing, smoothing)
+    return np.where(foreground, uniform_filter(planes.astype(np.float32), side), np.float32(0))
 
 
 def fit_label_weights(

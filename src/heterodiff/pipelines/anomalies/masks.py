@@ -33,6 +33,7 @@ class Calibration:
         evidence: weights of label differences and intensities, of method label-difference.
         intensity: weights of intensities alone, to compare with.
         channel: which of the channels compared weighs most, and is shown in pictures.
+        network: digest of the segmentation network's weights if masks and scores are its; else None.
     """
 
     largest_divergence: tuple[float, ...]
@@ -43,6 +44,7 @@ class Calibration:
     evidence: LabelWeights | None = None
     intensity: LabelWeights | None = None
     channel: int = 0
+    network: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary for JSON."""
@@ -81,7 +83,8 @@ class Calibration:
             )
         if channels is not None and len(largest) != channels:
             raise RunError(f"saved calibration: expected {channels} channels, found {len(largest)}; calibrate again")
-        return cls(largest, threshold, healthy, unhealthy, errors, **weights, channel=channel)
+        network = None if content.get("network") is None else str(content["network"])
+        return cls(largest, threshold, healthy, unhealthy, errors, **weights, channel=channel, network=network)
 
 
 def calibrate(

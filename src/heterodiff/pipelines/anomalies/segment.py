@@ -1,9 +1,8 @@
-"""Anomaly detection with a class-conditional model: maps, masks and a decision for every image; its calibration."""
+"""Anomaly detection with a class-conditional model: maps, masks and a decision for every image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from heterodiff.config import SegmentationConfig
-from heterodiff.devices import DTYPES
 from heterodiff.diffusion.anomaly import (
     AnomalyMaps,
     Progress,
@@ -24,17 +22,11 @@ from heterodiff.diffusion.anomaly import (
 )
 from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise
-from heterodiff.errors import CheckpointError, ConfigError, RunError, unknown_name
-from heterodiff.files import read_json
+from heterodiff.errors import ConfigError
 from heterodiff.pipelines.anomalies import masks as anomaly_masks
-from heterodiff.pipelines.anomalies.label_weights import planes_of
+from heterodiff.pipelines.anomalies.label_weights import LabelWeights, intensity_planes, planes_of
 from heterodiff.pipelines.anomalies.masks import Calibration
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
-from heterodiff.run_folder import RunFolder
-
-DEFAULT_PRECISION = "float32"
-"""Precision of the network in segmentation, and of calibrations that name none."""
-
 
 LABEL_NOISE = 0.7
 """Standard deviation of the noise up to which labels are compared: beyond it, images hardly show where a lesion is."""
@@ -51,12 +43,16 @@ class Segmentation:
         maps: (B, H, W) float32, mean of the channels' squared differences, in units of [-1, 1]; of method
             label-difference the probability, 0 to 1, that a pixel belongs to a lesion, which is not calibrated.
         score: (B,) the higher, the more anomalous.
+        smoothed: (B, H, W) maps smoothed as for masks.
+        calls: (B,) network calls that each image took.
     """
 
     masks: np.ndarray
     unhealthy: np.ndarray
     maps: np.ndarray
     score: np.ndarray
+    smoothed: np.ndarray
+    calls: np.ndarray
 
     @classmethod
     def join(cls, parts: Sequence["Segmentation"]) -> "Segmentation":
@@ -158,97 +154,46 @@ class Segmenter:
             score = torch.tensor([anomaly_masks.peak_score(one, settings.smoothing) for one in maps.numpy()])
         return AnomalyMaps(maps, divergence, score, found.calls.cpu())
 
-    def smoothed(self, found: AnomalyMaps, calibration: Calibration) -> np.ndarray:
-        """Return one map for each image, (B, H, W), smoothed as for masks."""
-        if calibration.evidence is not None:
-            return calibration.evidence.probabilities(found.maps.numpy())
-        options = self.settings.threshold, self.settings.smoothing
-        return np.stack([anomaly_masks.smoothed_map(one, *options) for one in found.maps.numpy()])
-
     def masks(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation:
         """Return masks and decisions of anomaly maps."""
         maps, divergence, score = (values.numpy() for values in (found.maps, found.divergence, found.score))
         largest, smoothing = np.array(calibration.largest_divergence), self.settings.smoothing
         if calibration.evidence is not None:
-            score = calibration.evidence.scores(calibration.evidence.values(maps))
-            maps = calibration.evidence.probabilities(maps)[:, None]
-            masks = [anomaly_masks.half_peak_mask(one, 1) for one in maps]  # the planes have been smoothed
-        elif self.settings.threshold == "half-peak":
+            return weighed(maps, calibration.evidence, self.settings, calibration.score_limit, found.calls.numpy())
+        if self.settings.threshold == "half-peak":
             masks = [anomaly_masks.half_peak_mask(one, smoothing) for one in maps]
         else:
             pairs = zip(maps, divergence, strict=True)
             masks = [anomaly_masks.anomaly_mask(one, each, largest, smoothing) for one, each in pairs]
-        masks = [self.without_small(mask) for mask in masks]
-        return Segmentation(np.stack(masks), score >= calibration.score_limit, maps.mean(axis=1), score)
-
-    def by_intensity(self, found: AnomalyMaps, calibration: Calibration) -> Segmentation | None:
-        """Return what intensities alone would find, weighted by image labels; None for other methods.
-
-        Its decisions are those of values above 0, as no threshold is learned for them.
-        """
-        if calibration.intensity is None:
-            return None
-        planes = found.maps.numpy()[:, len(self.channels) :]
-        values, maps = calibration.intensity.values(planes), calibration.intensity.probabilities(planes)
-        masks = np.stack([self.without_small(anomaly_masks.half_peak_mask(one[None], 1)) for one in maps])
-        score = calibration.intensity.scores(values)
-        return Segmentation(masks, score > 0, maps, score)
-
-    def without_small(self, mask: np.ndarray) -> np.ndarray:
-        """Return ``mask`` (H, W) without the components that do not count."""
-        return anomaly_masks.drop_small(mask, self.settings.drop_small)
+        masks = [anomaly_masks.drop_small(mask, self.settings.drop_small) for mask in masks]
+        smoothed = np.stack([anomaly_masks.smoothed_map(one, self.settings.threshold, smoothing) for one in maps])
+        unhealthy = score >= calibration.score_limit
+        return Segmentation(np.stack(masks), unhealthy, maps.mean(axis=1), score, smoothed, found.calls.numpy())
 
 
-def save_calibration(
-    run: Path, calibration: Calibration, settings: SegmentationConfig, precision: str = DEFAULT_PRECISION
-) -> Path:
-    """Write ``calibration.json`` into the run's folder, with the settings and weights that it is valid for.
+def weighed(
+    planes: np.ndarray, weights: LabelWeights, settings: SegmentationConfig, limit: float, calls: np.ndarray
+) -> Segmentation:
+    """Return masks, from half the peak of each image up, and decisions of weighted ``planes`` (B, P, H, W).
 
-    ``precision`` is that of the network, in which segmentation then computes. Raises RunError if the disk refuses.
+    Args:
+        limit: images of at least this score are judged unhealthy.
+        calls: (B,) network calls that the planes took.
     """
-    folder = RunFolder(run)
-    made_with = {"settings": settings.model_dump(mode="json"), "weights": folder.weights_digest()}
-    folder.write_json(folder.calibration_file, {**made_with, "precision": precision, **calibration.to_dict()})
-    return folder.calibration_file
+    values, maps = weights.values(planes), weights.probabilities(planes)
+    masks = [anomaly_masks.half_peak_mask(one[None], 1) for one in maps]  # the planes have been smoothed
+    score = weights.scores(values)
+    dropped = np.stack([anomaly_masks.drop_small(mask, settings.drop_small) for mask in masks])
+    return Segmentation(dropped, score >= limit, maps, score, maps, calls)
 
 
-def calibrated_precision(run: Path) -> str:
-    """Return the precision of the run's calibration, or the default; raises RunError if it is unknown."""
-    file = RunFolder(run).calibration_file
-    try:
-        found = read_json(file).get("precision", DEFAULT_PRECISION)
-    except CheckpointError:
-        return DEFAULT_PRECISION  # `load_calibration` reports the error
-    if found not in DTYPES:
-        raise RunError(
-            f"{file}: {unknown_name('precision', found, DTYPES)}; run `heterodiff segment {run} --calibrate`"
-        )
-    return str(found)
+def intensity_alone(
+    images: np.ndarray, calibration: Calibration, settings: SegmentationConfig, channels: list[int]
+) -> Segmentation:
+    """Return what the intensities of images (B, C, H, W) in [0, 1], weighted by image labels, find without a model.
 
-
-def load_calibration(run: Path, settings: SegmentationConfig, channels: int | None = None) -> Calibration:
-    """Read the calibration of the run for ``settings`` and a number of ``channels`` (None: any).
-
-    Raises:
-        RunError: missing or damaged, or made with other settings, weights or channels.
+    The calibration must hold their weights. Decisions are those of values above 0: no threshold is learned for them.
     """
-    path = RunFolder(run).calibration_file
-    way_out = f"run `heterodiff segment {run} --calibrate`"
-    if not path.is_file():
-        raise RunError(f"{run}: not calibrated yet, so there are no thresholds for masks; {way_out}")
-    content = read_json(path, RunError, way_out)
-    stored = content.pop("settings", None)
-    wanted = settings.model_dump(mode="json")
-    if stored != wanted:
-        stored = stored if isinstance(stored, dict) else {}
-        other = [key for key in (*wanted, *stored) if stored.get(key, ...) != wanted.get(key, ...)]
-        raise RunError(f"{path}: calibrated with another segmentation.{other[0]}; {way_out}, or leave it as it was")
-    if content.get("weights") != RunFolder(run).weights_digest():
-        raise RunError(f"{path}: calibrated before the run was trained further, so thresholds do not fit; {way_out}")
-    try:
-        found = Calibration.from_dict(content, channels)
-    except RunError as error:
-        raise RunError(f"{path}: {error}") from None
-    if settings.method == "label-difference" and (found.evidence is None or found.intensity is None):
-        raise RunError(f"{path}: holds no weights of method label-difference; {way_out} to calibrate again")
-    return found
+    assert calibration.intensity is not None
+    planes = intensity_planes(images, channels, settings.smoothing)
+    return weighed(planes, calibration.intensity, settings, 0.0, np.zeros(len(images), np.int64))
