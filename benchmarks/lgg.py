@@ -23,10 +23,10 @@ from heterodiff.config import RunConfig
 from heterodiff.config.file import load_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.data.sources import load_test
 from heterodiff.evaluation.anomalies import all_maps
 from heterodiff.evaluation.calibration import calibrate_run
-from heterodiff.evaluation.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.metrics.segmentation import mean_and_interval, overlap, precision_recall_area, threshold_baseline
 from heterodiff.pipelines.anomalies.calibrated import Finder, open_finder
@@ -253,7 +253,6 @@ def median_of_patient(fold: Fold, channel: int = 1) -> Found:
 WAYS: dict[str, Callable[[Fold], Found]] = {
     "as calibrated by default": as_calibrated,
     "network taught by label difference and intensities": lambda fold: taught(fold, slice(None)),
-    "network taught by intensities": lambda fold: taught(fold, slice(fold.images.shape[1], None)),
     "label difference and intensities": lambda fold: weighed(fold, fold.val_planes, fold.planes),
     "label difference alone": lambda fold: weighed(
         fold, fold.val_planes[:, : fold.images.shape[1]], fold.planes[:, : fold.images.shape[1]]

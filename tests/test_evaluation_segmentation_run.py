@@ -14,11 +14,11 @@ from sklearn.metrics import roc_auc_score
 from heterodiff.cli import main
 from heterodiff.config import RunConfig, SegmentationConfig
 from heterodiff.config.file import load_config, parse_config
+from heterodiff.data import heights as heights_of
 from heterodiff.data.sources import load_data, load_test, open_source
 from heterodiff.diffusion.anomaly import AnomalyMaps
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation import calibration as calibration_of
-from heterodiff.evaluation import heights as heights_of
 from heterodiff.evaluation.anomalies import evaluate_anomalies, finds_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data

@@ -14,12 +14,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.heights import SLICED, by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.data.sources import TestImages, load_test, open_source
 from heterodiff.data.sources.volumes import channel_names, known_fingerprint
 from heterodiff.devices import Device
 from heterodiff.errors import ConfigError, DataError, RunError
 from heterodiff.evaluation import class_images
-from heterodiff.evaluation.heights import SLICED, by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.held_out import count_seen
 from heterodiff.evaluation.runs import Evaluation, Request, image_config, run_data
 from heterodiff.metrics.segmentation import (

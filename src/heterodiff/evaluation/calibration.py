@@ -1,5 +1,6 @@
 """Calibration of a run that finds anomalies, on its validation images and their labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.heights import entangled, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.data.sources.volumes import channel_names
 from heterodiff.devices import Device, DType, dtype_name
 from heterodiff.errors import RunError
 from heterodiff.evaluation.anomalies import all_maps, parts_of
-from heterodiff.evaluation.heights import ENTANGLED, by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.evaluation.teaching import teach
 from heterodiff.pipelines.anomalies.calibrated import DEFAULT_PRECISION, save_calibration
@@ -131,39 +132,53 @@ def _with_network(
     of_method: np.ndarray,
     model_helps: bool,
 ) -> tuple[Calibration, list[str]]:
-    """Teach a segmentation network; the calibration with it if it tells the labels of validation images as well.
+    """Teach segmentation networks; the calibration with the one that tells the labels of validation images best.
+
+    One learns from the masks that the method finds, of method label-difference one from those of intensities alone.
 
     Args:
-        of_method: (N,) scores of the validation images by the method that teaches.
-        model_helps: False makes the network learn from masks of intensities alone.
+        of_method: (N,) scores of the validation images by the method, which is kept where no network does as well.
+        model_helps: False leaves out the network that learns from the method.
     """
     settings, classes = segmenter.settings, train.spec.class_names
     labelled = train.take(np.flatnonzero(train.labels >= 0).tolist())
     unhealthy = labelled.labels != classes.index(settings.healthy)
 
-    def segment(images: Tensor, first: int) -> Segmentation:
-        if not model_helps:
-            return intensity_alone(images.numpy(), calibration, settings, segmenter.channels)
+    def auroc(score: np.ndarray) -> float:
+        return float(roc_auc_score(val.unhealthy, score, sample_weight=val.importance))
+
+    def by_method(images: Tensor, first: int) -> Segmentation:
         return segmenter.masks(segmenter.maps(images, first), calibration)
 
-    device = segmenter.pipeline.device
+    def by_intensity(images: Tensor, first: int) -> Segmentation:
+        return intensity_alone(images.numpy(), calibration, settings, segmenter.channels)
+
+    teachers: dict[str, Callable[[Tensor, int], Segmentation]] = {settings.method: by_method} if model_helps else {}
+    if calibration.intensity is not None:
+        teachers["intensities alone"] = by_intensity
+    options: dict[str, Any] = {"steps": settings.network_steps, "seed": settings.seed}
+    best, told = None, {"no network": auroc(of_method)}
     with progress_tasks() as start:
-        options: dict[str, Any] = {"steps": settings.network_steps, "seed": settings.seed, "device": device}
-        network = teach(labelled, unhealthy, segment, start=start, **options)
-    if network is None:
-        return calibration, ["network  none: no masks in unhealthy training images, or no healthy ones, to learn from"]
-    parts = [network.segment(part, settings.drop_small, 0) for part in parts_of(val.images)]
-    score = Segmentation.join(parts).score
-    aurocs = [float(roc_auc_score(val.unhealthy, one, sample_weight=val.importance)) for one in (score, of_method)]
-    teacher = "the method's masks" if model_helps else "masks of intensities alone"
-    line = f"network  learned from {teacher} in training images; AUROC {aurocs[0]:.3f}, the method's {aurocs[1]:.3f}"
-    if aurocs[0] < aurocs[1]:
-        return calibration, [line, "note     the network tells labels less well, so the method's masks are used"]
+        for name, teacher in teachers.items():
+            network = teach(labelled, unhealthy, teacher, device=segmenter.pipeline.device, start=start, **options)
+            if network is None:
+                continue
+            parts = [network.segment(part, settings.drop_small, 0) for part in parts_of(val.images)]
+            score = Segmentation.join(parts).score
+            told[f"taught by {name}"] = auroc(score)
+            if told[f"taught by {name}"] >= max(told.values()):
+                best = network, score
+    lines = [f"network  AUROC of validation images: {', '.join(f'{name} {one:.3f}' for name, one in told.items())}"]
+    if best is None:
+        return calibration, [
+            *lines,
+            "note     masks are found without a segmentation network: none does better",
+        ]
+    network, score = best
     folder = RunFolder(run)
     folder.save_mask_network(lambda path: network.network.save_pretrained(path, safe_serialization=True))
     limits = calibrate(np.zeros((len(score), 1)), score, val.unhealthy)
-    learned = replace(calibration, score_limit=limits.score_limit, errors=limits.errors, network=network.digest)
-    return learned, [line]
+    return replace(calibration, score_limit=limits.score_limit, errors=limits.errors, network=network.digest), lines
 
 
 def _known_patients(train: ImageDataset, val: ImageDataset, source: str) -> KnownPatients | None:
@@ -233,13 +248,8 @@ def _weigh(
     lines.append(f"AUROC    of patients held out{at}: with the model {model:.3f}, intensities alone {alone:.3f}")
     if alone >= model:
         lines.append("warning  intensities alone do as well: the model adds nothing yet and is not used")
-    if val.heights is not None:
-        height = held_out_auroc(by_height(val.heights, unhealthy), unhealthy, val.patients, np.ones(len(planes)))
-        if height is not None and height > ENTANGLED:
-            lines.append(
-                f"warning  the height of a slice tells its label almost always (AUROC {height:.3f}): the model may "
-                "have learned places and not lesions; train on slices of the heights at which both labels occur"
-            )
+    if val.heights is not None and (warning := entangled(val.heights, unhealthy, val.patients)):
+        lines.append(f"warning  {warning}")
     if alone >= model:
         nothing = (0.0,) * len(channels)
         weights["evidence"] = replace(intensity, weights=nothing + intensity.weights)

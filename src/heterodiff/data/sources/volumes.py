@@ -18,6 +18,7 @@ from heterodiff.data.decoding import array_names, opened_npz, read_member
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
+from heterodiff.data.heights import entangled, patients_and_heights
 from heterodiff.data.sources.slices import (
     CLASSES,
     PERCENTILE,
@@ -161,15 +162,25 @@ def open_volumes(config: DataConfig) -> Collection:
         raise DataError(f"{path}: no slice shows enough of the brain; lower data.volumes.least_brain")
     labelled = config.labels != "none" and bool(with_mask)
     reader = KeptSlices(tuple(places), finish_slice(config.volumes))
+    names = tuple(f"{patient.name}/{z:04d}" for patient, z, _ in rows)
     return Collection(
         where=str(path),
-        names=tuple(f"{patient.name}/{z:04d}" for patient, z, _ in rows),
+        names=names,
         class_of=tuple(CLASSES[ill] if labelled else None for _, _, ill in rows),
         read=reader,
         value_range=(0.0, 1.0),
         groups=tuple(patient.patient for patient, _, _ in rows),
         mask=reader.mask if with_mask else None,
+        warnings=_told_by_height(names, [ill for _, _, ill in rows]) if labelled else (),
     )
+
+
+def _told_by_height(names: Sequence[str], unhealthy: Sequence[bool]) -> tuple[str, ...]:
+    """Warn where labels of slices are those of their heights."""
+    patients, heights = patients_and_heights(names, "volumes")
+    assert heights is not None  # names of slices tell them
+    warning = entangled(heights, np.array(unhealthy), patients)
+    return (warning,) if warning else ()
 
 
 def _file_stem(name: str) -> str:
@@ -286,4 +297,5 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
         value_range=(0.0, 1.0),
         groups=groups,
         mask=None if mask is None else reader.mask,
+        warnings=_told_by_height(names, unhealthy) if labelled else (),
     )

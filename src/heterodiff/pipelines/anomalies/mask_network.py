@@ -20,8 +20,8 @@ from heterodiff.pipelines.anomalies.masks import small_area
 from heterodiff.pipelines.anomalies.segment import Segmentation
 
 CHANNELS, CHANNEL_MULT = 32, (1, 2, 4)
-INNER_SIDE, LARGEST_PATCH = 32, 4
-"""Side of the widest maps that images are brought to by patches, and the largest of these."""
+INNER_SIDE, PATCHES = 32, (1, 2, 4)
+"""Side of the widest maps, to which patches bring larger images; sides of patches."""
 BATCH, RATE, DECAY, WARMUP = 16, 2e-3, 0.05, 0.1
 """Images a step, half of them unhealthy; peak learning rate; weight decay; share of the steps until the peak."""
 TURN, SCALE, SHIFT = 0.25, (0.85, 1.2), 0.06
@@ -85,8 +85,8 @@ def unsure_pixels(masks: np.ndarray, maps: np.ndarray) -> np.ndarray:
 
 def new_network(channels: int, height: int, width: int) -> HAEUNet:
     """Build a convolutional U-Net with fresh weights, of levels and patches that the size of the images allows."""
-    sides = [side for side in (2, LARGEST_PATCH) if min(height, width) >= INNER_SIDE * side]
-    patch = max([1, *(side for side in sides if height % side == width % side == 0)])
+    fitting = [patch for patch in PATCHES if height % patch == width % patch == 0]
+    patch = next((patch for patch in fitting if max(height, width) <= INNER_SIDE * patch), fitting[-1])
     levels = 1
     while levels < len(CHANNEL_MULT) and not (height // patch % 2**levels or width // patch % 2**levels):
         levels += 1
