@@ -6,9 +6,10 @@
     python -m benchmarks.anomaly --runs runs variants    hae-v2 and unet at 32x32, for the same time, two seeds
     python -m benchmarks.anomaly --runs runs ms          three real patients, each by a model of the other two
     python -m benchmarks.anomaly --runs runs lgg         sixty real patients in three folds, beside other ways
+    python -m benchmarks.anomaly --runs runs volume      minutes for a volume of 155 slices
 
-Each takes about an hour on two CPU cores, and goes on where it was interrupted. Writes
-benchmarks/results/anomaly_{phantom,others,steps,variants,ms,lgg}.json and pictures to docs/images.
+All but the last take about an hour each on two CPU cores, and goes on where it was interrupted. Writes
+benchmarks/results/anomaly_{phantom,others,steps,variants,ms,lgg,volume}.json and pictures to docs/images.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,20 @@ from benchmarks.lgg import lgg
 from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.config import SegmentationConfig
-from heterodiff.config.file import load_config
+from heterodiff.config.file import load_config, parse_config
 from heterodiff.config.shipped import shipped_configs
-from heterodiff.data.sources import load_test
+from heterodiff.config.starter import write_starter
+from heterodiff.data.sources import load_test, open_source
 from heterodiff.evaluation.anomalies import evaluate_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.memory import keep_freed_memory
 from heterodiff.metrics.segmentation import overlap, patient_interval
-from heterodiff.pipelines.anomalies.masks import calibrate
+from heterodiff.pipelines.anomalies.calibrated import save_calibration
+from heterodiff.pipelines.anomalies.files import segment_folder
+from heterodiff.pipelines.anomalies.label_weights import LabelWeights
+from heterodiff.pipelines.anomalies.mask_network import MaskNetwork, new_network
+from heterodiff.pipelines.anomalies.masks import Calibration, calibrate
 from heterodiff.pipelines.anomalies.segment import Segmenter
 from heterodiff.pipelines.load import load_generation
 from heterodiff.report.writing import summary_lines
@@ -43,6 +50,7 @@ from heterodiff.training.preflight.trial import trial
 
 DATA = Path(os.environ.get("HETERODIFF_DATA") or ROOT.parent / "shared" / "data") / "ms_lesion_slices"
 PATIENTS, SHOWN_PATIENT = ("7", "19", "26"), "19"
+SLICES = 155
 COMPARED = 40
 """Test images with a lesion that are segmented with all steps, each of which takes ten times as long."""
 VARIANTS = ("unet", "hae-v2")
@@ -167,6 +175,58 @@ def ms(runs: Path, data: Path) -> dict[str, Any]:
     return found
 
 
+def volume(runs: Path, data: Path) -> dict[str, Any]:
+    """Minutes that ``heterodiff segment`` takes for a patient of 155 slices at 128x128, whatever the weights.
+
+    The denoiser is that of ``heterodiff init mri``, after a single step.
+    """
+    folder = runs / "volume"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, slices in {"a": 12, "b": 12, "new/c": SLICES}.items():
+        _write_patient(folder / ("" if "/" in name else "known") / name, slices)
+    (folder / "mri.yaml").parent.mkdir(exist_ok=True, parents=True)
+    write_starter("mri", folder / "mri.yaml")
+    run = folder / "run"
+    changes = [f"data.path={folder / 'known'}", "data.image_size=128", "training.steps=1", f"output={run}"]
+    changes += ["data.val_fraction=0.3", "data.test_fraction=0", "training.warmup_steps=1", "training.preview_every=9"]
+    to_the_end(load_config(folder / "mri.yaml", changes))
+    network = MaskNetwork(new_network(4, 128, 128))
+    RunFolder(run).save_mask_network(lambda path: network.network.save_pretrained(path, safe_serialization=True))
+    weights = LabelWeights((0.0,) * 4 + (1.0, 0.0, 0.0, 0.0), -1.0, 40), LabelWeights((1.0, 0.0, 0.0, 0.0), -1.0, 40)
+    known = Calibration((1.0,) * 4, 0.0, 1, 1, 0, *weights)
+    minutes = {}
+    for name, calibration in {
+        "segmentation network": replace(known, network=network.digest),
+        "label-difference": known,
+    }.items():
+        save_calibration(run, calibration, RunFolder(run).config().segmentation)
+        start = time.perf_counter()
+        rows, problems = segment_folder(run, folder / "new", folder / name.replace(" ", "_"))
+        assert not problems, problems
+        assert rows[0]["slices"] == SLICES, rows
+        minutes[name] = (time.perf_counter() - start) / 60
+        print(f"{SLICES} slices at 128x128, {name}: {minutes[name]:.2f} minutes", flush=True)
+    return {"slices": SLICES, "minutes": minutes}
+
+
+def _write_patient(folder: Path, slices: int) -> None:
+    """Write a simulated head as four volumes and a mask."""
+    import nibabel
+
+    config = parse_config(
+        {"data": {"source": "brain-phantom", "image_size": 128, "brain_phantom": {"slices_per_patient": slices}}}
+    ).data
+    head = open_source(config)
+    assert head.mask is not None
+    images = np.stack([head.read(row) for row in range(slices)])
+    folder.mkdir(parents=True)
+    volumes = {name: images[:, k] for k, name in enumerate(("flair", "t1", "t1ce", "t2"))}
+    volumes["seg"] = np.stack([head.mask(row) for row in range(slices)]).astype(np.uint8)
+    for name, values in volumes.items():
+        path = folder / f"{folder.name}_{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(values.transpose(2, 1, 0)), np.eye(4)), path)
+
+
 MEASURES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "phantom": phantom,
     "others": others,
@@ -174,6 +234,7 @@ MEASURES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "variants": variants,
     "ms": ms,
     "lgg": lgg,
+    "volume": volume,
 }
 
 
