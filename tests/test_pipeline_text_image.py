@@ -29,7 +29,7 @@ from heterodiff.text.aligned import load_aligned_networks
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer
 from heterodiff.training.start import train
 from tests.test_text_encoder import change_config, change_weights, cut_weights
-from tests.text_runs import text_config
+from tests.text_runs import forget_files, text_config
 
 PROMPTS = ["a red circle in the centre", "a blue square", "a green triangle above a red circle"]
 PARTS = ("image_codec", "text_encoder", "tokenizer", "captioner", "unet", "scheduler")
@@ -450,7 +450,8 @@ def test_an_alignment_decodes_directly_and_says_why_it_does_not_draw(
 
 @pytest.fixture
 def copy(shapes_run: Path, tmp_path: Path) -> Path:
-    shutil.copytree(shapes_run, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints", "alignment", "latents"))
+    ignore = shutil.ignore_patterns("checkpoints", "alignment", "latents")
+    forget_files(shutil.copytree(shapes_run, tmp_path / "copy", ignore=ignore))
     return tmp_path / "copy"
 
 

@@ -45,7 +45,7 @@ from heterodiff.training.recipes import text_image as training
 from heterodiff.training.recipes.text_image import JointRecipe, TextImageRecipe
 from heterodiff.training.start import _doubts, train
 from tests.test_cli import call
-from tests.text_runs import text_config
+from tests.text_runs import forget_files, text_config
 from tests.training_runs import last_checkpoint, losses_of
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -711,7 +711,7 @@ def test_without_a_path_the_codec_is_trained_in_the_run(tmp_path: Path) -> None:
 def test_maps_of_other_images_need_measured_statistics(shapes_run: Path, tmp_path: Path) -> None:
     network = load_image_codec(shapes_run / "alignment")
     CNNCodec(network).set_statistics(torch.zeros(6), torch.full((6,), 3.0))  # as if it had learned from other images
-    shutil.copytree(shapes_run / "alignment", tmp_path / "foreign")
+    forget_files(shutil.copytree(shapes_run / "alignment", tmp_path / "foreign"))
     network.save_pretrained(tmp_path / "foreign" / "image_codec")
     config = text_config(tmp_path / "run", codec__path=str(tmp_path / "foreign"))
     with pytest.raises(DataError, match=r"after scaling, expected 1.*set codec\.statistics=measured"):

@@ -1,5 +1,6 @@
 """Tiny runs of recipe ``text-image`` for tests: shapes of 16x16 with captions, all networks trained in seconds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,10 @@ def text_config(output: Path, recipe: str = "text-image", **overrides: Any) -> R
     if content["text"].get("encoder"):  # which brings its own
         content["text"] = {key: value for key, value in content["text"].items() if key not in OF_A_NEW_ENCODER}
     return parse_config(content)
+
+
+def forget_files(run: Path) -> Path:
+    """Let a run's pipeline be changed: list its step alone, as earlier versions did."""
+    file = run / "weights.json"
+    file.write_text(json.dumps({"step": json.loads(file.read_text())["step"]}))
+    return run

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, in folders that others can write to as well; JSON of bounded size."""
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ MAX_JSON_BYTES = 2**26
 MAX_LIST_BYTES = 2**30
 """Largest JSON files that are read: facts, and lists with an entry per image or step."""
 
+LIST_FILE = "weights.json"
+"""Lists the files of a run's pipeline."""
 COPY_AGAIN = "train the run again, or copy the folder again"
 LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 LEFTOVER_SECONDS = 3600.0
@@ -110,6 +113,12 @@ def share_files(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, as lists of files hold them. Raises OSError."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 # ---- reading ------------------------------------------------------------------------------------------------
 
 
@@ -183,3 +192,49 @@ def parse_rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
         else:
             damaged += 1
     return rows, damaged
+
+
+def refuse_changed(part: Path, way_out: str = "") -> None:
+    """Compare a component of a run's pipeline with the list that was written with it.
+
+    Args:
+        part: a file or folder beside the list ``weights.json``; where there is none, or one of an earlier version that
+            lists no files, nothing is compared.
+        way_out: the end of an error's message.
+
+    Raises:
+        CheckpointError: a file is missing or differs from the one that was written.
+    """
+    way_out = way_out or write_again(part.parent)
+    files = _listed(part, way_out)
+    while problem := next((line for path, entry in files.items() if (line := _change(path, entry))), None):
+        before, files = files, _listed(part, way_out)  # of a run that trains, both may be replaced meanwhile
+        if files == before:
+            raise CheckpointError(f"{problem}; {way_out}; remove {LIST_FILE} there if it was exchanged on purpose")
+
+
+def write_again(run: Path, otherwise: str = COPY_AGAIN) -> str:
+    """Return how the pipeline of a run is made again; ``otherwise`` for a folder that was not trained here."""
+    config = run / "config.yaml"
+    return f"`heterodiff train {config}` writes it again from the newest checkpoint" if config.is_file() else otherwise
+
+
+def _listed(part: Path, way_out: str) -> dict[Path, Any]:
+    """The files of a component as they were written; none while a run replaces them."""
+    listed = part.parent / LIST_FILE
+    if not listed.is_file():
+        return {}
+    files = read_json(listed, way_out=way_out).get("files")
+    if not isinstance(files, dict):
+        return {}
+    return {part.parent / name: files[name] for name in files if name.partition("/")[0] == part.name}
+
+
+def _change(path: Path, expected: Any) -> str:
+    """In what a file differs from what was written; empty where it does not."""
+    try:
+        if not path.is_file():
+            return f"{path}: missing"
+        return "" if fingerprint(path) == expected else f"{path}: damaged: not the file that was written"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"

@@ -13,16 +13,20 @@ from safetensors import SafetensorError
 
 from heterodiff.config import RunConfig
 from heterodiff.config.file import dump_config, load_config
-from heterodiff.errors import RunError, reason
+from heterodiff.errors import CheckpointError, RunError, reason
 from heterodiff.files import (
+    LIST_FILE,
     MAX_LIST_BYTES,
+    fingerprint,
     parse_rows,
     read_bytes,
     read_json,
+    refuse_changed,
     remove,
     remove_leftovers,
     replacing,
     share_files,
+    write_again,
     write_json,
     write_text,
 )
@@ -64,7 +68,7 @@ class RunFolder:
         self.samples = path / "samples"
         # the pipeline: folders of components, their index, and the step that they are of
         self.index_file = path / "model_index.json"
-        self.weights_file = path / "weights.json"
+        self.weights_file = path / LIST_FILE
         # written by what uses it
         self.generated = path / "generated"
         self.calibration_file = path / "calibration.json"
@@ -150,7 +154,7 @@ class RunFolder:
             raise RunError(f"{self}: no such run folder; `heterodiff train` makes one")
         if not self.index_file.is_file():
             raise RunError(f"{self}: no {self.index_file.name}, so no finished weights here yet; train it first")
-        return read_json(self.index_file)
+        return read_json(self.index_file, way_out=write_again(self.path))
 
     def weights_step(self) -> int | None:
         """Return the step whose weights the pipeline holds; None if there is no complete pipeline.
@@ -160,13 +164,23 @@ class RunFolder:
         """
         if not self.weights_file.is_file() or not self.index_file.is_file():
             return None
-        for name, kind in read_json(self.index_file).items():
+        for name, kind in self.pipeline_index().items():
             if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
                 continue
             needed = COMPONENT_FILES.get(name, NETWORK_FILES)
             if not all((self.path / name / part).is_file() for part in needed):
                 return None
-        return read_json(self.weights_file).get("step")
+        return read_json(self.weights_file, way_out=write_again(self.path)).get("step")
+
+    def sound_step(self) -> int | None:
+        """Return the step whose weights the pipeline holds; None if it is incomplete or a file of it is damaged."""
+        try:
+            step = self.weights_step()
+            for name in {self.index_file.name, *self.pipeline_index()} if step is not None else ():
+                refuse_changed(self.path / name)
+        except CheckpointError:
+            return None
+        return step
 
     def weights_digest(self) -> str:
         """Return a hash (16 hex digits) of the denoiser's weights, or of all networks if there is no denoiser."""
@@ -238,10 +252,12 @@ class RunFolder:
             remove(staging)
             write(staging)
             share_files(staging)
+            paths = sorted(path for path in staging.rglob("*") if path.is_file())
+            files = {path.relative_to(staging).as_posix(): fingerprint(path) for path in paths}
             for part in staging.iterdir():
                 self._replace_component(part)
             staging.rmdir()
-        self.write_json(self.weights_file, {"step": step})
+        self.write_json(self.weights_file, {"step": step, "files": files}, indent=1)
 
     def save_mask_network(self, write: Callable[[Path], None]) -> None:
         """Replace the segmentation network, whole or not at all; ``write`` makes it in a folder. Raises RunError."""

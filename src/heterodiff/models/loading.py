@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError, reason
-from heterodiff.files import COPY_AGAIN, read_json
+from heterodiff.files import COPY_AGAIN, read_json, refuse_changed
 
 
 def read_network_config(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def load_network(kinds: Any, folder: Path, way_out: str = COPY_AGAIN) -> Any:
         CheckpointError: no such folder, a network of another class, or damaged, incomplete or NaN weights.
     """
     cls = _by_name(kinds)[read_network_config(kinds, folder, way_out)["_class_name"]]
+    refuse_changed(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; weights are loaded from safetensors only; {way_out}")

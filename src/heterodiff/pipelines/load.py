@@ -13,7 +13,7 @@ from heterodiff.codecs.kl_vae import load_vae
 from heterodiff.compiling import Compile, compile_for_drawing
 from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtype, use_tf32
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
-from heterodiff.files import read_json
+from heterodiff.files import read_json, refuse_changed, write_again
 from heterodiff.lazy import loaded
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
@@ -117,7 +117,7 @@ def _generation_parts(folder: Path) -> dict[str, Any]:
     vae = load_vae(folder / "vae") if (folder / "vae").is_dir() else None
     if vae is None and RunFolder(folder).has_config and RunFolder(folder).config().codec.kind == "kl-vae":
         raise CheckpointError(f"{folder}: the folder vae/ is missing; copy it back, or train the run again")
-    unet = load_network(HAEUNet, folder / "unet", TRAIN_OR_IMPORT)
+    unet = load_network(HAEUNet, folder / "unet", write_again(folder, TRAIN_OR_IMPORT))
     return {"unet": unet, "scheduler": _load_scheduler(folder / "scheduler"), "vae": vae}
 
 
@@ -125,7 +125,7 @@ def _text_image_parts(folder: Path) -> dict[str, Any]:
     parts = vars(load_aligned_networks(folder))
     if not (folder / "unet").is_dir():
         return parts
-    unet = load_network((FiLMUNet, HAEUNet), folder / "unet")
+    unet = load_network((FiLMUNet, HAEUNet), folder / "unet", write_again(folder))
     codec = parts["image_codec"].config
     takes = unet.config.in_channels, unet.config.condition_dim
     given = 2 * codec.latent_channels + codec.feature_channels, codec.embedding_dim  # z_t beside its prior
@@ -138,6 +138,7 @@ def _text_image_parts(folder: Path) -> dict[str, Any]:
 
 
 def _load_scheduler(folder: Path) -> Any:
+    refuse_changed(folder)
     config = read_json(folder / "scheduler_config.json")
     name = str(config.get("_class_name"))
     known = [found for found in dir(schedulers) if found.endswith("Scheduler")]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from heterodiff.errors import CheckpointError, ConfigError, DataError, reason
+from heterodiff.files import refuse_changed
 from heterodiff.text.pretrained import AGAIN, find_pretrained
 
 # The tokenizers library warns at every fork of a data loader if it has used threads.
@@ -124,6 +125,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
         CheckpointError: no or a damaged tokenizer, or one without padding, start and end tokens.
     """
     folder = find_pretrained(name_or_folder)
+    refuse_changed(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises plain Exception

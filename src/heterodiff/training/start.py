@@ -60,7 +60,7 @@ def train(
     checkpoint, notes = find_checkpoint(run, resume) if resuming else (None, [])
     if checkpoint is not None:
         notes += new_length(run, config, checkpoint.step)
-    current = checkpoint is not None and run.weights_step() == checkpoint.step
+    current = checkpoint is not None and run.sound_step() == checkpoint.step
     if checkpoint is not None and current and checkpoint.step >= config.training.steps:
         if is_main_process():
             run.save_config(config)  # how the run is used may have changed

@@ -1,6 +1,5 @@
 """Checkpoints that survive a crash: written beside, flushed, listed with checksums, renamed, and only then trusted."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError
-from heterodiff.files import flush_to_disk, read_json, remove, share_files, write_text
+from heterodiff.files import fingerprint, flush_to_disk, read_json, remove, share_files, write_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -60,7 +59,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"format": FORMAT, "step": checkpoint.step, "groups": groups, **checkpoint.state}
         write_text(temporary / STATE, json.dumps(state, indent=1))
         share_files(temporary)
-        manifest = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
+        manifest = {p.name: fingerprint(p) for p in sorted(temporary.iterdir())}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
@@ -85,7 +84,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = read_json(path / MANIFEST, way_out=COPY_OR_REMOVE)
         for name, expected in manifest.items():
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)
             if found != expected:
                 sizes = f"{expected.get('bytes')} bytes, found {found['bytes']}"
                 raise CheckpointError(f"{path / name}: damaged (checksum differs; expected {sizes})")
@@ -118,11 +117,6 @@ def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
             "no usable checkpoint: " + "; ".join(problems) + f"; remove {folder} to start from the beginning"
         )
     return None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _no_room(target: Path, needed: int, free: int) -> str:

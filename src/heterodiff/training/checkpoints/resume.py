@@ -158,13 +158,21 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         raise RunError(
             f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
         )
-    reached = (run.weights_step() or 0) if resume == "auto" else 0
+    reached = _reached(run) if resume == "auto" else 0
     if changes := changed_keys(run.config(), config, reached):
         raise RunError(
             f"{folder}: holds a run with another configuration; set output=... to a new folder, go on with it as it is "
             f"(heterodiff train {run.config_file}), or undo:\n  " + "\n  ".join(changes)
         )
     return True
+
+
+def _reached(run: RunFolder) -> int:
+    """The step of the run's weights; 0 where they are damaged and made again from a checkpoint."""
+    try:
+        return run.weights_step() or 0
+    except CheckpointError:
+        return 0
 
 
 def fingerprint(config: RunConfig) -> str:
