@@ -1,8 +1,10 @@
 """Files that cannot be read exactly are refused with the reason, before memory is spent; nothing in them runs."""
 
 import io
+import lzma
 import os
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -160,6 +162,37 @@ def test_tiff_strip_without_data_is_refused(tmp_path):
         file.pages[0].tags["StripByteCounts"].overwrite([*counts[:-1], 0])
     with pytest.raises(BadImage, match="no data"):
         decode_file(path)
+
+
+def test_tiff_that_lists_too_few_strips_is_refused(tmp_path):
+    """The rows of strips that are not listed would be black."""
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(8, 8), rowsperstrip=2)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for tag in ("StripOffsets", "StripByteCounts"):
+            listed = file.pages[0].tags[tag]
+            listed.overwrite(listed.value[:3])
+    with pytest.raises(BadImage, match="1 of 4 strips or tiles are missing"):
+        decode_file(path)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "lzma"])
+def test_tiff_strip_that_inflates_without_end_is_refused(tmp_path, compression):
+    """A hundred megabytes in a hundred kilobytes, of an image of 64 bytes."""
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(8, 8), compression=compression)
+    assert decode_file(path).shape == (1, 8, 8)
+    bomb = {"zlib": zlib.compress, "lzma": lzma.compress}[compression](bytes(10**8))
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags["StripOffsets"].overwrite((path.stat().st_size,))
+        file.pages[0].tags["StripByteCounts"].overwrite((len(bomb),))
+    path.write_bytes(path.read_bytes() + bomb)
+    tracemalloc.start()
+    with pytest.raises(BadImage, match="inflates to more than the 64 bytes"):
+        decode_file(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e7  # 8 MB of which are the dictionary of LZMA
 
 
 def test_tiff_of_two_kinds_of_images_is_refused(tmp_path):

@@ -131,6 +131,15 @@ def test_values_outside_the_range_are_clamped_and_counted(tmp_path):
     assert data.warnings == ("2 images have values outside 0 to 1; these are clamped",)
 
 
+@pytest.mark.parametrize(("dtype", "full"), [("uint8", 255), ("uint16", 15)])
+def test_a_range_that_makes_images_white_is_refused(tmp_path, dtype, full):
+    """A range of floats, given for images of whole numbers."""
+    np.save(tmp_path / "x.npy", np.arange(16, dtype=dtype).reshape(4, 4))
+    with pytest.raises(DataError, match=rf"value_range: \[0, 1\] makes images of {dtype} .* such as \[0, {full}\]"):
+        load_data(DataConfig(path=tmp_path, value_range=(0, 1)))
+    assert load_data(DataConfig(path=tmp_path, value_range=(0, 15))).train[0][0].max() == 1
+
+
 def test_bool_arrays_are_zero_and_one(tmp_path):
     np.save(tmp_path / "x.npy", np.eye(4, dtype=bool))
     data = load_data(DataConfig(path=tmp_path))

@@ -173,6 +173,12 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
     chosen = config.value_range or collection.value_range or _FULL_RANGE.get(dtype, (low, high))
     if not (np.isfinite(chosen).all() and chosen[0] < chosen[1]):
         raise DataError(f"data.value_range: expected two numbers, the lower first, found {list(chosen)}")
+    if dtype.startswith("uint") and chosen[1] - chosen[0] <= 1 < high - low:
+        full = [round(value) for value in _FULL_RANGE.get(dtype, (low, high))]
+        raise DataError(
+            f"data.value_range: [{chosen[0]:g}, {chosen[1]:g}] makes images of {dtype} black and white alone, as they "
+            f"hold {low:g} to {high:g}; give the stored values that mean 0 and 1, such as {full}, or leave it out"
+        )
     return chosen
 
 

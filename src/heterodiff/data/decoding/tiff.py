@@ -1,7 +1,10 @@
 """Decode TIFF with tifffile: any depth and channel count; Pillow helps with compressions tifffile lacks."""
 
+import lzma
 import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -11,16 +14,34 @@ from heterodiff.data.decoding.layout import channel_axis, check_size
 from heterodiff.data.decoding.pillow import picture_array
 from heterodiff.data.findings import BadImage
 
+_INFLATE: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+"""Decompressors, by compression, that can stop at a number of bytes."""
 _AS_STORED = ("MINISBLACK", "RGB")
 
 
 def _refuse_missing_pixels(page: tifffile.TiffPage, file_size: int) -> None:
     """tifffile fills absent strips with zeros, which would be a silent black image."""
+    expected = int(np.prod(page.keyframe.chunked, dtype=np.int64))
+    if len(page.dataoffsets) < expected:
+        raise BadImage(f"{expected - len(page.dataoffsets)} of {expected} strips or tiles are missing")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if count == 0 or offset == 0:
             raise BadImage("some strips or tiles have no data")
         if offset + count > file_size:
             raise BadImage(f"truncated: pixel data up to byte {offset + count:,}, the file has {file_size:,}")
+
+
+def _refuse_bombs(page: tifffile.TiffPage, itemsize: int) -> None:
+    """tifffile inflates a strip whatever its size: a few megabytes can be gigabytes."""
+    compression = page.keyframe.compression
+    if compression not in _INFLATE:
+        return
+    most = int(np.prod(page.keyframe.chunks, dtype=np.int64)) * itemsize
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        page.parent.filehandle.seek(offset)
+        stream = _INFLATE[compression]()
+        if len(stream.decompress(page.parent.filehandle.read(count), most + 1)) > most:
+            raise BadImage(f"a strip or tile inflates to more than the {most:,} bytes of its pixels")
 
 
 def _refuse_lost_pages(file: tifffile.TiffFile) -> None:
@@ -81,6 +102,7 @@ def decode_tiff(path: Path, channels: int | None = None) -> np.ndarray:
         for each in series.pages:
             if each is not None:
                 _refuse_missing_pixels(each, file.filehandle.size)
+                _refuse_bombs(each, dtype.itemsize)
         if page.photometric.name not in _AS_STORED:
             return _with_pillow(path, file, f"colour space {page.photometric.name} is not supported")
         try:
