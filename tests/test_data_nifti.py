@@ -2,6 +2,7 @@
 
 import builtins
 import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from heterodiff.data.decoding import nifti
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, find_patients, read_patient, read_voxels
 from heterodiff.errors import DataError
 
@@ -286,3 +288,29 @@ def test_a_real_patient(real_data: Path) -> None:
     assert 0.1 < brain.mean() < 0.4
     assert found.mask[brain].sum() > 0.99 * found.mask.sum()
     assert found.image[0][found.mask].mean() > 1.2 * found.image[0][brain].mean()
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+def test_sizes_that_no_file_holds_are_refused_by_the_header(tmp_path: Path) -> None:
+    """A header alone declares a thousand million voxels; zeros do fill a thousandth of them."""
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((1000, 1000, 1000))
+    header["vox_offset"] = 352
+    content = header.binaryblock + bytes(4)
+    for name, zeros in {"header.nii.gz": 0, "some.nii.gz": 10**6}.items():
+        (tmp_path / name).write_bytes(gzip.compress(content + bytes(zeros)))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=rf"{name}: its header declares 1000x1000x1000 voxels, which its .* bytes"):
+            read_voxels(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 1e7
+        tracemalloc.stop()
+
+
+def test_more_voxels_than_any_scanner_makes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nifti, "MAX_VOXELS", 999)
+    nibabel.save(nibabel.Nifti1Image(np.ones((10, 10, 10), np.uint8), np.eye(4)), tmp_path / "large.nii.gz")
+    with pytest.raises(DataError, match=r"large\.nii\.gz: 10x10x10 voxels, at most 999 are read; resample or crop"):
+        read_voxels(tmp_path / "large.nii.gz")

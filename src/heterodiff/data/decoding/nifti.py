@@ -1,5 +1,6 @@
 """Patients as NIfTI volumes: finding the files of each, and reading them in one orientation."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import numpy as np
 
 from heterodiff.errors import DataError, reason
 
+MAX_VOXELS = 300_000_000
+DEFLATE_RATIO = 1032
+"""The most that a byte of gzip can hold, in bytes."""
 SUFFIXES = (".nii", ".nii.gz")
 AFFINE_TOLERANCE = 1e-3
 """Millimetres by which affines of a patient's volumes may differ: headers store them in single precision."""
@@ -183,6 +187,7 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     if 0 in shape:
         raise DataError(f"{path}: a volume without voxels ({'x'.join(map(str, shape))})")
+    _refuse_impossible_size(path, shape, file.dataobj.dtype.itemsize)
     if not np.isfinite(file.affine).all() or np.linalg.matrix_rank(file.affine[:3, :3]) < 3:
         raise DataError(
             f"{path}: its affine cannot be used: expected finite numbers that span three axes, found "
@@ -199,6 +204,18 @@ def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if bad:
         raise DataError(f"{path}: {bad:,} voxels are NaN or infinite; repair the file")
     return voxels, canonical.affine
+
+
+def _refuse_impossible_size(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
+    """Refuse by the header, before memory is asked for, what a file cannot hold, or no scanner makes."""
+    voxels, size, sides = math.prod(shape), path.stat().st_size, "x".join(map(str, shape))
+    most = size * (DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
+    if voxels * itemsize > most:
+        raise DataError(
+            f"{path}: its header declares {sides} voxels, which its {size:,} bytes cannot hold; copy it again"
+        )
+    if voxels > MAX_VOXELS:
+        raise DataError(f"{path}: {sides} voxels, at most {MAX_VOXELS:,} are read; resample or crop the volume")
 
 
 def read_patient(files: PatientFiles) -> Patient:
