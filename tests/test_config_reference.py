@@ -66,7 +66,7 @@ def test_listed_choices_and_bounds_are_those_that_are_enforced() -> None:
         assert f"{name}: Input should be" in refusal(name, "no such choice")
         for choice in known:  # some ask for another key, which is another message
             assert f"{name}: Input should be" not in refusal(name, choice)
-    assert KEYS["training.steps"].type == "integer > 0"
+    assert KEYS["training.steps"].type == "integer > 0, <= 1,000,000,000,000"
     assert KEYS["data.val_fraction"].type == "number >= 0, < 1"
     assert KEYS["data.image_size"].type == "[integer, integer], each > 0, <= 16,384, or null"
     assert KEYS["training.seed"].type == "integer >= 0"

@@ -24,6 +24,10 @@ UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Width = Annotated[int, Field(gt=0, le=16_384)]
 """Channels or pixels per side, bounded by the memory that a single layer or image needs."""
 Depth = Annotated[int, Field(gt=0, le=64)]
+LARGEST = 10**12
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+"""Counts that no run exceeds, and floats still hold exactly."""
 BatchSize = Annotated[int, Field(gt=0, le=1_048_576)]
 Timesteps = Annotated[int, Field(gt=0, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

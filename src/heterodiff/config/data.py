@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from heterodiff.config.base import Fraction, Range, Section, Seed, Share, Size, UserPath, Width
+from heterodiff.config.base import Fraction, NonNegativeInt, Range, Section, Seed, Share, Size, UserPath, Width
 from heterodiff.config.names import SOURCES, known_name
 
 Speed = Annotated[float, Field(ge=0, le=300)]

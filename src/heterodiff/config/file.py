@@ -1,6 +1,6 @@
 """Reading and writing configurations: one YAML file, ``key.path=value`` overrides, unknown keys refused."""
 
-from collections.abc import Container
+from collections.abc import Container, Hashable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from heterodiff.models.defaults import NORM_GROUPS
 MAX_CONFIG_BYTES = 1_000_000
 LENGTHS = ("steps", "minutes")
 """Keys of section ``training`` that set its length; a run saves both, the steps being those that it measured."""
+MOST_PROBLEMS = 20
 BESIDE_SAVED = ("run.json", "model_index.json")
 """Files that mark a run folder; the configuration beside them is that of the run."""
 ADDED_KEYS = {
@@ -36,9 +37,12 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = [key for key in keys if keys.count(key) > 1]
-        if repeated:
-            raise ConfigError(f"key '{repeated[0]}' appears twice (line {node.start_mark.line + 1})")
+        seen = set()
+        for key in keys:
+            name = key if isinstance(key, Hashable) else repr(key)
+            if name in seen:
+                raise ConfigError(f"key '{key}' appears twice (line {node.start_mark.line + 1})")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -59,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a number of 5,000 digits
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         found = type(content).__name__
@@ -87,7 +91,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         section = child
     try:
         section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         section[last] = text
     if parents[-1:] == ["training"] and last in LENGTHS and section[last] is not None:
         section.pop(LENGTHS[1 - LENGTHS.index(last)], None)
@@ -119,9 +123,17 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields)
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a value as Python writes it."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+
+
 def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
+    lines, problems = list[str](), error.errors()
+    for item in problems[:MOST_PROBLEMS]:
         location = item["loc"]
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
@@ -132,7 +144,9 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{key}: {item['msg']}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message}, found {item['input']!r}" if key else message)
+            lines.append(f"{key}: {message}, found {_shown(item['input'])}" if key else message)
+    if len(problems) > MOST_PROBLEMS:
+        lines.append(f"and {len(problems) - MOST_PROBLEMS:,} more")
     return "\n".join(lines)
 
 

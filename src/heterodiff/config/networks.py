@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from heterodiff.config.base import Depth, Fraction, Levels, Section, UserPath, Width
+from heterodiff.config.base import Depth, Fraction, Levels, NonNegativeInt, Section, UserPath, Width
 from heterodiff.config.names import known_name
 from heterodiff.config.training import TrainingConfig
 from heterodiff.models.defaults import (

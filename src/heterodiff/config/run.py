@@ -1,11 +1,10 @@
 """Configuration of a run: all sections together."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from heterodiff.config.base import Section
+from heterodiff.config.base import Section, UserPath
 from heterodiff.config.data import DataConfig
 from heterodiff.config.networks import AlignmentConfig, CodecConfig, ModelConfig, TextConfig, VAEConfig
 from heterodiff.config.readers import unread_problems
@@ -28,7 +27,7 @@ class RunConfig(Section):
         description="diffusion: images of classes, or without labels; vae: autoencoder for latent diffusion; "
         "text-image: text to image and image to text; alignment: text-image without the denoiser",
     )
-    output: Path | None = Field(
+    output: UserPath | None = Field(
         None, description="run folder; default: `runs/NAME` for a configuration file `NAME.yaml`"
     )
     data: DataConfig = DataConfig()

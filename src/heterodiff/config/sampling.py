@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from heterodiff.config.base import BatchSize, Section, Seed, Timesteps, Width
+from heterodiff.config.base import BatchSize, NonNegativeInt, PositiveInt, Section, Seed, Timesteps, Width
 from heterodiff.config.names import SAMPLERS, known_name
 
 

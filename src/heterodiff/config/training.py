@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from heterodiff.config.base import BatchSize, Section, Seed, Share
+from heterodiff.config.base import BatchSize, NonNegativeInt, PositiveInt, Section, Seed, Share
 
 
 class DiffusionConfig(Section):
