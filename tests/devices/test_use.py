@@ -17,15 +17,18 @@ from safetensors.torch import save_file
 
 import heterodiff as hd
 from heterodiff.cli import main
+from heterodiff.devices import find_device
 from heterodiff.diffusion.samplers import list_samplers
 from heterodiff.evaluation import captions as text_image_run
 from heterodiff.metrics import classifiers
 from heterodiff.metrics import shapes_classifier as shapes_reader
+from heterodiff.pipelines.anomalies.mask_network import train_mask_network
 from tests import test_pipelines_segment_files as volumes
 from tests.devices import NAME, watched
 from tests.devices.conftest import default_is_cpu
 from tests.devices.runs import pixels, train
 from tests.test_evaluation_segmentation_run import settings
+from tests.test_pipelines_mask_network import bright_squares
 
 Runs = Callable[[str], Path]
 
@@ -159,6 +162,18 @@ def test_segment_and_evaluate_anomalies(method: str, tmp_path: Path) -> None:
         call("segment", tmp_path / "cpu", "--calibrate")
         there = json.loads(call("evaluate", tmp_path / "cpu", "--json"))
     assert_close(here, there, "")
+
+
+def test_a_segmentation_network_learns_and_marks_on_the_device() -> None:
+    images, truth, labels = bright_squares(8)
+    here, there = (
+        train_mask_network(images, truth, np.zeros_like(truth), labels, steps=3, seed=0, device=device)
+        for device in (find_device(None), torch.device("cpu"))
+    )
+    assert (here.network.device.type, there.network.device.type) == (find_device(None).type, "cpu") != ("cpu", "cpu")
+    found, expected = (network.segment(images.batch(range(8))[0], 3, 0) for network in (here, there))
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-3)
+    np.testing.assert_allclose(found.score, expected.score, atol=1e-2)
 
 
 def test_segment_a_folder_of_patients(tmp_path: Path) -> None:
