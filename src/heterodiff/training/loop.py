@@ -16,7 +16,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.sources import LoadedData
 from heterodiff.devices import any_kernels, use_tf32
-from heterodiff.errors import CheckpointError, RunError, is_out_of_memory
+from heterodiff.errors import CheckpointError, HeterodiffError, RunError, is_out_of_memory
 from heterodiff.memory import keep_freed_memory
 from heterodiff.run_folder import CHECKPOINTS, RunFolder
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
@@ -246,6 +246,11 @@ class Trainer:
         with request.listening(), journal:
             self._steps(stop, request, journal, on_step)
             self.record.read(self.data.train.names, journal.say)
+            if self.step == training.steps <= self.record.nonfinite_in_a_row:
+                raise HeterodiffError(
+                    f"none of the {self.step} steps had a finite gradient, so nothing was learned; try a lower "
+                    "training.learning_rate, precision float32 or more steps"
+                )
             self._save()
             if self.step == stop and request.signal is None:
                 self._evaluate(journal, request)

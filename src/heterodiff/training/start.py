@@ -58,6 +58,9 @@ def train(
     if not resuming and resume not in ("auto", "never"):
         raise RunError(f"--resume {resume}: {run} holds no run to go on with; set output= to the run's folder")
     checkpoint, notes = find_checkpoint(run, resume) if resuming else (None, [])
+    if quiet and is_main_process():
+        for note in notes:
+            print(f"note     {note}", file=sys.stderr)
     if checkpoint is not None:
         notes += new_length(run, config, checkpoint.step)
     current = checkpoint is not None and run.sound_step() == checkpoint.step
