@@ -18,6 +18,9 @@ from heterodiff.progress import progress_tasks
 
 PROGRESS_FROM = 2_000
 _WINDOW = 1_024
+MOST_THREADS, DECODED_BYTES = 8, 2**28
+"""Images that are decoded at once: at most this number, and about this many bytes if all are as large as the first."""
+_PART = 2**20
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class _Inspector:
         self.moments = moments
         self.fits = False
         self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
+        self.first_bytes = 0
         self.kept: np.ndarray | None = None
         self.dtypes: Counter[str] = Counter()
         self.trusted: Container[str] = ()
@@ -101,7 +105,7 @@ class _Inspector:
             return DataFinding(name, str(reason))
         if self.first is None:
             fitted = self.reader.fit(image)
-            self.first = (name, fitted.dtype, fitted.shape)
+            self.first, self.first_bytes = (name, fitted.dtype, fitted.shape), image.nbytes
             self.fits = self._fits_memory(fitted.shape, fitted.dtype)
             if self.keep and self.fits:
                 self.kept = np.empty((len(self.collection.names), *fitted.shape), fitted.dtype)
@@ -112,8 +116,7 @@ class _Inspector:
         low, high = float(image.min()), float(image.max())
         if not self.moments:
             return Measured(row, image.shape, low, high)
-        values = image.astype(np.float64)
-        return Measured(row, image.shape, low, high, float(values.mean()), float(np.square(values).mean()))
+        return Measured(row, image.shape, low, high, *_moments(image))
 
     def run(self) -> Iterator[Measured | DataFinding]:
         """Yield the results in row order."""
@@ -121,9 +124,18 @@ class _Inspector:
         while row < count and self.first is None:
             yield self.measure(row)
             row += 1
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        at_once = max(1, min(MOST_THREADS, os.cpu_count() or 1, DECODED_BYTES // max(1, self.first_bytes)))
+        with ThreadPoolExecutor(at_once) as pool:
             for start in range(row, count, _WINDOW):
                 yield from pool.map(self.measure, range(start, min(start + _WINDOW, count)))
+
+
+def _moments(image: np.ndarray) -> tuple[float, float]:
+    """Mean and mean square, without a copy of the whole image in double precision."""
+    flat = image.reshape(-1)
+    parts = (flat[first : first + _PART].astype(np.float64) for first in range(0, len(flat), _PART))
+    sums = np.sum([(part.sum(), np.square(part).sum()) for part in parts], axis=0) / len(flat)
+    return float(sums[0]), float(sums[1])
 
 
 def inspect_images(

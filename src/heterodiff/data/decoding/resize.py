@@ -10,6 +10,8 @@ from heterodiff.data.decoding.layout import MAX_PIXELS
 from heterodiff.data.findings import BadImage
 
 Size = tuple[int, int]
+_AT_ONCE = 2**24
+"""Values that are resized together."""
 
 
 def _interpolate(pixels: torch.Tensor, size: Size) -> torch.Tensor:
@@ -49,10 +51,12 @@ def resize_image(image: np.ndarray, size: Size, how: Literal["crop", "stretch"])
     """
     if image.shape[1:] == size:
         return image
-    pixels = torch.from_numpy(image.astype(np.float32))
-    if how == "stretch":
-        return _to_dtype(_interpolate(pixels, size), image.dtype)
-    height, width = covering_size(image.shape, size)
-    pixels = _interpolate(pixels, (height, width))
+    height, width = size if how == "stretch" else covering_size(image.shape, size)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return _to_dtype(pixels[:, top : top + size[0], left : left + size[1]], image.dtype)
+    fitted = np.empty((len(image), *size), image.dtype)
+    together = max(1, _AT_ONCE // (image.shape[1] * image.shape[2]))
+    for first in range(0, len(image), together):  # as floats, a large image takes four times its bytes
+        part = slice(first, first + together)
+        pixels = _interpolate(torch.from_numpy(image[part].astype(np.float32)), (height, width))
+        fitted[part] = _to_dtype(pixels[:, top : top + size[0], left : left + size[1]], image.dtype)
+    return fitted
