@@ -25,14 +25,16 @@ from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.data.sources import load_test
+from heterodiff.errors import RunError
 from heterodiff.evaluation.anomalies import all_maps
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data
+from heterodiff.files import replacing
 from heterodiff.metrics.segmentation import mean_and_interval, overlap, precision_recall_area, threshold_baseline
-from heterodiff.pipelines.anomalies.calibrated import Finder, open_finder
+from heterodiff.pipelines.anomalies.calibrated import Finder, load_calibration, open_finder
 from heterodiff.pipelines.anomalies.label_weights import FOREGROUND, fit_label_weights
 from heterodiff.pipelines.anomalies.mask_network import train_mask_network, unsure_pixels
-from heterodiff.pipelines.anomalies.masks import calibrate, half_peak_mask, small_area
+from heterodiff.pipelines.anomalies.masks import calibrate, drop_small, half_peak_mask, small_area
 from heterodiff.pipelines.anomalies.segment import Segmentation, Segmenter
 from heterodiff.pipelines.anomalies.segment import weighed as weighted_masks
 from heterodiff.pipelines.load import load_generation
@@ -113,6 +115,9 @@ class Fold:
     def foreground(self) -> np.ndarray:
         return np.asarray(self.images.mean(axis=1) > FOREGROUND)
 
+    def without_small(self, mask: np.ndarray) -> np.ndarray:
+        return drop_small(mask, self.segmenter.settings.drop_small)
+
     def decide(self, val_scores: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Judge by the threshold that the labels of the validation images give."""
         limit = calibrate(np.zeros((len(val_scores), 1)), val_scores, self.unhealthy).score_limit
@@ -120,7 +125,7 @@ class Fold:
 
     def peaks(self, maps: np.ndarray) -> np.ndarray:
         """Masks from half the peak of each map up."""
-        return np.stack([self.segmenter.without_small(half_peak_mask(one[None], 1)) for one in maps])
+        return np.stack([self.without_small(half_peak_mask(one[None], 1)) for one in maps])
 
 
 def weighed(fold: Fold, val: np.ndarray, test: np.ndarray, half_peak: bool = True) -> Found:
@@ -128,7 +133,7 @@ def weighed(fold: Fold, val: np.ndarray, test: np.ndarray, half_peak: bool = Tru
     weights = fit_label_weights(val, fold.unhealthy, fold.area, fold.importance)
     values, maps = weights.values(test), weights.probabilities(test)
     scores = weights.scores(values)
-    masks = fold.peaks(maps) if half_peak else np.stack([fold.segmenter.without_small(one > 0) for one in values])
+    masks = fold.peaks(maps) if half_peak else np.stack([fold.without_small(one > 0) for one in values])
     return Found(masks, maps, scores, fold.decide(weights.scores(weights.values(val)), scores))
 
 
@@ -220,9 +225,7 @@ def taught(fold: Fold, planes: slice) -> Found:
 def best_threshold(fold: Fold) -> Found:
     """The intensity threshold that is best on these test images, chosen on their masks: out of reach without masks."""
     shown = fold.truth.any(axis=(1, 2))
-    best = threshold_baseline(
-        fold.images[shown], fold.truth[shown], fold.foreground[shown], fold.segmenter.without_small
-    )
+    best = threshold_baseline(fold.images[shown], fold.truth[shown], fold.foreground[shown], fold.without_small)
     names = [f"channel {channel}" for channel in range(fold.images.shape[1])]
     of, side = best["of"].rsplit(", ", 1)
     name, _, smooth = of.partition(", ")
@@ -230,7 +233,7 @@ def best_threshold(fold: Fold) -> Found:
     values = uniform_filter(plain, (0, 5, 5)) if smooth else plain
     values = values if side == "above" else 1 - values
     limit = best["threshold"] if side == "above" else 1 - best["threshold"]
-    masks = np.stack([fold.segmenter.without_small(one) for one in (values > limit) & fold.foreground])
+    masks = np.stack([fold.without_small(one) for one in (values > limit) & fold.foreground])
     scores = np.where(fold.foreground, values, 0).reshape(len(values), -1).max(axis=1)
     return Found(masks, values, scores, masks.any(axis=(1, 2)))
 
@@ -269,18 +272,26 @@ BOUND = "best threshold, chosen on masks"
 
 
 def open_fold(run: Path) -> Fold:
-    """Calibrate a trained run and take what all ways of finding lesions need from its images."""
-    for line in calibrate_run(run):
-        print(line, flush=True)
+    """Calibrate a trained run, unless it is, and take what all ways of finding lesions need from its images."""
     settings, folder, data = RunFolder(run).config().segmentation, RunFolder(run), run_data(run)
+    try:
+        load_calibration(run, settings)
+    except RunError:
+        for line in calibrate_run(run):
+            print(line, flush=True)
     segmenter = Segmenter(load_generation(run), settings)
     spec = folder.spec()
     assert spec is not None
     test = load_test(image_config(run), spec, split=folder.split())
     assert test.mask is not None
 
-    def planes(images: ImageDataset) -> np.ndarray:
-        return np.concatenate([one.maps.numpy() for one in all_maps(segmenter, images, lambda done: None)])
+    def planes(part: str, images: ImageDataset) -> np.ndarray:
+        file = run / f"planes_{part}_{folder.weights_digest()}.npy"  # an interrupted benchmark goes on with them
+        if not file.is_file():
+            found = [one.maps.numpy() for one in all_maps(segmenter, images, lambda done: None)]
+            with replacing(file) as stream:
+                np.save(stream, np.concatenate(found))
+        return np.load(file)
 
     unhealthy = data.val.labels == 1
     val_patients, val_heights = patients_and_heights(data.val.names, "volumes")
@@ -290,14 +301,14 @@ def open_fold(run: Path) -> Fold:
         val_patients=val_patients,
         unhealthy=unhealthy,
         importance=overlap_weights(val_heights, unhealthy),
-        val_planes=planes(data.val),
+        val_planes=planes("val", data.val),
         train=data.train,
         images=test.images.batch(range(len(test.images)))[0].numpy(),
         truth=np.stack([test.mask(row) for row in range(len(test.images))]),
         patients=np.array(test.patients),
         heights=np.array([int(name.rpartition("/")[2]) / 1000 for name in test.images.names]),
-        planes=planes(test.images),
-        train_planes=planes(data.train),
+        planes=planes("test", test.images),
+        train_planes=planes("train", data.train),
         segmenter=segmenter,
         finder=open_finder(run, settings),
         area=small_area((spec.height, spec.width), settings.drop_small) + 1,

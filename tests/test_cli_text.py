@@ -333,7 +333,7 @@ def test_check_of_a_damaged_run_says_what_is_wrong(
     assert call("check", tmp_path / "run") == 1
     out = capsys.readouterr().out
     assert [line[6:16].strip() for line in out.splitlines() if line.startswith("FAIL")] == ["sample"]
-    assert "captioner: damaged network" in out
+    assert "captioner/diffusion_pytorch_model.safetensors: damaged: not the file that was written" in out
 
 
 def test_training_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ from heterodiff.pipelines.anomalies.mask_network import MaskNetwork, train_mask_
 from heterodiff.pipelines.anomalies.segment import Segmentation
 from heterodiff.progress import StartTask
 
-MOST_TAUGHT = 2000
+MOST_TAUGHT = 1000
 """Training images that are enough; of more, evenly spread ones are taken."""
 IMAGES_AT_ONCE = 32
 
