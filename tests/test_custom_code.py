@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from heterodiff.config.file import dump_config
 from tests.test_cli import call
-from tests.text_runs import text_config
+from tests.text_runs import forget_files, text_config
 
 CODE = """
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_code_that_a_run_names_is_never_run(
 ) -> None:
     """A run passed on by somebody, its backbone changed to one of a folder with code."""
     run = tmp_path / "theirs"
-    shutil.copytree(shapes_run, run)
+    forget_files(shutil.copytree(shapes_run, run))
     backbone = {"model_type": "depth_anything", "_name_or_path": str(folder), "auto_map": {"AutoModel": "own.Model"}}
     change_json(run / "image_codec" / "config.json", backbone=backbone)
     assert call("text2image", run, "a red circle", "-n", "1", "--out", tmp_path / "out") == 1
