@@ -6,10 +6,11 @@
     python -m benchmarks.anomaly --runs runs variants    hae-v2 and unet at 32x32, for the same time, two seeds
     python -m benchmarks.anomaly --runs runs ms          three real patients, each by a model of the other two
     python -m benchmarks.anomaly --runs runs lgg         sixty real patients in three folds, beside other ways
+    python -m benchmarks.anomaly --runs runs healthy     the same patients by networks trained on healthy slices alone
     python -m benchmarks.anomaly --runs runs volume      minutes for a volume of 155 slices
 
 All but the last take about an hour each on two CPU cores, and goes on where it was interrupted. Writes
-benchmarks/results/anomaly_{phantom,others,steps,variants,ms,lgg,volume}.json and pictures to docs/images.
+benchmarks/results/anomaly_{phantom,others,steps,variants,ms,lgg,healthy,volume}.json and pictures to docs/images.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lgg import lgg
+from benchmarks.lgg import healthy, lgg
 from benchmarks.measure import machine, write_results
 from benchmarks.runs import ROOT, seconds_of, to_the_end
 from heterodiff.config import SegmentationConfig
@@ -234,6 +235,7 @@ MEASURES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "variants": variants,
     "ms": ms,
     "lgg": lgg,
+    "healthy": healthy,
     "volume": volume,
 }
 

@@ -26,7 +26,7 @@ from heterodiff.data.dataset import ImageDataset
 from heterodiff.data.heights import by_height, held_out_auroc, overlap_weights, patients_and_heights
 from heterodiff.data.sources import load_test
 from heterodiff.errors import RunError
-from heterodiff.evaluation.anomalies import all_maps
+from heterodiff.evaluation.anomalies import all_maps, evaluate_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.evaluation.runs import image_config, run_data
 from heterodiff.files import replacing
@@ -401,3 +401,29 @@ def lgg(runs: Path, data: Path) -> dict[str, Any]:
 
 def _interval(value: dict[str, Any]) -> str:
     return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def healthy(runs: Path, data: Path) -> dict[str, Any]:
+    """AnoDDPM on the same folds, for the same steps: trained on slices without lesion, what it cannot repeat is marked.
+
+    Thresholds come from the labels of the validation images, as for all other ways.
+    """
+    found = []
+    for number in range(FOLDS):
+        changes = [
+            "data.train_classes=[healthy]",
+            "diffusion.p_uncond=1",
+            "segmentation={method: partial-noising, depth: 250, num_inference_steps: 25, threshold: half-peak, "
+            "score: peak, network_steps: 0}",
+        ]
+        config = configure(runs, data.parent, number, "healthy", *changes)
+        assert config.output is not None
+        to_the_end(config)
+        for line in calibrate_run(config.output):
+            print(line, flush=True)
+        metrics = evaluate_anomalies(config.output).metrics
+        found.append({"dice": metrics["unhealthy"]["dice"], "all": metrics["mixed"]["dice"], "image": metrics["image"]})
+        print(
+            f"fold {number + 1}: Dice {_interval(found[-1]['dice'])}, AUROC {metrics['image']['auroc']:.3f}", flush=True
+        )
+    return {"folds": found}
