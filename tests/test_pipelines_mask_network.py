@@ -147,6 +147,21 @@ def test_networks_of_one_seed_are_the_same() -> None:
     assert seeds[0] == seeds[1] != seeds[2]
 
 
+def test_channels_that_are_left_out_do_not_matter() -> None:
+    spec, rng = ImageSpec(16, 16, 3, ("healthy", "unhealthy"), (0.0, 1.0), "float32"), np.random.default_rng(0)
+    _, truth, labels = bright_squares(4)
+    store = MemoryStore(rng.uniform(size=(4, 3, 16, 16)).astype(np.float32))
+    images = ImageDataset(spec, store, np.arange(4), list("abcd"), labels.astype(np.int64))
+    options = {"steps": 2, "seed": 0, "device": CPU, "channels": [2, 0]}
+    network = train_mask_network(images, truth, np.zeros_like(truth), labels, **options)  # type: ignore[arg-type]
+    shown = images.batch(range(4))[0]
+    changed = shown.clone()
+    changed[:, 1] = 0
+    np.testing.assert_array_equal(network.segment(shown, 3, 0).maps, network.segment(changed, 3, 0).maps)
+    changed[:, 2] = 0
+    assert not np.allclose(network.segment(shown, 3, 0).maps, network.segment(changed, 3, 0).maps)
+
+
 def test_where_nothing_is_found_nothing_is_learned() -> None:
     images, _, labels = bright_squares(4)
     none = np.zeros((4, 16, 16))

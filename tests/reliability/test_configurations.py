@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from heterodiff.config.file import load_config
-from tests.reliability.test_pipeline_files import call
+from tests.test_cli import call
 
 VALUES = {
     "a date": ("training.steps=2024-01-01", "valid integer"),

@@ -10,17 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from heterodiff.cli import main
 from heterodiff.training.start import train
+from tests.test_cli import call
 from tests.training_runs import tiny_config
-
-
-def call(*arguments: object) -> int:
-    """Exit code of ``heterodiff arguments``."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")

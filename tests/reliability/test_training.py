@@ -8,7 +8,8 @@ import torch
 from heterodiff.config.file import dump_config
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints
 from heterodiff.training.recipes.diffusion import DiffusionRecipe
-from tests.reliability.test_pipeline_files import call, flipped
+from tests.reliability.test_pipeline_files import flipped
+from tests.test_cli import call
 from tests.training_runs import tiny_config
 
 

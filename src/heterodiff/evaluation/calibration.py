@@ -156,7 +156,11 @@ def _with_network(
     teachers: dict[str, Callable[[Tensor, int], Segmentation]] = {settings.method: by_method} if model_helps else {}
     if calibration.intensity is not None:
         teachers["intensities alone"] = by_intensity
-    options: dict[str, Any] = {"steps": settings.network_steps, "seed": settings.seed}
+    options: dict[str, Any] = {
+        "steps": settings.network_steps,
+        "seed": settings.seed,
+        "channels": settings.channels,
+    }
     best, told = None, {"no network": auroc(of_method)}
     with progress_tasks() as start:
         for name, teacher in teachers.items():

@@ -1,6 +1,6 @@
 """Teaching a segmentation network the masks that a calibrated method finds in the training images of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ def teach(
     steps: int,
     seed: int,
     device: torch.device,
+    channels: Sequence[int] | None = None,
     start: StartTask,
 ) -> MaskNetwork | None:
     """Train a segmentation network on what ``segment`` finds in images; None where it finds nothing to learn from.
@@ -33,6 +34,7 @@ def teach(
         unhealthy: (N,) bool, their labels, some of each.
         segment: (images (B, C, H, W) in [0, 1], number of the first) -> anomalies.
         steps: of training.
+        channels: of the images, those that the network sees; default: all.
         start: begins to show progress.
     """
     if len(images) > MOST_TAUGHT:
@@ -49,6 +51,7 @@ def teach(
         steps=steps,
         seed=seed,
         device=device,
+        channels=channels,
         progress=start("segmentation network", steps),
     )
 

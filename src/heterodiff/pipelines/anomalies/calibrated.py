@@ -65,7 +65,8 @@ def open_finder(run: Path, settings: SegmentationConfig, device: Device | None =
 
         return Finder(calibration, segmenter.pipeline.unet.config.in_channels, segmenter.channels, segment)
     again = f"run `heterodiff segment {run} --calibrate` again"
-    network = MaskNetwork(load_network(HAEUNet, folder.mask_network, again).to(find_device(device)))
+    loaded = load_network(HAEUNet, folder.mask_network, again).to(find_device(device))
+    network = MaskNetwork(loaded, settings.channels)
     if network.digest != calibration.network:
         raise RunError(f"{folder.mask_network}: other weights than the run was calibrated with; {again}")
 
@@ -74,9 +75,10 @@ def open_finder(run: Path, settings: SegmentationConfig, device: Device | None =
         progress(1, 1)
         return found
 
-    channels = range(network.network.config.in_channels)
-    chosen = list(channels if settings.channels is None else settings.channels)
-    return Finder(calibration, len(channels), chosen, segment_at_once)
+    spec = folder.spec()
+    count = loaded.config.in_channels if spec is None else spec.channels
+    chosen = list(range(count) if settings.channels is None else settings.channels)
+    return Finder(calibration, count, chosen, segment_at_once)
 
 
 def save_calibration(

@@ -6,7 +6,7 @@ images, and pixels of unhealthy images that the method is unsure about are left 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,12 +33,17 @@ UNSURE = 0.6
 
 
 class MaskNetwork:
-    """Marks pixels of a lesion, with one network call for an image and one for its mirror image."""
+    """Marks pixels of a lesion, with one network call for an image and one for its mirror image.
+
+    Args:
+        network: takes the chosen channels, gives log odds.
+        channels: of an image, those that are looked at; default: all.
+    """
 
     calls = 2
 
-    def __init__(self, network: HAEUNet):
-        self.network = network
+    def __init__(self, network: HAEUNet, channels: Sequence[int] | None = None):
+        self.network, self.channels = network, channels
 
     @property
     def digest(self) -> str:
@@ -51,7 +56,7 @@ class MaskNetwork:
     @torch.no_grad()
     def log_odds(self, images: Tensor) -> Tensor:
         """Return the mean log odds (B, H, W) of images (B, C, H, W) in [0, 1] and of their mirror images."""
-        images = images.to(self.network.device, torch.float32)
+        images = _chosen(images, self.channels).to(self.network.device, torch.float32)
         return (_call(self.network, images) + _call(self.network, images.flip(3)).flip(2)) / 2
 
     def segment(self, images: Tensor, drop_small: int | None, limit: float) -> Segmentation:
@@ -69,6 +74,10 @@ class MaskNetwork:
         masks = np.stack([drop_small_components(mask, drop_small) for mask in odds > 0])
         maps = torch.from_numpy(odds).sigmoid().numpy()
         return Segmentation(masks, score >= limit, maps, score, maps, np.full(len(odds), self.calls))
+
+
+def _chosen(images: Tensor, channels: Sequence[int] | None) -> Tensor:
+    return images if channels is None else images[:, list(channels)]
 
 
 def _call(network: HAEUNet, images: Tensor) -> Tensor:
@@ -111,6 +120,7 @@ def train_mask_network(
     steps: int,
     seed: int,
     device: torch.device,
+    channels: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> MaskNetwork:
     """Train a network on found masks.
@@ -120,20 +130,26 @@ def train_mask_network(
         masks: (N, H, W) bool; taken for empty in healthy images. Unhealthy images without a mask are left out.
         unsure: (N, H, W) bool, pixels that do not count.
         unhealthy: (N,) bool, the labels.
+        channels: see :class:`MaskNetwork`.
         progress: called with the number of each step.
     """
     spec = images.spec
     sick, well = np.flatnonzero(unhealthy & masks.any(axis=(1, 2))), np.flatnonzero(~unhealthy)
-    rng = np.random.default_rng(seed)
+    targets, rng = masks & unhealthy[:, None, None], np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = new_network(spec.channels, spec.height, spec.width).to(device).train()
+        count = spec.channels if channels is None else len(channels)
+        network = new_network(count, spec.height, spec.width).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=WARMUP)
     for step in range(1, steps + 1):
         rows = np.concatenate([rng.choice(sick, BATCH // 2), rng.choice(well, BATCH // 2)])
         found = masks[rows] & unhealthy[rows, None, None]
-        batch = images.batch(rows.tolist())[0], torch.from_numpy(found), torch.from_numpy(unsure[rows])
+        batch = (
+            _chosen(images.batch(rows.tolist())[0], channels),
+            torch.from_numpy(found),
+            torch.from_numpy(unsure[rows]),
+        )
         x, target, counts = (part.to(device) for part in augmented(*batch, rng))
         loss = overlap_loss(_call(network, x), target, counts, torch.from_numpy(unhealthy[rows]).to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -141,7 +157,7 @@ def train_mask_network(
         optimizer.step()
         schedule.step()
         progress(step)
-    return MaskNetwork(network.eval())
+    return MaskNetwork(network.eval(), channels)
 
 
 def augmented(images: Tensor, masks: Tensor, unsure: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
