@@ -144,13 +144,9 @@ def train_mask_network(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=WARMUP)
     for step in range(1, steps + 1):
         rows = np.concatenate([rng.choice(sick, BATCH // 2), rng.choice(well, BATCH // 2)])
-        found = masks[rows] & unhealthy[rows, None, None]
-        batch = (
-            _chosen(images.batch(rows.tolist())[0], channels),
-            torch.from_numpy(found),
-            torch.from_numpy(unsure[rows]),
-        )
-        x, target, counts = (part.to(device) for part in augmented(*batch, rng))
+        shown = _chosen(images.batch(rows.tolist())[0], channels)
+        found, doubted = (torch.from_numpy(part[rows]) for part in (targets, unsure))
+        x, target, counts = (part.to(device) for part in augmented(shown, found, doubted, rng))
         loss = overlap_loss(_call(network, x), target, counts, torch.from_numpy(unhealthy[rows]).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
