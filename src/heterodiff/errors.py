@@ -64,3 +64,8 @@ def compile_error(error: Exception, setting: str) -> HeterodiffError | None:
     return RunError(
         f"{setting}: torch.compile failed here ({lines[0] if lines else type(error).__name__}); leave it out"
     )
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with characters that control a terminal, as names of classes and files may hold, written out."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)

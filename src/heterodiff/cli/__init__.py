@@ -9,7 +9,7 @@ import typer
 
 from heterodiff import __version__
 from heterodiff.cli import data, draw, start, train, use
-from heterodiff.errors import HeterodiffError, is_out_of_memory
+from heterodiff.errors import HeterodiffError, is_out_of_memory, visible
 from heterodiff.memory import keep_freed_memory
 
 GROUPS = {
@@ -49,7 +49,7 @@ def _options(
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)
     return 1
 
 

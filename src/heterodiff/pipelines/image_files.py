@@ -109,15 +109,20 @@ def write_images(
 ) -> list[Path]:
     """Write each image as ``<class>_<k>.png`` and all together as ``grid.png``.
 
+    Classes whose names differ only in what file names cannot hold get their number, too: ``a_b-class1_0000.png``.
+
     Data that a PNG cannot hold (floats, many channels) are written as ``.npy`` in the units of the training data, with
     a PNG to look at. Raises as :func:`save_images`.
     """
     titles = [class_title(pipeline, int(label)) for label in labels]
+    of_classes = Counter(UNSAFE.sub("_", name).casefold() for name in pipeline.class_names)
     counts: Counter[str] = Counter()
     names = []
-    for title in titles:
+    for title, label in zip(titles, labels.tolist(), strict=True):
         name = UNSAFE.sub("_", title)
-        names.append(f"{name}_{counts[name]:04d}")  # counted by name: two classes may share one
+        if of_classes[name.casefold()] > 1:
+            name += f"-class{label}"
+        names.append(f"{name}_{counts[name]:04d}")
         counts[name] += 1
     written = save_images(images, names, titles, folder, pipeline.spec, columns)
     with writing(folder):

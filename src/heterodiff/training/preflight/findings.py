@@ -1,6 +1,6 @@
 """Results of the checks before a run, a line each."""
 
-from heterodiff.errors import ConfigError
+from heterodiff.errors import ConfigError, visible
 
 
 class Findings:
@@ -15,10 +15,10 @@ class Findings:
 
     def add(self, passed: bool, name: str, text: str) -> None:
         self.passed &= passed
-        print(f"{'pass' if passed else 'FAIL'}  {name:10} {text}", flush=True)
+        print(f"{'pass' if passed else 'FAIL'}  {name:10} {visible(text)}", flush=True)
 
     def note(self, text: str, name: str = "") -> None:
-        print(f"note  {name:10} {text}", flush=True)
+        print(f"note  {name:10} {visible(text)}", flush=True)
 
 
 class Rows(Findings):
