@@ -203,7 +203,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "safetensors only"),
     "a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin"), "safetensors only"),
     "truncated": (cut_weights, "damaged"),
-    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "truncated"),
     "a weight missing": (change_weights(lambda tensors: tensors.pop("projection.0.weight")), "projection.0.weight"),
     "a weight too many": (change_weights(lambda tensors: tensors.update(more=torch.ones(1))), "more"),
     "NaN": (change_weights(lambda tensors: tensors["projection.0.bias"].fill_(math.nan)), "NaN"),

@@ -283,7 +283,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (remove(WEIGHTS), f"{WEIGHTS}: missing"),
     "pickled weights only": (only_pickle, "from safetensors only"),
     "truncated": (truncate, "damaged"),
-    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "truncated"),
     "NaN": (edit_weights(lambda w: w["encoder.conv_in.weight"].fill_(math.nan)), r"NaN.*encoder\.conv_in\.weight"),
     "infinite": (edit_weights(lambda w: w["decoder.conv_out.bias"].fill_(math.inf)), r"decoder\.conv_out\.bias"),
     "a weight less": (edit_weights(lambda w: w.pop("quant_conv.bias")), r"another network.*quant_conv\.bias"),

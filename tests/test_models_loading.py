@@ -57,7 +57,7 @@ DAMAGES = {
     "another shape": (change_weights(lambda w: w.update({first(w): torch.ones(3, 5)})), "damaged|another network"),
     "another width": (change_config(model_channels=64), "damaged network|another network"),
     "cut off": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8]), "damaged network"),
-    "no safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 100), "damaged network"),
+    "no safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 100), "not safetensors"),
     "only a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin"), "missing"),
     "another class": (change_config(_class_name="AutoencoderKL"), "class HAEUNet or FiLMUNet, found AutoencoderKL"),
     "no class": (lambda folder: (folder / "config.json").write_text("{}"), "HAEUNet or FiLMUNet, found None"),

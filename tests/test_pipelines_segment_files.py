@@ -297,7 +297,7 @@ def test_folders_are_looked_at_before_calibrating(
 def test_a_damaged_calibration_is_refused(run: Path, tmp_path: Path, content: Any, message: str) -> None:
     data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "calibration.json"
     before = path.read_text()
-    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content | {"checksum": None}))
     try:
         with pytest.raises(RunError, match=message):
             segment_folder(run, data, tmp_path / "out")
@@ -323,7 +323,7 @@ def test_other_preprocessing_is_refused(run: Path, tmp_path: Path) -> None:
     data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "data.json"
     content, config = path.read_text(), load_config(run / "config.yaml")
     for other in ("0123456789abcdef", None):
-        path.write_text(json.dumps(json.loads(content) | {"preprocessing": other}))
+        path.write_text(json.dumps(json.loads(content) | {"preprocessing": other, "checksum": None}))
         try:
             for use in (
                 lambda: segment_folder(run, data, tmp_path / "out"),

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in folders that others can write to as well; JSON of bounded size."""
+"""Files that appear whole or not at all, in folders that others can write to as well; what is read has a bound."""
 
 import hashlib
 import json
@@ -18,9 +18,14 @@ MAX_JSON_BYTES = 2**26
 MAX_LIST_BYTES = 2**30
 """Largest JSON files that are read: facts, and lists with an entry per image or step."""
 
+MAX_HEADER_BYTES = 4 * 2**20
+"""A network of this family has at most a few thousand tensors: a header of a few hundred kilobytes."""
+
 LIST_FILE = "weights.json"
 """Lists the files of a run's pipeline."""
 COPY_AGAIN = "train the run again, or copy the folder again"
+CHECKSUM = "checksum"
+"""Key of a JSON file's own checksum."""
 LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 LEFTOVER_SECONDS = 3600.0
 """Age in seconds at which an unfinished file counts as left behind by a process that was killed."""
@@ -88,9 +93,20 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     write_bytes(path, text.encode("utf-8", errors))
 
 
-def write_json(path: Path, content: Any, errors: str = "strict", **layout: Any) -> None:
-    """Write a whole file of JSON, see :func:`replacing`; ``layout`` as of ``json.dumps``."""
-    write_text(path, json.dumps(content, **{"indent": 1, **layout}) + "\n", errors)
+def write_json(path: Path, content: Any, errors: str = "strict", sealed: bool = False, **layout: Any) -> None:
+    """Write a whole file of JSON, see :func:`replacing`.
+
+    Args:
+        sealed: add a checksum, which :func:`read_json` compares.
+        layout: as of ``json.dumps``.
+    """
+    if sealed:
+        content = {**content, CHECKSUM: _checksum(content)}
+    layout = {"indent": 1, **layout}
+    try:
+        write_text(path, json.dumps(content, **layout) + "\n", errors)
+    except UnicodeEncodeError:  # a file's name that is not UTF-8, which JSON can only hold as an escape
+        write_text(path, json.dumps(content, **{**layout, "ensure_ascii": True}) + "\n")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -153,10 +169,25 @@ def read_json(
 ) -> dict[str, Any]:
     """Read a JSON object; arguments as of :func:`read_bytes`.
 
+    A file that was written with a checksum is compared with it; the checksum is not returned.
+
     Raises:
         HeterodiffError: the file is missing, too large, damaged, or holds something else.
     """
-    return parse_json(read_bytes(path, error, way_out, limit), path, error, way_out)
+    content = parse_json(read_bytes(path, error, way_out, limit), path, error, way_out)
+    expected = content.pop(CHECKSUM, None)
+    if expected is not None and expected != _checksum(content):
+        raise error(
+            f"{path}: damaged: not what was written (checksum differs); {way_out}, or remove its {CHECKSUM} if it was "
+            "changed on purpose"
+        )
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever its layout."""
+    plain = json.loads(json.dumps(content))  # keys and sequences as they are read back
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def parse_json(
@@ -192,6 +223,32 @@ def parse_rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
         else:
             damaged += 1
     return rows, damaged
+
+
+def refuse_header(path: Path, way_out: str) -> None:
+    """Check that the header of a safetensors file fits into the file and has an honest size.
+
+    Args:
+        way_out: the end of an error's message.
+
+    Raises:
+        CheckpointError: the file is no file, cut off, of another kind, or declares far more tensors than a network has.
+    """
+    try:
+        if not path.is_file():
+            found = "expected a file, found something else" if path.exists() else "missing"
+            raise CheckpointError(f"{path}: {found}; weights are loaded from safetensors only; {way_out}")
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {way_out}") from None
+    if size < 8 or header > size - 8:
+        raise CheckpointError(
+            f"{path}: truncated, or not safetensors: a header of {header:,} bytes in {size:,}; {way_out}"
+        )
+    if header > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: a header of {header:,} bytes; expected at most {MAX_HEADER_BYTES:,}; {way_out}")
 
 
 def refuse_changed(part: Path, way_out: str = "") -> None:

@@ -15,6 +15,7 @@ from heterodiff.config import RunConfig
 from heterodiff.config.file import dump_config, load_config
 from heterodiff.errors import CheckpointError, RunError, reason
 from heterodiff.files import (
+    COPY_AGAIN,
     LIST_FILE,
     MAX_LIST_BYTES,
     fingerprint,
@@ -37,6 +38,7 @@ COMPONENT_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("token
 """Files of a pipeline's components: of networks, and of components that are none."""
 
 CHECKPOINTS = "checkpoints"
+GONE = "the run folder is no longer there; rename it back if it was renamed, and start the same command again"
 
 
 class RunFolder:
@@ -91,6 +93,12 @@ class RunFolder:
 
     # ---- reading --------------------------------------------------------------------------------------------
 
+    def _from_images(self) -> str:
+        """Return the way to a split and facts about the images that are sound."""
+        if not self.has_config:
+            return COPY_AGAIN
+        return f"`heterodiff train {self.config_file}` makes it again from the images"
+
     @property
     def has_config(self) -> bool:
         return self.config_file.is_file()
@@ -115,7 +123,7 @@ class RunFolder:
         Raises:
             CheckpointError: missing or damaged.
         """
-        return read_json(self.data_file)
+        return read_json(self.data_file, way_out=self._from_images())
 
     def spec(self) -> ImageSpec | None:
         """Return the specification of the run's images; None for a folder that was not trained here.
@@ -131,7 +139,11 @@ class RunFolder:
         Raises:
             CheckpointError: missing or damaged.
         """
-        return read_json(self.split_file, limit=MAX_LIST_BYTES)
+        return read_json(self.split_file, way_out=self._from_images(), limit=MAX_LIST_BYTES)
+
+    def facts_problem(self) -> str | None:
+        """Return why the split and the facts cannot be used, so that they are found again; None if they can."""
+        return _problem(self.split) or _problem(self.facts)
 
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
         """Return the rows of ``metrics.jsonl``, and the number of damaged ones, which are left out.
@@ -199,11 +211,13 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            if not self.path.is_dir():
+                raise RunError(f"{self}: {GONE}") from None
             why = getattr(error, "strerror", None) or reason(error)
             raise RunError(f"{path}: cannot be written: {why}; make room, or copy the run") from None
 
     def write_json(self, path: Path, content: dict[str, Any], **layout: Any) -> None:
-        """Write one of the run's files whole; ``layout`` as of ``json.dumps``.
+        """Write one of the run's files whole; ``layout`` as of :func:`heterodiff.files.write_json`.
 
         Raises:
             RunError: it cannot be written, and is as it was before.
@@ -214,7 +228,7 @@ class RunFolder:
     def write_text(self, path: Path, text: str) -> None:
         """Write one of the run's files whole, see :meth:`write_json`."""
         with self.writing(path):
-            write_text(path, text)
+            write_text(path, text, "backslashreplace")  # names of files need not be UTF-8
 
     def write_picture(self, path: Path, picture: Any) -> None:
         """Write a PIL ``picture`` as one of the run's PNG files, see :meth:`write_json`; its folder is made."""
@@ -228,14 +242,17 @@ class RunFolder:
         self.write_text(self.config_file, dump_config(config))
 
     def save_data(self, split: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write the split, where there is none yet, and facts about the images: ``spec``, ``preprocessing``, counts.
+        """Write the split, unless a sound one is there, and facts about the images.
+
+        Args:
+            facts: ``spec``, ``preprocessing`` and counts.
 
         Raises:
             RunError: they cannot be written.
         """
-        if not self.split_file.is_file():
-            self.write_json(self.split_file, split, ensure_ascii=False)
-        self.write_json(self.data_file, facts, ensure_ascii=False)
+        if _problem(self.split) is not None:
+            self.write_json(self.split_file, split, sealed=True, ensure_ascii=False)
+        self.write_json(self.data_file, facts, sealed=True, ensure_ascii=False)
 
     def save_pipeline(self, step: int, write: Callable[[Path], None]) -> None:
         """Replace the pipeline by that of ``step``, each component whole or not at all.
@@ -247,17 +264,17 @@ class RunFolder:
             RunError: it cannot be written; the run makes it again from its checkpoint.
         """
         with self.writing(self.path):
-            self.weights_file.unlink(missing_ok=True)
             staging = self.path / ".pipeline"
             remove(staging)
             write(staging)
             share_files(staging)
             paths = sorted(path for path in staging.rglob("*") if path.is_file())
             files = {path.relative_to(staging).as_posix(): fingerprint(path) for path in paths}
+            self.weights_file.unlink(missing_ok=True)
             for part in staging.iterdir():
                 self._replace_component(part)
             staging.rmdir()
-        self.write_json(self.weights_file, {"step": step, "files": files}, indent=1)
+        self.write_json(self.weights_file, {"step": step, "files": files}, sealed=True)
 
     def save_mask_network(self, write: Callable[[Path], None]) -> None:
         """Replace the segmentation network, whole or not at all; ``write`` makes it in a folder. Raises RunError."""
@@ -308,3 +325,12 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+
+def _problem(read: Callable[[], Any]) -> str | None:
+    """Why ``read`` cannot read a file; None if it can."""
+    try:
+        read()
+    except CheckpointError as error:
+        return str(error)
+    return None

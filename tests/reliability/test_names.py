@@ -1,5 +1,8 @@
 """Classes whose names files and terminals cannot hold: nothing is overwritten, mixed up, or sent to the terminal."""
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,20 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
+from heterodiff.run_folder import RunFolder
 from tests.test_cli import call
 
 CLASSES = ("a b", "a?b", "a_b", "plain", "x\x1b[31mred")
+LATIN = os.fsdecode(b"caf\xe9")
+"""A name in Latin-1, as old disks have them; not UTF-8."""
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
+def configured(tmp_path: Path, classes: Sequence[str], suffix: str = "", images: int = 3) -> Path:
     torch.set_num_threads(1)
-    for number, name in enumerate(CLASSES):
+    for number, name in enumerate(classes):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
-        for image in range(3):
+        for image in range(images):
             pixels = np.random.default_rng(number + 10 * image).integers(0, 256, (16, 16), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{image}.png")
+            Image.fromarray(pixels).save(folder / f"{image}{suffix}.png")
     (tmp_path / "config.yaml").write_text(
         f"data: {{source: images, path: '{tmp_path / 'data'}'}}\n"
         "model: {variant: unet-conv, model_channels: 32, channel_mult: [1], layers_per_block: 1}\n"
@@ -30,7 +35,8 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def test_names_of_classes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(tmp_path, CLASSES)
     assert call("check", config) == 0
     assert call("train", config) == 0
     assert call("sample", tmp_path / "run", "-n", "1", "--out", tmp_path / "out") == 0
@@ -43,3 +49,21 @@ def test_names_of_classes(config: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "x\\x1b[31mred" in shown.out
     assert "x\\x1b[31mred" in shown.err
     assert "\x1b" not in shown.out + shown.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse names that are not UTF-8")
+def test_names_that_are_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(tmp_path, (LATIN, "plain"), suffix=LATIN, images=12)
+    assert call("check", config) == 0
+    assert call("train", config) == 0
+    assert call("train", config, "training.steps=2") == 0  # with the split of before
+    assert call("sample", tmp_path / "run", "-n", "1", "--class", LATIN) == 0
+    assert call("evaluate", tmp_path / "run", "-n", "6") == 0
+    split = RunFolder(tmp_path / "run").split()
+    assert {Path(name).name.partition(".")[0] for name in split["train"]} >= {f"0{LATIN}"}
+    assert "caf\\udce9" in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
+    other = tmp_path / LATIN
+    assert call("train", config, f"output={other}") == 1
+    assert "its name is not UTF-8" in capsys.readouterr().err
+    assert not other.exists()

@@ -49,6 +49,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def changed(path: Path) -> None:
+    """Another digit, as a worn disk or a curious hand leaves it."""
+    content = path.read_text()
+    at = next(index for index, character in enumerate(content) if character in "123456789")
+    path.write_text(content[:at] + "0" + content[at + 1 :])
+
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CASES = [
     (WEIGHTS, flipped, "not the file that was written"),
@@ -58,6 +65,9 @@ CASES = [
     ("scheduler/scheduler_config.json", cut, "not the file that was written"),
     ("model_index.json", cut, "not readable as JSON"),
     ("weights.json", cut, "not readable as JSON"),
+    ("weights.json", changed, "checksum differs"),
+    ("data.json", changed, "checksum differs"),
+    ("data.json", cut, "not readable as JSON"),
 ]
 
 
@@ -98,3 +108,16 @@ def test_pipelines_of_earlier_versions_list_none(run: Path, tmp_path: Path) -> N
     (run / "weights.json").write_text('{"step": 2}')
     assert sampled(run, tmp_path / "out").size
     assert call("train", run / "config.yaml") == 0
+
+
+@pytest.mark.parametrize("damage", [changed, cut])
+def test_a_damaged_split_is_refused_and_made_again(
+    run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    before = (run / "split.json").read_bytes()
+    damage(run / "split.json")
+    assert call("evaluate", run, "-n", "20") == 1
+    assert f"`heterodiff train {run / 'config.yaml'}` makes it again from the images" in capsys.readouterr().err
+    assert call("train", run / "config.yaml") == 0
+    assert "made again from the images" in capsys.readouterr().out
+    assert (run / "split.json").read_bytes() == before

@@ -13,7 +13,7 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|never|PATH", help="Resume the run in the output folder.")
+        str, typer.Option(metavar="auto|never|weights-only|PATH", help="Resume the run in the output folder.")
     ] = "auto",
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Total number of steps after which to save a checkpoint and stop.")

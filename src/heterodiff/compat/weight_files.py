@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from heterodiff.errors import CheckpointError
+from heterodiff.errors import CheckpointError, reason
+from heterodiff.files import refuse_header
 from heterodiff.models.loading import refuse_nonfinite
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-MAX_HEADER_BYTES = 4 * 2**20
-"""A network of this family has at most a few thousand tensors: a header of a few hundred kilobytes."""
+FETCH_AGAIN = "fetch the file again"
 WRAPPERS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
 """Keys under which training scripts nest a state dict, the best weights first."""
 ANCHOR = "time_embed.0.weight"
@@ -100,23 +100,17 @@ def some(names: list[str], count: int = 4) -> str:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    size = path.stat().st_size
-    if size < 8 or header > size - 8:
-        raise CheckpointError(f"{path}: truncated, or not safetensors: a header of {header:,} bytes in {size:,}")
-    if header > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: a header of {header:,} bytes; expected at most {MAX_HEADER_BYTES:,}")
+    refuse_header(path, FETCH_AGAIN)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return WeightFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors: {error}; fetch the file again") from None
+        raise CheckpointError(f"{path}: not readable as safetensors: {error}; {FETCH_AGAIN}") from None
 
 
 def _read_torch(path: Path) -> WeightFile:
-    zipped = zipfile.is_zipfile(path)
+    zipped = _is_archive(path)
     if zipped:
         _check_archive(path)
     try:
@@ -129,8 +123,8 @@ def _read_torch(path: Path) -> WeightFile:
         what = f"a Python object ({found[1]})" if found else "something other than tensors, or it is damaged"
         raise CheckpointError(f"{path}: refused: it holds {what}; {TENSORS_ALONE}") from None
     except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not readable as a torch file: {reason}; fetch the file again") from None
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not readable as a torch file: {why}; {FETCH_AGAIN}") from None
     tensors, notes = _find_state_dict(path, content)
     claimed, stored = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
     if claimed > stored:
@@ -138,13 +132,20 @@ def _read_torch(path: Path) -> WeightFile:
     return WeightFile(tensors, notes=notes)
 
 
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True  # a damaged one
+
+
 def _check_archive(path: Path) -> None:
     """Refuse compressed archives, which could unpack to far more than the file; torch stores tensors uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as a torch file: {error}; fetch the file again") from None
+    except Exception as error:  # zipfile raises nearly anything on damaged files
+        raise CheckpointError(f"{path}: not readable as a torch file: {reason(error)}; {FETCH_AGAIN}") from None
     stored = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or stored > path.stat().st_size:
         raise CheckpointError(f"{path}: a compressed archive, which torch never writes; {TENSORS_ALONE}")

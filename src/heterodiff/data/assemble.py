@@ -19,6 +19,8 @@ from heterodiff.errors import DataError
 
 Range = tuple[float, float]
 _FULL_RANGE: dict[str, Range] = {"uint8": (0.0, 255.0), "bool": (0.0, 1.0)}
+MOST_LATENT_SIDE = 96
+"""Pixels of a latent's longer side, of images of 768 pixels with a VAE of 8."""
 _LEAST_COVERAGE = 0.05
 
 
@@ -182,6 +184,18 @@ def _value_range(train: Sequence[Measured], collection: Collection, dtype: str, 
     return chosen
 
 
+def _refuse_latents(where: str, spec: ImageSpec) -> None:
+    """Refuse what a VAE has most likely encoded already; as pixels it would be learned without any complaint."""
+    low, high = spec.value_range
+    if spec.channels >= 4 and max(spec.height, spec.width) <= MOST_LATENT_SIDE and low < -1 and high > 1:
+        raise DataError(
+            f"{where}: images of {spec.channels} channels of {spec.height}x{spec.width}, stored as {spec.dtype} from "
+            f"{low:.3g} to {high:.3g}, look like latents of a VAE; give the images themselves with "
+            "codec.kind=kl-vae, which encodes them, or, if these are images, set "
+            f"data.value_range=[{low:.3g}, {high:.3g}]"
+        )
+
+
 def _held_out(
     collection: Collection, rows: np.ndarray, labels: np.ndarray, config: DataConfig, split: dict[str, Any] | None
 ) -> np.ndarray:
@@ -266,6 +280,8 @@ def assemble(
         value_range = _value_range(train, collection, inspection.dtype, config)
         measured_here = not (config.value_range or collection.value_range or inspection.dtype in _FULL_RANGE)
         spec = ImageSpec(*inspection.size, inspection.images[0].shape[0], class_names, value_range, inspection.dtype)
+        if measured_here and spec.dtype.startswith("float"):
+            _refuse_latents(collection.where, spec)
     warnings = [*collection.warnings, *warnings, *_range_warnings(inspection.images, train, spec, measured_here)]
     if bad := inspection.bad:
         warnings.append(f"{len(bad):,} images cannot be used and were skipped: {show(bad[0].name)} ...")

@@ -109,7 +109,7 @@ def evaluate_text_image(
             metrics["generated_recall"] = _self_judged(measuring, to_caption.spread(-(-number // 2)))
         else:
             size = (loaded.spec.height, loaded.spec.width)
-            metrics |= _of_shapes(measuring, config, size, number, folder.evaluation / READER_FILE, record["notes"])
+            metrics |= _of_shapes(measuring, config, size, number, folder, record["notes"])
     if notes:
         record["notes"].append(notes[0] + (f" (and {len(notes) - 1:,} others)" if len(notes) > 1 else ""))
     for path, picture in zip((folder.prompts_picture, folder.captions_picture), pictures, strict=True):
@@ -165,13 +165,14 @@ def _self_judged(measuring: _Measuring, held_out: CaptionedImages) -> dict[str, 
 
 
 def _of_shapes(
-    measuring: _Measuring, config: "DataConfig", size: tuple[int, int], number: int, path: Path, notes: list[str]
+    measuring: _Measuring, config: "DataConfig", size: tuple[int, int], number: int, folder: RunFolder, notes: list[str]
 ) -> dict[str, Any]:
     """Judge pictures of scenes with an independent classifier, and captions of combinations that were never seen."""
-    shapes, reader = config.shapes, ShapesClassifier(*size)
+    shapes, reader, path = config.shapes, ShapesClassifier(*size), folder.evaluation / READER_FILE
     if not reader.load(path):
         reader = ShapesClassifier(*size).fit(progress=measuring.task("training the classifier", STEPS))
-        reader.save(path)
+        with folder.writing(path):
+            reader.save(path)
     accuracy = reader.accuracy()
     if accuracy < GOOD_READER:
         notes.append(

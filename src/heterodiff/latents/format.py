@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import show
-from heterodiff.errors import DataError
-from heterodiff.files import MAX_LIST_BYTES, read_json
+from heterodiff.errors import CheckpointError, DataError
+from heterodiff.files import MAX_LIST_BYTES, read_json, refuse_header
 
 FORMAT = 1
 PLAN_FILE = "plan.json"
@@ -176,14 +176,15 @@ def shard_problem(folder: Path, plan: Plan, number: int) -> str | None:
     latents = ("F16", [len(labels), *plan.shape])
     expected = {"label": ("I64", [len(labels)]), "mean": latents, "std": latents}
     try:
-        with safe_open(path, "np") as file:  # refuses headers that are too long or do not describe the file
+        refuse_header(path, "encode again")
+        with safe_open(path, "np") as file:  # refuses headers that do not describe the file
             slices = {name: file.get_slice(name) for name in sorted(file.keys())}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             if found != expected:
                 return f"expected tensors {_describe(expected)}, found {_describe(found)}"
             if not np.array_equal(file.get_tensor("label"), labels):
                 return "its labels are not those of the index"
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         return f"truncated or damaged: {error}"
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from heterodiff.errors import CheckpointError, ConfigError, reason
-from heterodiff.files import read_json
+from heterodiff.files import read_json, refuse_header
 from heterodiff.models.loading import load_network, refuse_nonfinite
 from heterodiff.text.pretrained import AGAIN, find_pretrained, make_config
 from heterodiff.text.tokenizer import tokenizer_fingerprint
@@ -203,8 +203,7 @@ def _read_bert_config(folder: Path) -> dict[str, Any]:
 def _load_bert_weights(bert: nn.Module, folder: Path) -> None:
     """Copy weights from ``folder`` into ``bert``; heads and pooler, which it lacks, are ignored."""
     file = folder / "model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; weights are loaded from safetensors only; {AGAIN}")
+    refuse_header(file, AGAIN)
     try:
         stored = {_bert_name(name): value for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from heterodiff.config import DataConfig
 from heterodiff.data.augment import augment
 from heterodiff.data.dataset import ImageDataset
+from heterodiff.errors import DataError
 
 
 class Stream(IntEnum):
@@ -85,7 +86,7 @@ def share_of(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
-class StepBatches(Dataset[Batch]):
+class StepBatches(Dataset[Batch | DataError]):
     """Batches of one process: item ``step`` is its share of that step's batch.
 
     Args:
@@ -109,7 +110,15 @@ class StepBatches(Dataset[Batch]):
         self.order = BatchOrder(len(data), batch_size, seed)
         self.share = share_of(batch_size, rank, world_size)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | DataError:
+        """Return the share of ``step``, or the error of an image: raised in a worker, it would carry a traceback."""
+        try:
+            return self.batch(step)
+        except DataError as error:
+            return error
+
+    def batch(self, step: int) -> Batch:
+        """Return the share of ``step``. Raises DataError if an image can no longer be read."""
         indices = self.order.indices(step)[self.share]
         offset = step * self.order.batch_size + self.share.start
         seeds = [derive_seed(self.seed, Stream.AUGMENT, offset + i) for i in range(len(indices))]

@@ -58,7 +58,7 @@ def load_run_data(config: RunConfig) -> LoadedData:
             captions = image_captions(config.data) if config.codec.kind == "cnn" else None
             return latents if captions is None else with_captions(latents, captions)
         run = RunFolder(config.output)
-        if run.split_file.is_file() and run.data_file.is_file():
+        if run.facts_problem() is None:
             check_preprocessing(run.path, known_fingerprint(config.data))
             return load_data(config.data, split=run.split(), spec=run.spec())
     return load_data(config.data)

@@ -1,5 +1,8 @@
 """The training images of a run, on its device."""
 
+import signal
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -8,6 +11,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.augment import augment
 from heterodiff.data.dataset import ImageDataset
 from heterodiff.devices import free_memory, pins_memory, send
+from heterodiff.errors import DataError, RunError, reason
 from heterodiff.training.batches import Batch, StepBatches
 from heterodiff.training.interrupt import ignore_signals
 
@@ -47,10 +51,15 @@ class Feed:
         ]
         return torch.cat(parts)
 
-    def loader(self, start: int, stop: int) -> DataLoader[Batch]:
-        """Return the batches of steps ``start`` (0-based) to ``stop``, ``stop`` excluded."""
+    def loader(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Yield the batches of steps ``start`` (0-based) to ``stop``, ``stop`` excluded.
+
+        Raises:
+            DataError: an image can no longer be read.
+            RunError: a worker process has ended.
+        """
         workers = self.config.training.num_workers if self._kept is None else 0
-        return DataLoader(
+        loader = DataLoader(
             self._batches,
             batch_size=None,
             sampler=range(start, stop),
@@ -59,10 +68,29 @@ class Feed:
             worker_init_fn=ignore_signals,
             pin_memory=pins_memory(self.device),
         )
+        watched = workers > 0 and hasattr(signal, "SIGCHLD")
+        before = signal.getsignal(signal.SIGCHLD) if watched else None
+        batches = iter(loader)
+        if watched:  # torch would raise the death of a worker anywhere, perhaps between two halves of an update
+            signal.signal(signal.SIGCHLD, before)
+        try:
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a process that loads images has ended ({reason(error)}), as when memory runs out; start the same "
+                f"command again, or with training.num_workers={max(0, workers - 1)}"
+            ) from None
+        finally:
+            del batches, loader  # ends the workers, which a traceback would keep alive, and the exit waits for them
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step."""
-        return self._batches[step]
+        return self._batches.batch(step)
 
     def images(self, batch: Batch, rows: slice) -> Tensor:
         """Return images ``rows`` of ``batch`` on the device, (B, C, H, W) float32 in [0, 1], or stored latents."""

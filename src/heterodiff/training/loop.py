@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,11 +157,19 @@ class Trainer:
             images, labels = data.batch(chosen[start : start + size])
             yield self._inputs(images.to(self.device)), labels
 
-    def _evaluate(self, journal: Journal, request: StopRequest) -> None:
-        """Validate and draw a preview from the EMA weights, in the first process; a signal to stop ends it early."""
-        if self.accelerator.is_main_process:
+    def _evaluate(self, journal: Journal, request: StopRequest, if_missing: bool = False) -> None:
+        """Validate and draw a preview from the EMA weights, in the first process; a signal to stop ends it early.
+
+        Args:
+            if_missing: only if there is no preview of this step.
+        """
+        if self.accelerator.is_main_process and not (if_missing and self._preview_file.is_file()):
             self._preview(journal, request)
         self.hosts.wait()
+
+    @property
+    def _preview_file(self) -> Path:
+        return self.run_folder.samples / f"step_{self.step:06d}.png"
 
     def _preview(self, journal: Journal, request: StopRequest) -> None:
         journal.note("validation and preview")
@@ -182,10 +191,10 @@ class Trainer:
             ) from error
         finally:
             watch.remove()
-        self.run_folder.write_picture(self.run_folder.samples / f"step_{self.step:06d}.png", picture)
-        journal.picture(self.step, picture)
-        if measured:
+        if measured and self.step not in journal.validated:
             journal.row(self.step, measured)
+        journal.picture(self.step, picture)
+        self.run_folder.write_picture(self._preview_file, picture)  # last: with it, the step is done
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
@@ -195,18 +204,23 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to another recipe or network, or parts of it are missing.
         """
+        if not checkpoint.weights_only:
+            self._refuse_other_run(checkpoint)
+        try:
+            restore(checkpoint, self.recipe, self.optimization)
+            if not checkpoint.weights_only:
+                self.record.window = dict(checkpoint.state["window"])
+                self.record.nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this run: {error}") from None
+        self.step = checkpoint.step
+
+    def _refuse_other_run(self, checkpoint: Checkpoint) -> None:
         kind = checkpoint.state.get("recipe")
         if kind != self.config.recipe:
             raise CheckpointError(f"checkpoint of recipe '{kind}', expected '{self.config.recipe}'")
         if checkpoint.state.get("run") != fingerprint(self.config):
             raise CheckpointError(f"checkpoint of step {checkpoint.step} belongs to a run of another configuration")
-        try:
-            restore(checkpoint, self.recipe, self.optimization)
-            self.record.window = dict(checkpoint.state["window"])
-            self.record.nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint of step {checkpoint.step} does not fit this run: {error}") from None
-        self.step = checkpoint.step
 
     def save_weights(self) -> None:
         """Write the EMA weights, the ones to use, as a pipeline."""
@@ -244,7 +258,10 @@ class Trainer:
         main = self.accelerator.is_main_process
         journal = Journal(self.run_folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal:
-            self._steps(stop, request, journal, on_step)
+            if 0 < self.step < stop and self.step % training.preview_every == 0:
+                self._evaluate(journal, request, if_missing=True)  # a kill or a signal may have ended it
+            with closing(self.feed.loader(self.step, stop)) as batches:
+                self._steps(batches, stop, request, journal, on_step)
             self.record.read(self.data.train.names, journal.say)
             if self.step == training.steps <= self.record.nonfinite_in_a_row:
                 raise HeterodiffError(
@@ -256,13 +273,14 @@ class Trainer:
                 self._evaluate(journal, request)
             return TrainingResult(self.step, training.steps, request.signal, journal.seconds)
 
-    def _steps(self, stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None) -> None:
+    def _steps(
+        self, batches: Iterator[Batch], stop: int, request: StopRequest, journal: Journal, on_step: OnStep | None
+    ) -> None:
         training = self.config.training
-        batches = iter(self.feed.loader(self.step, stop))
         share = share_of(training.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
         clock = StepClock()
         while self.step < stop and not self._asked_to_stop(request):
-            with clock.waiting():
+            with clock.waiting(), self._losing_nothing():
                 batch = next(batches)
             self.record.add(self.train_step(batch, share))
             self.step += 1
@@ -282,6 +300,17 @@ class Trainer:
                     self._save()
                 if self.step % training.preview_every == 0 and self.step < stop:
                     self._evaluate(journal, request)
+
+    @contextmanager
+    def _losing_nothing(self) -> Iterator[None]:
+        """Write a checkpoint where images can no longer be loaded, so that no step is lost."""
+        try:
+            yield
+        except HeterodiffError as error:
+            if self.step == 0:
+                raise
+            self._write()
+            raise type(error)(f"{error}; the checkpoint of step {self.step} is written") from None
 
     def _asked_to_stop(self, request: StopRequest) -> bool:
         """Return whether any process was asked to stop; all must leave the loop after the same step."""

@@ -18,7 +18,14 @@ from heterodiff.lazy import loaded
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 from heterodiff.training.build import build_recipe, explaining, load_run_data
-from heterodiff.training.checkpoints.resume import as_begun, check_run_folder, find_checkpoint, new_length
+from heterodiff.training.checkpoints.checkpoint import RECIPE
+from heterodiff.training.checkpoints.resume import (
+    WEIGHTS_ONLY,
+    as_begun,
+    check_run_folder,
+    find_checkpoint,
+    new_length,
+)
 from heterodiff.training.codec_stage import check_denoiser, codec_run
 from heterodiff.training.loop import OnStep, Trainer, TrainingResult
 from heterodiff.training.optimization import check_training
@@ -41,7 +48,8 @@ def train(
     Args:
         config: with ``output`` set to the run folder.
         resume: ``auto``: from the newest checkpoint in the folder, if there is one; ``never``: refuse a folder that
-            holds a run; a path: from that checkpoint of the run.
+            holds a run; ``weights-only``: from the newest undamaged weights, with a new optimiser; a path: from that
+            checkpoint of the run.
         stop_after: stop, with a checkpoint, once this number of steps is done in all.
         on_step: called after each step with its number (1-based) and loss.
         quiet: print nothing.
@@ -55,16 +63,19 @@ def train(
     run = RunFolder(config.output)
     config = as_begun(config)
     resuming = check_run_folder(run.path, config, resume)
-    if not resuming and resume not in ("auto", "never"):
+    if not resuming and resume not in ("auto", "never", WEIGHTS_ONLY):
         raise RunError(f"--resume {resume}: {run} holds no run to go on with; set output= to the run's folder")
     checkpoint, notes = find_checkpoint(run, resume) if resuming else (None, [])
+    problem = run.facts_problem() if checkpoint is not None else None
+    if problem is not None:
+        notes.append(f"{problem.partition(';')[0]}; made again from the images")
     if quiet and is_main_process():
         for note in notes:
             print(f"note     {note}", file=sys.stderr)
     if checkpoint is not None:
         notes += new_length(run, config, checkpoint.step)
     current = checkpoint is not None and run.sound_step() == checkpoint.step
-    if checkpoint is not None and current and checkpoint.step >= config.training.steps:
+    if checkpoint is not None and current and problem is None and checkpoint.step >= config.training.steps:
         if is_main_process():
             run.save_config(config)  # how the run is used may have changed
         return TrainingResult(checkpoint.step, config.training.steps, None, 0.0)
@@ -89,7 +100,8 @@ def train(
     trainer.accelerator.wait_for_everyone()  # all processes have looked at the folder before one writes to it
     alone = run.locked() if main else nullcontext()
     with alone, explaining(config, data.spec), deterministic_kernels(config.training.deterministic):
-        data, found = recipe.before_training(config, data, trainer.hosts, checkpoint is None, quiet)
+        begins = checkpoint is None or RECIPE not in checkpoint.tensors
+        data, found = recipe.before_training(config, data, trainer.hosts, begins, quiet)
         trainer.data = data  # images that were encoded need no memory any more
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
@@ -106,6 +118,7 @@ def _write_facts(run: RunFolder, trainer: Trainer) -> None:
     config, data, spec = trainer.config, trainer.data, trainer.data.spec
     counts = {"train": len(data.train), "val": len(data.val)}
     facts = {"spec": spec.to_dict(), **counts, "preprocessing": known_fingerprint(config.data)}
+    run.save_config(config)  # first: a folder without it is no run
     run.save_data(data.split_to_dict(), facts)
     parameters = _parameters(trainer)
     versions = {"heterodiff": heterodiff.__version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -120,7 +133,6 @@ def _write_facts(run: RunFolder, trainer: Trainer) -> None:
         "command": " ".join(["heterodiff", *sys.argv[1:]]),
     }
     run.write_json(run.machine_file, machine, ensure_ascii=False)
-    run.save_config(config)
 
 
 def _parameters(trainer: Trainer) -> int:

@@ -15,7 +15,7 @@ from heterodiff.data.decoding.layout import channels_first, check_array_header, 
 from heterodiff.data.decoding.pillow import SUFFIX_FORMATS, content_hint, decode_picture
 from heterodiff.data.decoding.tiff import decode_tiff
 from heterodiff.data.findings import BadImage
-from heterodiff.errors import DataError, reason
+from heterodiff.errors import DataError, HeterodiffError, reason
 
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -35,8 +35,10 @@ def opened_npz(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except BadImage as problem:
         raise DataError(f"{path}: {problem}") from None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not readable as npz: {error}; save it with numpy.savez_compressed") from None
+    except (HeterodiffError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise nearly anything on damaged files
+        raise DataError(f"{path}: not readable as npz: {reason(error)}; save it with numpy.savez_compressed") from None
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:

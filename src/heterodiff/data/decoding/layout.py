@@ -74,8 +74,10 @@ def plain_numbers(array: np.ndarray) -> np.ndarray:
     """Return ``array`` contiguous, in native byte order, as bool, uint8, uint16 or float32 (all other types).
 
     Raises:
-        BadImage: NaN or infinite values, also those that float32 cannot hold.
+        BadImage: no values, or NaN or infinite ones, also those that float32 cannot hold.
     """
+    if array.size == 0:
+        raise BadImage("holds no pixels")
     native = array.dtype.newbyteorder("=")
     if native.name in KEPT_DTYPES:
         result = np.ascontiguousarray(array, dtype=native)

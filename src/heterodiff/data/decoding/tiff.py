@@ -1,5 +1,6 @@
 """Decode TIFF with tifffile: any depth and channel count; Pillow helps with compressions tifffile lacks."""
 
+import logging
 import lzma
 import struct
 import zlib
@@ -13,6 +14,8 @@ from PIL import Image
 from heterodiff.data.decoding.layout import channel_axis, check_size
 from heterodiff.data.decoding.pillow import picture_array
 from heterodiff.data.findings import BadImage
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds wrong becomes one error here
 
 _INFLATE: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
 """Decompressors, by compression, that can stop at a number of bytes."""

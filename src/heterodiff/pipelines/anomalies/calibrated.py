@@ -90,7 +90,8 @@ def save_calibration(
     """
     folder = RunFolder(run)
     made_with = {"settings": settings.model_dump(mode="json"), "weights": folder.weights_digest()}
-    folder.write_json(folder.calibration_file, {**made_with, "precision": precision, **calibration.to_dict()})
+    content = {**made_with, "precision": precision, **calibration.to_dict()}
+    folder.write_json(folder.calibration_file, content, sealed=True)
     return folder.calibration_file
 
 

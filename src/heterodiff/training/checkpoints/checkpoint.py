@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError
-from heterodiff.files import fingerprint, flush_to_disk, read_json, remove, share_files, write_text
+from heterodiff.files import fingerprint, flush_to_disk, read_json, refuse_header, remove, share_files, write_text
+from heterodiff.run_folder import GONE
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
+OPTIMIZERS, RECIPE = ("optimizer", "adversary_optimizer"), "recipe"
+"""Groups of a checkpoint's tensors that hold no weights: moments of optimisers, and what a recipe learns beside."""
 COPY_OR_REMOVE = "copy the checkpoint again, or remove it"
 
 
 @dataclass
 class Checkpoint:
-    """State from which a run goes on exactly: groups of named tensors, a file each, and plain values."""
+    """State from which a run goes on exactly: groups of named tensors, a file each, and plain values.
+
+    ``weights_only`` is true of what is left of a damaged one: weights and their means, from which a run goes on with a
+    new optimiser.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    weights_only: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -42,13 +51,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         CheckpointError: the disk has too little room (bytes needed and free are named) or refuses the write.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.step:08d}"
     temporary = target.with_suffix(".tmp")
-    for leftover in folder.glob("step_*.tmp"):
-        remove(leftover)
     needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
     try:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob("step_*.tmp"):
+            remove(leftover)
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise CheckpointError(_no_room(target, needed, free))
@@ -67,8 +76,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.rename(target)
         flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
+        if not folder.parent.is_dir():
+            raise CheckpointError(f"{folder.parent}: {GONE}") from error
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise CheckpointError(f"{_no_room(target, needed, free)} ({error})") from error
     for old in list_checkpoints(folder)[:-keep]:
         remove(old)
@@ -84,10 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = read_json(path / MANIFEST, way_out=COPY_OR_REMOVE)
         for name, expected in manifest.items():
-            found = fingerprint(path / name)
-            if found != expected:
-                sizes = f"{expected.get('bytes')} bytes, found {found['bytes']}"
-                raise CheckpointError(f"{path / name}: damaged (checksum differs; expected {sizes})")
+            _compare(path, name, expected)
         state = read_json(path / STATE, way_out=COPY_OR_REMOVE)
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
     except (OSError, SafetensorError, AttributeError) as error:
@@ -99,8 +107,53 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
 
 
-def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
+def read_weights(path: Path) -> Checkpoint:
+    """Read the weights of a checkpoint, whatever has happened to the state of its optimiser and its other files.
+
+    The recipe's group is left out where it is damaged.
+
+    Raises:
+        CheckpointError: the manifest or a file of weights is missing, was changed or cut off.
+    """
+    tensors = {}
+    try:
+        manifest = read_json(path / MANIFEST, way_out=COPY_OR_REMOVE)
+        for name in manifest:
+            group, _, suffix = name.partition(".")
+            if suffix != "safetensors" or group in OPTIMIZERS:
+                continue
+            try:
+                _compare(path, name, manifest[name])
+                tensors[group] = load_file(path / name)
+            except (OSError, CheckpointError):
+                if group != RECIPE:
+                    raise
+        return Checkpoint(int(path.name.removeprefix("step_")), tensors, {}, weights_only=True)
+    except (OSError, SafetensorError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: holds no readable weights: {error}") from error
+
+
+def _compare(path: Path, name: str, expected: Any) -> None:
+    """Compare file ``name`` of the checkpoint in ``path`` with its entry in the manifest."""
+    file = path / name
+    if name != file.name or file.is_symlink() or (file.exists() and not file.is_file()):
+        raise CheckpointError(f"{file}: expected a file of the checkpoint itself; {COPY_OR_REMOVE}")
+    size = file.stat().st_size
+    found = fingerprint(file) if size == expected.get("bytes") else {"bytes": size}
+    if found != expected:
+        sizes = f"{expected.get('bytes')} bytes, found {found['bytes']}"
+        raise CheckpointError(f"{file}: damaged (checksum differs; expected {sizes})")
+    if file.suffix == ".safetensors":
+        refuse_header(file, COPY_OR_REMOVE)
+
+
+def read_newest(
+    folder: Path, read: Callable[[Path], Checkpoint] = read_checkpoint
+) -> tuple[Checkpoint, list[str]] | None:
     """Return the newest undamaged checkpoint in ``folder`` and the problems of newer ones; None if there is none.
+
+    Args:
+        read: what is needed of it, :func:`read_checkpoint` or :func:`read_weights`.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
@@ -109,12 +162,15 @@ def read_newest(folder: Path) -> tuple[Checkpoint, list[str]] | None:
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return read_checkpoint(path), problems
+            return read(path), problems
         except CheckpointError as error:
             problems.append(str(error))
     if paths:
         raise CheckpointError(
-            "no usable checkpoint: " + "; ".join(problems) + f"; remove {folder} to start from the beginning"
+            "no usable checkpoint: "
+            + "; ".join(problems)
+            + ("; go on from weights alone with --resume weights-only" if read is read_checkpoint else "")
+            + f"; remove {folder} to start from the beginning"
         )
     return None
 

@@ -13,7 +13,13 @@ from heterodiff.config.base import Section
 from heterodiff.errors import CheckpointError, RunError
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
-from heterodiff.training.checkpoints.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_newest
+from heterodiff.training.checkpoints.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_newest,
+    read_weights,
+)
 from heterodiff.training.optimization import learning_rate_at
 
 FREE_TO_CHANGE = (
@@ -61,6 +67,10 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "training.ema_decay": 0.9999,
 }
 """Keys whose default has changed, and what it was; a run that began with it goes on with it."""
+
+
+WEIGHTS_ONLY = "weights-only"
+"""Value of ``--resume`` that goes on from weights alone."""
 
 
 def parts_are_alike(config: RunConfig) -> bool:
@@ -141,6 +151,8 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
     Raises:
         RunError: it holds another run, something else, or cannot be written.
     """
+    if not str(folder).isascii() and str(folder).encode("utf-8", "replace") != os.fsencode(folder):
+        raise RunError(f"{folder}: its name is not UTF-8, which reports cannot hold; set output=... to another folder")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: expected a folder for the run, found a file; set output=...")
     existing = folder
@@ -158,7 +170,7 @@ def check_run_folder(folder: Path, config: RunConfig, resume: str) -> bool:
         raise RunError(
             f"{folder}: already holds a run; set output=... to a new folder, or use --resume auto to go on with it"
         )
-    reached = _reached(run) if resume == "auto" else 0
+    reached = _reached(run) if resume in ("auto", WEIGHTS_ONLY) else 0
     if changes := changed_keys(run.config(), config, reached):
         raise RunError(
             f"{folder}: holds a run with another configuration; set output=... to a new folder, go on with it as it is "
@@ -190,22 +202,29 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, lis
     """Return the checkpoint to go on from, if there is one, and notes on newer ones that are damaged.
 
     Args:
-        resume: ``auto`` for the newest undamaged one, or the path of one.
+        resume: ``auto`` for the newest undamaged one, ``weights-only`` for the newest undamaged weights, or the path
+            of one.
 
     Raises:
         CheckpointError: no checkpoint of this run, or none that is undamaged.
     """
-    if resume != "auto":
+    if resume not in ("auto", WEIGHTS_ONLY):
         path, known = Path(resume), list_checkpoints(run.checkpoints)
         if path.resolve() not in [p.resolve() for p in known]:
             names = ", ".join(map(str, known)) or "none"
             raise CheckpointError(f"--resume {path}: not a checkpoint of this run; it has: {names}")
         return read_checkpoint(path), []
-    found = read_newest(run.checkpoints)
+    found = read_newest(run.checkpoints, read_weights if resume == WEIGHTS_ONLY else read_checkpoint)
     if found is None:
         return None, []
     checkpoint, problems = found
-    return checkpoint, [f"{problem}; using the checkpoint of step {checkpoint.step} instead" for problem in problems]
+    notes = [f"{problem}; using the checkpoint of step {checkpoint.step} instead" for problem in problems]
+    if checkpoint.weights_only:
+        notes.append(
+            f"goes on with the weights of step {checkpoint.step} and a new optimiser, so not as it would have without "
+            "the interruption"
+        )
+    return checkpoint, notes
 
 
 def new_length(run: RunFolder, config: RunConfig, step: int) -> list[str]:

@@ -44,12 +44,18 @@ def restore(checkpoint: Checkpoint, recipe: Recipe, optimization: Optimization) 
     tensors, state, ema = checkpoint.tensors, checkpoint.state, optimization.ema
     for part in optimization.parts:
         part.module.load_state_dict(tensors[part.name])
+        if checkpoint.weights_only:
+            continue
         _restore_optimizer(part, tensors[part.optimizer_group])
     names = [name for name, _ in recipe.model.named_parameters()]
     for name, shadow in zip(names, ema.shadow_params, strict=True):
         shadow.copy_(tensors["ema"][name])
+    if "recipe" in tensors or not checkpoint.weights_only:
+        recipe.load_state_dict(tensors["recipe"])
+    if checkpoint.weights_only:
+        ema.optimization_step = checkpoint.step
+        return
     ema.optimization_step = state["ema_step"]
-    recipe.load_state_dict(tensors["recipe"])
     if optimization.scaler.is_enabled() and state["scaler"] is not None:
         optimization.scaler.load_state_dict(state["scaler"])
 

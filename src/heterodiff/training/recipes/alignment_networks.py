@@ -14,6 +14,7 @@ from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.errors import CheckpointError, reason
+from heterodiff.files import refuse_header
 from heterodiff.models.loading import refuse_nonfinite
 from heterodiff.text.aligned import TOKENIZER_FOLDER, AlignedNetworks
 from heterodiff.text.captioner import Captioner
@@ -201,6 +202,8 @@ def _freeze_unused(codec: ImageCodec, spec: ImageSpec) -> None:
 
 
 def _backbone_weights(path: Path) -> dict[str, Tensor]:
+    for file in sorted(path.glob("*.safetensors")):
+        refuse_header(file, "copy it again")
     try:
         network, info = AutoModel.from_pretrained(
             path,
