@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-radar demo-text demo-brain test test-all lint docs bench bench-networks bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
+.PHONY: demo demo-radar demo-text demo-brain test test-all test-reliability lint docs bench bench-networks bench-digits bench-latent bench-radar bench-text bench-anomaly bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/heterodiff demo
@@ -24,6 +24,9 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/devices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-reliability: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,15 +1,20 @@
 """The documentation names keys, commands, files and headings that exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from heterodiff.cli import app
 from heterodiff.config.reference import list_sections
+from tests.reliability.rows import ROWS, table
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SECTIONS = list_sections()
 KEYS = {key.name for section in SECTIONS for key in section.keys} | {section.name for section in SECTIONS}
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
@@ -55,3 +60,22 @@ def test_glossary_is_in_order_and_one_line_a_term() -> None:
     assert len(terms) > 30
     assert terms == sorted(terms)
     assert len(set(terms)) == len(terms)
+
+
+def test_faults_are_listed_as_they_are_tested() -> None:
+    assert table() in (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    for row in ROWS.values():
+        for test in row.tests:
+            file, _, name = test.partition("::")
+            assert f"def {name}" in (ROOT / "tests" / file).read_text("utf-8"), test
+
+
+def test_every_dependency_is_listed_with_its_licence() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    names = {
+        re.split(r"[<>=]", line)[0] for line in declared["dependencies"] + declared["optional-dependencies"]["mri"]
+    }
+    page = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| ([\w-]+) \| [^|]+ \| ([^|]+) \|", page, re.MULTILINE))
+    assert names <= set(listed)
+    assert "not declared" not in listed.values()

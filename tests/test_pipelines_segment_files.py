@@ -297,7 +297,9 @@ def test_folders_are_looked_at_before_calibrating(
 def test_a_damaged_calibration_is_refused(run: Path, tmp_path: Path, content: Any, message: str) -> None:
     data, path = write_patient(tmp_path / "data", "a", np.eye(4)), run / "calibration.json"
     before = path.read_text()
-    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content | {"checksum": None}))
+    path.write_text(
+        content if isinstance(content, str) else json.dumps(json.loads(before) | content | {"checksum": None})
+    )
     try:
         with pytest.raises(RunError, match=message):
             segment_folder(run, data, tmp_path / "out")

@@ -77,7 +77,7 @@ def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", run)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_twice_in_an_epoch(workers: int, tmp_path: Path) -> None:
     """Every image is seen once an epoch, in the order of a run that was not killed."""
     settings = {"training__batch_size": 64, "training__checkpoint_every": 4, "training__num_workers": workers}
@@ -107,13 +107,14 @@ def test_killed_twice_in_an_epoch(workers: int, tmp_path: Path) -> None:
     assert losses_of(run) == losses_of(tmp_path / "other")
 
 
-SIGNALS = [("SIGTERM", 143), ("SIGINT", 130)]
+SIGNALS = [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
 WHERE = {"step": ("step:{}:6", 0), "save": ("save:{}:6", 0), "preview": ("preview:{}:1", 0)}
 WHERE |= {"validation": ("validation:{}:1", 0), "loader": ("loader:{}:4", 2)}
+LATER = ("preview", "validation")
 
 
 @pytest.mark.parametrize(("name", "code"), SIGNALS)
-@pytest.mark.parametrize("place", WHERE)
+@pytest.mark.parametrize("place", ["step", "save", "loader", *(pytest.param(p, marks=pytest.mark.slow) for p in LATER)])
 def test_asked_to_stop(place: str, name: str, code: int, tmp_path: Path) -> None:
     fault, workers = WHERE[place]
     every = {"training__checkpoint_every": 4, "training__preview_every": 5, "training__num_workers": workers}
