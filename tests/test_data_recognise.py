@@ -11,6 +11,7 @@ from heterodiff.cli import main
 from heterodiff.config import DataConfig
 from heterodiff.data.captions import open_captions
 from heterodiff.data.sources.recognise import source_hint
+from tests.test_data_webdataset import write_shards
 
 COCO = {
     "images": [{"id": 1, "file_name": "0.png"}],
@@ -49,6 +50,14 @@ def test_captions_are_recognised_and_the_named_settings_read_them(name: str, tmp
     named = {key.removeprefix("data."): value for key, value in settings.items()}
     assert named == {"source": "captions"} | ({"captions_file": name} if name == "captions.jsonl" else {})
     assert open_captions(DataConfig(path=tmp_path, **named)).captions == (("a thing",),)
+
+
+def test_shards_are_recognised(tmp_path: Path) -> None:
+    write_shards(tmp_path, "cls")
+    hint = hint_of(tmp_path)
+    assert hint is not None
+    assert "tar files (part-000.tar)" in hint
+    assert hint.endswith("set data.source=webdataset")
 
 
 def test_volumes_are_recognised_at_any_depth(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,8 +7,10 @@ HeterodiffError is a crash: it is printed with its seed, from which the case is 
 """
 
 import argparse
+import io
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -130,6 +132,19 @@ def _coco(folder: Path) -> None:
     (folder / "captions.json").write_text(f'{{"images": [{images}], "annotations": [{texts}]}}')
 
 
+def _shards(folder: Path) -> None:
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for sample in range(3):
+                picture = io.BytesIO()
+                Image.fromarray(_pixels(sample)).save(picture, "png")
+                texts = {"cls": b"ab"[sample % 2 :][:1], "json": b'{"caption": "a thing"}'}
+                for kind, content in {"png": picture.getvalue(), **texts}.items():
+                    member = tarfile.TarInfo(f"{sample}.{kind}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
 def _volumes(folder: Path) -> None:
     for patient in ("p1", "p2"):
         (folder / patient).mkdir()
@@ -223,6 +238,7 @@ TARGETS = {
     "metadata.jsonl": Target(_json_lines, _check(source="images"), "metadata.jsonl"),
     "captions.csv": Target(_captions, _check(source="captions", captions_file="captions.csv"), "captions.csv"),
     "captions.json": Target(_coco, _check(source="captions", captions_file="captions.json"), "captions.json"),
+    "webdataset": Target(_shards, _check(source="webdataset")),
     "NIfTI": Target(_volumes, _check(source="volumes", volumes=VOLUMES), "**/*.nii"),
     "latents": Target(_latents, _read_latents, "latents/*"),
     "checkpoint": Target(_checkpoint, _read_checkpoint),

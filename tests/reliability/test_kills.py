@@ -16,6 +16,7 @@ import pytest
 from heterodiff.config.file import dump_config
 from heterodiff.training.start import train
 from tests.conftest import ROOT
+from tests.test_data_webdataset import write_shards
 from tests.training_runs import assert_same_run, last_checkpoint, losses_of, tiny_config
 
 SMALL = {"model__variant": "unet-conv", "model__channel_mult": [1], "training__log_every": 1}
@@ -78,9 +79,14 @@ def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_killed_twice_in_an_epoch(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["digits", pytest.param("webdataset", marks=pytest.mark.slow)])
+def test_killed_twice_in_an_epoch(source: str, workers: int, tmp_path: Path) -> None:
     """Every image is seen once an epoch, in the order of a run that was not killed."""
     settings = {"training__batch_size": 64, "training__checkpoint_every": 4, "training__num_workers": workers}
+    if source == "webdataset":  # 600 images that are read from their shards at every step
+        write_shards(tmp_path / "shards", "cls", samples=200)
+        data = {"source": source, "path": str(tmp_path / "shards"), "memory_limit_gb": 1e-9}
+        settings |= {f"data__{key}": value for key, value in data.items()}
     config = configured(tmp_path, training__steps=52, **settings)  # two epochs of 1,618 images and a little more
     record, run = tmp_path / "record.jsonl", tmp_path / "run"
     for least in (7, 15):

@@ -7,7 +7,10 @@ from pydantic_core import PydanticCustomError
 
 from heterodiff.errors import unknown_name
 
-SOURCES = ("images", "captions", "volumes", "digits", "microdoppler", "shapes", "brain-phantom", "latents")
+SOURCES = (
+    *("images", "captions", "webdataset", "volumes", "latents"),
+    *("digits", "microdoppler", "shapes", "brain-phantom"),
+)
 SAMPLERS = ("ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "flow-euler")
 
 UNKNOWN_NAME = "unknown_name"

@@ -104,12 +104,14 @@ READERS = (
         "recipe",
         lambda run: True,
     ),
-    _with("data.path", "data.source", "images", "captions", "volumes", "latents"),
+    _with("data.path", "data.source", "images", "captions", "webdataset", "volumes", "latents"),
     Reader(
         "data.captions_file data.file_column data.text_column",
-        "by data.source captions and by recipes text-image and alignment",
+        "by data.source captions or webdataset and by recipes text-image and alignment",
         "data.source recipe",
-        lambda run: run.data.source in ("captions", "latents") or _with_texts(run),  # evaluate --data reads captions
+        lambda run: (
+            run.data.source in ("captions", "webdataset", "latents") or _with_texts(run)
+        ),  # evaluate --data reads captions
     ),
     _with(
         "data.test_patients data.split_by", "data.source", "volumes", "brain-phantom", "latents", note=" (of patients)"

@@ -4,10 +4,10 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -76,27 +76,26 @@ def read_member(archive: zipfile.ZipFile, key: str, max_bytes: int | None) -> np
     return array
 
 
-def _decode_npy(path: Path, channels: int | None) -> np.ndarray:
-    with path.open("rb") as file:
-        head = file.read(8)
-        if not head.startswith(b"\x93NUMPY"):
-            raise BadImage(f"suffix .npy but not an npy file{content_hint(head)}")
-        file.seek(0)
-        shape, dtype = read_header(file)
-        check_array_header(shape, dtype)
-        missing = math.prod(shape) * dtype.itemsize - (os.fstat(file.fileno()).st_size - file.tell())
-        if missing > 0:
-            raise BadImage(f"truncated: {missing:,} bytes are missing for shape {shape} of {dtype}")
-        file.seek(0)
-        return channels_first(np.load(file, allow_pickle=False), channels)
+def _decode_npy(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray:
+    head = file.read(8)
+    if not head.startswith(b"\x93NUMPY"):
+        raise BadImage(f"suffix {suffix} but not an npy file{content_hint(head)}")
+    file.seek(0)
+    shape, dtype = read_header(file)
+    check_array_header(shape, dtype)
+    start = file.tell()
+    missing = math.prod(shape) * dtype.itemsize - (file.seek(0, os.SEEK_END) - start)
+    if missing > 0:
+        raise BadImage(f"truncated: {missing:,} bytes are missing for shape {shape} of {dtype}")
+    file.seek(0)
+    return channels_first(np.load(file, allow_pickle=False), channels)
 
 
-def _decode_npz(path: Path, channels: int | None) -> np.ndarray:
-    with path.open("rb") as file:
-        head = file.read(8)
+def _decode_npz(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray:
+    head = file.read(8)
     if not head.startswith(b"PK"):
-        raise BadImage(f"suffix .npz but not an npz file{content_hint(head)}")
-    with zipfile.ZipFile(path) as archive:
+        raise BadImage(f"suffix {suffix} but not an npz file{content_hint(head)}")
+    with zipfile.ZipFile(file) as archive:
         keys = array_names(archive)
         key = "image" if "image" in keys else keys[0] if len(keys) == 1 else None
         if key is None:
@@ -104,7 +103,7 @@ def _decode_npz(path: Path, channels: int | None) -> np.ndarray:
         return channels_first(read_member(archive, key, None), channels)
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[BinaryIO, str, int | None], np.ndarray]] = {
     **dict.fromkeys(SUFFIX_FORMATS, decode_picture),
     **dict.fromkeys((".tif", ".tiff"), decode_tiff),
     ".npy": _decode_npy,
@@ -114,14 +113,7 @@ SUFFIXES = tuple(_DECODERS)
 
 
 def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
-    """Decode the image file ``path``.
-
-    Args:
-        channels: wanted channels; converts 8-bit pictures (PNG, JPEG, BMP) to 1, 3 or 4 and tells the channel
-            axis of arrays. The result may still have another count: the caller compares.
-
-    Returns:
-        (C, H, W) bool, uint8, uint16 or float32 (all other number types), contiguous and finite.
+    """Decode the image file ``path``; see :func:`decode_stream`.
 
     Raises:
         BadImage: with the reason, whatever is wrong with the file.
@@ -130,11 +122,34 @@ def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a regular file")
-        if status.st_size == 0:
-            raise BadImage("empty file (0 bytes)")
-        if path.suffix.lower() not in SUFFIXES:
-            raise BadImage(f"suffix '{path.suffix}' is not one of {', '.join(SUFFIXES)}")
-        return plain_numbers(_DECODERS[path.suffix.lower()](path, channels))
+        with path.open("rb") as file:
+            return decode_stream(file, path.suffix, status.st_size, channels)
+    except OSError as error:
+        raise BadImage(f"cannot be decoded: {reason(error)}") from error
+
+
+def decode_stream(file: BinaryIO, suffix: str, size: int, channels: int | None = None) -> np.ndarray:
+    """Decode the content of an image file.
+
+    Args:
+        file: open, at its beginning, and able to seek.
+        suffix: of its name, which decides how it is read.
+        size: bytes.
+        channels: wanted channels; converts 8-bit pictures (PNG, JPEG, BMP) to 1, 3 or 4 and tells the channel
+            axis of arrays. The result may still have another count: the caller compares.
+
+    Returns:
+        (C, H, W) bool, uint8, uint16 or float32 (all other number types), contiguous and finite.
+
+    Raises:
+        BadImage: with the reason, whatever is wrong with the content.
+    """
+    if size == 0:
+        raise BadImage("empty file (0 bytes)")
+    if suffix.lower() not in SUFFIXES:
+        raise BadImage(f"suffix '{suffix}' is not one of {', '.join(SUFFIXES)}")
+    try:
+        return plain_numbers(_DECODERS[suffix.lower()](file, suffix.lower(), channels))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files; the file is bad all the same

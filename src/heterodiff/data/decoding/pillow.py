@@ -1,6 +1,6 @@
 """Decode PNG, JPEG and BMP with Pillow, refusing what Pillow would change silently."""
 
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -74,28 +74,27 @@ def picture_array(image: Image.Image, channels: int | None) -> np.ndarray:
     return array[None] if array.ndim == 2 else channels_first(array, array.shape[2])
 
 
-def decode_picture(path: Path, channels: int | None = None) -> np.ndarray:
+def decode_picture(file: BinaryIO, suffix: str, channels: int | None = None) -> np.ndarray:
     """Decode one PNG, JPEG or BMP file to (C, H, W), uint8 or (16-bit grey PNG) uint16; see `picture_array`.
 
     Raises:
         BadImage: the content is not what the suffix says, is too large or cannot be kept exactly.
         OSError: Pillow cannot decode it (truncated, damaged).
     """
-    expected = SUFFIX_FORMATS[path.suffix.lower()]
-    with path.open("rb") as file:
-        head = file.read(32)
-        _refuse_deep_colour_png(head)
-        file.seek(0)
-        try:
-            image = Image.open(file, formats=[expected])
-        except UnidentifiedImageError:
-            raise BadImage(f"suffix {path.suffix} but not a readable {expected}{content_hint(head)}") from None
-        except Image.DecompressionBombError as error:
-            raise BadImage(f"too many pixels: {error}") from None
-        with image:
-            check_size(image.height, image.width)
-            if expected == "PNG" and getattr(image, "n_frames", 1) > 1:
-                raise BadImage("animated PNG: save one frame")
-            image.load()
-            upright = ImageOps.exif_transpose(image) if expected == "JPEG" else image
-            return picture_array(upright, channels)
+    expected = SUFFIX_FORMATS[suffix]
+    head = file.read(32)
+    _refuse_deep_colour_png(head)
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=[expected])
+    except UnidentifiedImageError:
+        raise BadImage(f"suffix {suffix} but not a readable {expected}{content_hint(head)}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too many pixels: {error}") from None
+    with image:
+        check_size(image.height, image.width)
+        if expected == "PNG" and getattr(image, "n_frames", 1) > 1:
+            raise BadImage("animated PNG: save one frame")
+        image.load()
+        upright = ImageOps.exif_transpose(image) if expected == "JPEG" else image
+        return picture_array(upright, channels)

@@ -4,8 +4,7 @@ import logging
 import lzma
 import struct
 import zlib
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -58,13 +57,14 @@ def _refuse_lost_pages(file: tifffile.TiffFile) -> None:
         raise BadImage(f"truncated: no page at byte {following:,}, to which page {len(file.pages)} links")
 
 
-def _with_pillow(path: Path, file: tifffile.TiffFile, why: str) -> np.ndarray:
+def _with_pillow(stream: BinaryIO, file: tifffile.TiffFile, why: str) -> np.ndarray:
     """Decode through libtiff what Pillow keeps exactly: one page, 8 bits, or one channel of 16 bits or float."""
     page = file.pages[0]
     eight_bits = page.bitspersample in (1, 8)
     if len(file.pages) != 1 or not (eight_bits or page.samplesperpixel == 1):
         raise BadImage(f"{why}: save it without compression, or install imagecodecs")
-    with Image.open(path, formats=["TIFF"]) as image:
+    stream.seek(0)
+    with Image.open(stream, formats=["TIFF"]) as image:
         image.load()
         array = picture_array(image, None)
     if (array.dtype == np.uint8) != eight_bits:
@@ -83,7 +83,7 @@ def _to_channels_first(array: np.ndarray, axes: str, channels: int | None) -> np
         return array  # pages of a TIFF are channels unless the shape says otherwise
 
 
-def decode_tiff(path: Path, channels: int | None = None) -> np.ndarray:
+def decode_tiff(stream: BinaryIO, suffix: str, channels: int | None = None) -> np.ndarray:
     """Decode one TIFF to (C, H, W) in its stored number type; ``channels`` tells pages from rows if unclear.
 
     Raises:
@@ -91,7 +91,7 @@ def decode_tiff(path: Path, channels: int | None = None) -> np.ndarray:
             compression that cannot be read exactly.
         Exception: whatever tifffile raises for damaged files.
     """
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(stream) as file:
         _refuse_lost_pages(file)
         if len(file.series) != 1:
             raise BadImage(f"holds {len(file.series)} images of different kinds; expected one image per file")
@@ -107,11 +107,11 @@ def decode_tiff(path: Path, channels: int | None = None) -> np.ndarray:
                 _refuse_missing_pixels(each, file.filehandle.size)
                 _refuse_bombs(each, dtype.itemsize)
         if page.photometric.name not in _AS_STORED:
-            return _with_pillow(path, file, f"colour space {page.photometric.name} is not supported")
+            return _with_pillow(stream, file, f"colour space {page.photometric.name} is not supported")
         try:
             array = series.asarray(maxworkers=1)
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
-            return _with_pillow(path, file, f"compression {page.compression.name} is not supported")
+            return _with_pillow(stream, file, f"compression {page.compression.name} is not supported")
     return _to_channels_first(array, axes, channels)

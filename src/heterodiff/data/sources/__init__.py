@@ -34,15 +34,16 @@ __all__ = [
 _SOURCES = {
     "images": ("heterodiff.data.sources.images:open_images", "a folder of images or an .npz file"),
     "captions": ("heterodiff.data.captions:open_captions", "a folder of images and their captions"),
+    "webdataset": ("heterodiff.data.sources.shards:open_webdataset", "tar files of images with classes or captions"),
     "volumes": (
         "heterodiff.data.sources.volumes:open_volumes",
         "a folder of patients with NIfTI volumes, or an npz file",
     ),
+    "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
     "digits": ("heterodiff.data.sources.digits:open_digits", None),
     "microdoppler": ("heterodiff.simulators.microdoppler:open_microdoppler", None),
     "shapes": ("heterodiff.simulators.shapes:open_shapes", None),
     "brain-phantom": ("heterodiff.simulators.brain_phantom:open_brain_phantom", None),
-    "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
 }
 """``module:name`` of the function that opens each source, imported when it is asked for, and what it needs in
 ``data.path``: ``DataConfig -> Collection``, for latents to `LoadedData`."""

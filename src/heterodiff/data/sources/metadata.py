@@ -118,7 +118,7 @@ def file_problem(root: Path, name: Any, column: str = "file_name") -> str | None
     return None if exists else f"file {show(name)} does not exist in {root}; correct or remove the row"
 
 
-def _label(value: Any) -> str | None:
+def class_name(value: Any) -> str | None:
     """Return the class name, ``None`` for an empty label; ``ValueError`` for anything but text and integers."""
     if value is None:
         return None
@@ -147,7 +147,7 @@ def read_metadata(path: Path, with_labels: bool) -> tuple[dict[str, str | None],
             continue
         problem = file_problem(path.parent, row["file_name"])
         try:
-            label = _label(row["label"]) if with_labels else None
+            label = class_name(row["label"]) if with_labels else None
         except ValueError as error:
             problem = problem or str(error)
         name = PurePosixPath(row["file_name"]).as_posix() if problem is None else ""

@@ -16,7 +16,7 @@ LONGEST_HEADER = 65_536
 
 
 def source_hint(config: DataConfig) -> str | None:
-    """Return a line on captions or volumes in ``config.path`` and the settings that read them; None if there are none.
+    """Return a line on captions, volumes or shards in ``config.path`` and the settings that read them; None if there are none.
 
     Only for source ``images``, which reads any folder of images and ignores everything else.
     """
@@ -29,6 +29,8 @@ def source_hint(config: DataConfig) -> str | None:
             settings += f" data.captions_file={show(captions.name)}"
     elif volume := next((path for path in files_below(root) if is_nifti(path)), None):
         found, settings = f"NIfTI volumes ({show(volume.name)})", "data.source=volumes"
+    elif shard := next((path for path in sorted(root.glob("*.tar")) if path.is_file()), None):
+        found, settings = f"tar files ({show(shard.name)})", "data.source=webdataset"
     else:
         return None
     return f"{show(str(root))} holds {found}, which source images does not read; for them set {settings}"
