@@ -16,7 +16,7 @@ LONGEST_HEADER = 65_536
 
 
 def source_hint(config: DataConfig) -> str | None:
-    """Return a line on captions, volumes or shards in ``config.path`` and the settings that read them; None if there are none.
+    """Return a line on captions, volumes or shards in ``config.path`` and the settings that read them, if any.
 
     Only for source ``images``, which reads any folder of images and ignores everything else.
     """
