@@ -10,8 +10,8 @@ from importlib.metadata import Distribution, distribution
 
 HEAD = """# Dependencies
 
-Packages that `pip install heterodiff` and its extra `mri` install, directly or through another, and the licences that
-they declare. `python docs/dependencies.py` prints this page from the packages that are installed, without the network.
+Packages that `pip install heterodiff` and its extras `mri` and `datasets` install, directly or through another, and the
+licences that they declare. `python docs/dependencies.py` prints this page from the installed packages, without network.
 CUDA packages, which torch brings on Linux with a GPU, are NVIDIA's and under its own licences; they are not listed.
 
 Known vulnerabilities change from day to day: `pip install pip-audit && pip-audit` compares the packages installed with
@@ -58,6 +58,6 @@ def licence(package: Distribution) -> str:
 
 if __name__ == "__main__":
     print(HEAD)
-    for name, users in sorted(needed_by("heterodiff", {"mri"}).items()):
+    for name, users in sorted(needed_by("heterodiff", {"mri", "datasets"}).items()):
         package = distribution(name)
         print(f"| {name} | {package.version.partition('+')[0]} | {licence(package)} | {', '.join(sorted(users))} |")

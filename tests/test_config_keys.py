@@ -155,8 +155,8 @@ def test_a_key_is_taken_by_who_reads_it_and_refused_elsewhere(key: str) -> None:
     [
         (
             {"data.source": "images", "data.captions_file": "c.jsonl"},
-            "data.captions_file=c.jsonl is read only by data.source captions or webdataset and by recipes text-image "
-            "and alignment, not with data.source=images, recipe=diffusion; leave it out, or change that",
+            "data.captions_file=c.jsonl is read only by data.source captions, webdataset or hf-dataset and by recipes "
+            "text-image and alignment, not with data.source=images, recipe=diffusion; leave it out, or change that",
         ),
         (
             {"model.variant": "unet", "model.sparsity": 0.5},

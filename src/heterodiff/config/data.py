@@ -128,13 +128,14 @@ class DataConfig(Section):
 
     source: Annotated[str, known_name("source", lambda: SOURCES)] = Field(
         "images",
-        description="`images`, `captions`, `webdataset` (tar files), `volumes` (NIfTI), `latents` (written by "
-        "`heterodiff encode`), or built in: `digits`, `microdoppler`, `shapes`, `brain-phantom`",
+        description="`images`, `captions`, `webdataset` (tar files), `hf-dataset` (of the package datasets), "
+        "`volumes` (NIfTI), `latents` (written by `heterodiff encode`), or built in: `digits`, `microdoppler`, "
+        "`shapes`, `brain-phantom`",
     )
     path: Path | None = Field(
         None,
         description="folder of images (class subfolders or metadata.csv/jsonl), images with captions, tar files (or "
-        "`name-{000..031}.tar`), volumes, or latents",
+        "`name-{000..031}.tar`), parquet files, volumes, or latents",
     )
     captions_file: Path | None = Field(
         None,

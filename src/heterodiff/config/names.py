@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from heterodiff.errors import unknown_name
 
 SOURCES = (
-    *("images", "captions", "webdataset", "volumes", "latents"),
+    *("images", "captions", "webdataset", "hf-dataset", "volumes", "latents"),
     *("digits", "microdoppler", "shapes", "brain-phantom"),
 )
 SAMPLERS = ("ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "flow-euler")

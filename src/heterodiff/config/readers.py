@@ -104,13 +104,13 @@ READERS = (
         "recipe",
         lambda run: True,
     ),
-    _with("data.path", "data.source", "images", "captions", "webdataset", "volumes", "latents"),
+    _with("data.path", "data.source", "images", "captions", "webdataset", "hf-dataset", "volumes", "latents"),
     Reader(
         "data.captions_file data.file_column data.text_column",
-        "by data.source captions or webdataset and by recipes text-image and alignment",
+        "by data.source captions, webdataset or hf-dataset and by recipes text-image and alignment",
         "data.source recipe",
         lambda run: (
-            run.data.source in ("captions", "webdataset", "latents") or _with_texts(run)
+            run.data.source in ("captions", "webdataset", "hf-dataset", "latents") or _with_texts(run)
         ),  # evaluate --data reads captions
     ),
     _with(

@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 import numpy as np
 
 from heterodiff.data.decoding.layout import channels_first, check_array_header, plain_numbers
-from heterodiff.data.decoding.pillow import SUFFIX_FORMATS, content_hint, decode_picture
+from heterodiff.data.decoding.pillow import SIGNATURES, SUFFIX_FORMATS, content_hint, decode_picture
 from heterodiff.data.decoding.tiff import decode_tiff
 from heterodiff.data.findings import BadImage
 from heterodiff.errors import DataError, HeterodiffError, reason
@@ -21,6 +21,15 @@ _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
+
+_SUFFIXES_OF = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif", "npy": ".npy"}
+
+
+def suffix_of(head: bytes, named: str = "") -> str:
+    """Return the suffix for content that begins with ``head``; ``named`` if that is not known."""
+    kind = next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), "")
+    return _SUFFIXES_OF.get(kind, named)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from heterodiff.data.decoding.layout import channels_first, check_size
 from heterodiff.data.findings import BadImage
 
 SUFFIX_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP"}
-_SIGNATURES = {
+SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"BM": "BMP",
@@ -28,7 +28,7 @@ _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 def content_hint(head: bytes) -> str:
     """Return `` (the content looks like X)`` for the first bytes of a file, or an empty string."""
-    for signature, name in _SIGNATURES.items():
+    for signature, name in SIGNATURES.items():
         if head.startswith(signature):
             return f" (the content looks like {name})"
     return ""

@@ -35,6 +35,10 @@ _SOURCES = {
     "images": ("heterodiff.data.sources.images:open_images", "a folder of images or an .npz file"),
     "captions": ("heterodiff.data.captions:open_captions", "a folder of images and their captions"),
     "webdataset": ("heterodiff.data.sources.shards:open_webdataset", "tar files of images with classes or captions"),
+    "hf-dataset": (
+        "heterodiff.data.sources.hf_dataset:open_hf_dataset",
+        "a folder that datasets' save_to_disk wrote, or parquet files",
+    ),
     "volumes": (
         "heterodiff.data.sources.volumes:open_volumes",
         "a folder of patients with NIfTI volumes, or an npz file",
