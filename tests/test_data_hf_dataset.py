@@ -138,6 +138,19 @@ def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
     assert len(load_data(config(path, on_bad="skip", val_fraction=0.0)).train) == ROWS - 1
 
 
+def test_rows_without_a_caption_are_named_or_left_out(tmp_path: Path) -> None:
+    texts = [None if row == 3 else " " if row == 5 else f"a {row}" for row in range(ROWS)]
+    path = saved(made(caption=(texts, text())).remove_columns("text"), tmp_path, "folder")
+    assert not load_data(config(path)).captions  # classes are used
+    with pytest.raises(DataError, match=r"train/3.*the caption is empty"):
+        load_data(config(path, labels="none"))
+    data = load_data(config(path, labels="none", on_bad="skip", val_fraction=0.0))
+    assert data.train.names == [f"train/{row}" for row in range(ROWS) if row not in (3, 5)]
+    assert [data.captions[label] for label in data.train.labels] == [
+        (f"a {row}",) for row in range(ROWS) if row not in (3, 5)
+    ]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_through_the_command_line(workers: int, tmp_path: Path) -> None:
     path = saved(made(), tmp_path, "parquet folder")

@@ -84,25 +84,25 @@ def _collected(path: Path, parts: dict[str, Any], column: str, config: DataConfi
     rows = [(name, row) for name, part in parts.items() for row in range(len(part))]
     classes: list[str | None] = [None] * len(rows)
     texts: list[list[str]] = [[] for _ in rows]
-    problems = []
+    problems: list[DataFinding] = []
+    warnings: tuple[str, ...] = ()
     start = 0
     for name, part in parts.items():
         labels = _label_column(part.features, datasets) if config.labels != "none" else None
         text_column = next((key for key in (config.text_column, "caption") if key in part.features), None)
-        wanted = [key for key in (labels, text_column) if key is not None]
-        for row, values in enumerate(part.select_columns(wanted) if wanted else ()):
+        wanted = labels or text_column
+        for row, values in enumerate(part.select_columns([wanted]) if wanted else ()):
+            found = values[wanted]
             try:
                 if labels is not None:
-                    classes[start + row] = _class_of(part.features[labels], values[labels], datasets)
-                if text_column is not None:
-                    found = values[text_column]
+                    classes[start + row] = _class_of(part.features[labels], found, datasets)
+                else:
                     texts[start + row] = [clean_caption(one) for one in (found if isinstance(found, list) else [found])]
             except ValueError as error:
                 problems.append(DataFinding(f"{name}/{row}", str(error)))
         start += len(part)
-    labelled = any(value is not None for value in classes)
-    captioned = not labelled and all(texts)
-    warnings = ("classes are used, and captions are not; data.labels=none takes captions in their place",)
+        if labels is not None and text_column is not None:
+            warnings = ("classes are used, and captions are not; data.labels=none takes captions in their place",)
     pictures = isinstance(next(iter(parts.values())).features[column], datasets.Image)
     read = {
         name: part.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -111,16 +111,21 @@ def _collected(path: Path, parts: dict[str, Any], column: str, config: DataConfi
         for name, part in parts.items()
     }
     held_out = tuple(name != TRAIN for name, _ in rows)
-    return Collection(
+    names = tuple(f"{name}/{row}" for name, row in rows)
+    wrong = {problem.name for problem in problems}
+    sound = [place for place, name in enumerate(names) if name not in wrong]
+    captioned = bool(sound) and all(texts[place] for place in sound)
+    collection = Collection(
         where=str(path),
-        names=tuple(f"{name}/{row}" for name, row in rows),
+        names=names,
         class_of=tuple(classes),
         read=partial(read_row, read, tuple(rows), column, config.channels),
         problems=tuple(problems),
-        warnings=warnings if labelled and any(texts) else (),
+        warnings=warnings,
         captions=tuple(tuple(dict.fromkeys(captions)) for captions in texts) if captioned else None,
         held_out=held_out if any(held_out) else None,
     )
+    return collection.take(sound) if wrong else collection
 
 
 def _label_column(features: Any, datasets: Any) -> str | None:
