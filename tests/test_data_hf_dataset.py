@@ -151,7 +151,7 @@ def test_rows_without_a_caption_are_named_or_left_out(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_training_through_the_command_line(workers: int, tmp_path: Path) -> None:
     path = saved(made(), tmp_path, "parquet folder")
     (tmp_path / "config.yaml").write_text(

@@ -290,14 +290,8 @@ def test_unknown_source_names_the_nearest():
     with pytest.raises(DataError, match=r"unknown source 'digit' \(did you mean 'digits'\?\)"):
         load_data(DataConfig().model_copy(update={"source": "digit"}))
     assert list_sources() == [
-        "images",
-        "captions",
-        "volumes",
-        "digits",
-        "microdoppler",
-        "shapes",
-        "brain-phantom",
-        "latents",
+        *("images", "captions", "webdataset", "hf-dataset", "volumes", "latents"),
+        *("digits", "microdoppler", "shapes", "brain-phantom"),
     ]
 
 

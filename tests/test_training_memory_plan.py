@@ -104,7 +104,7 @@ print(predicted, peak() - before)
     ("changes", "precision"),
     [
         ({}, "float32"),
-        ({}, "bfloat16"),
+        pytest.param({}, "bfloat16", marks=pytest.mark.slow),
         *(
             pytest.param({key: True}, "float32", marks=pytest.mark.slow)
             for key in ("memory_optimization", "gradient_checkpointing")

@@ -78,8 +78,9 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
 )
+@pytest.mark.slow  # tests/reliability kills in other ways
 def test_killed_process_resumes_exactly(number: signal.Signals, code: int, tmp_path: Path) -> None:
     workers = 2 if number == signal.SIGKILL else 0
     config = tiny_config(

@@ -320,6 +320,7 @@ def test_resumed_run_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
     assert steps == {6.0}
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_exactly(tmp_path: Path) -> None:
     changes = {**ADVERSARY, "training__steps": 600, "training__checkpoint_every": 7}
     config_file = tmp_path / "config.yaml"

@@ -93,7 +93,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("state", ["full", "read-only"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["sample", pytest.param("evaluate", marks=pytest.mark.slow), "train"])
 def test_commands_on_a_disk_that_takes_nothing(
     name: str, state: str, disk: Disk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

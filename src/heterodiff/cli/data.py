@@ -11,6 +11,17 @@ from heterodiff.cli.options import MOST_IMAGES, ConfigArgument, Overrides
 def check(
     target: Annotated[Path, typer.Argument(metavar="CONFIG|DATA|RUN", show_default=False)],
     overrides: Overrides = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Also estimate the run on so many devices like the one here.")
+    ] = 1,
+    link: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=10_000.0,
+            help="GB per second that each device can send: PCIe 4 about 12, NVLink 200 and more, 100 Gbit Ethernet 12.",
+        ),
+    ] = 12.0,
 ) -> None:
     """Verify data, shapes, value ranges, the network, its loss and memory before training."""
     from heterodiff.config.shipped import shipped_configs
@@ -18,7 +29,7 @@ def check(
 
     shipped = shipped_configs() / f"{target}.yaml"
     found = shipped if not target.exists() and shipped.is_file() else target
-    raise typer.Exit(0 if check_target(found, overrides or []) else 1)
+    raise typer.Exit(0 if check_target(found, overrides or [], gpus, link) else 1)
 
 
 def encode(

@@ -14,7 +14,9 @@ from heterodiff.lazy import loaded
 from heterodiff.pipelines.load import load, pipeline_task
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
+from heterodiff.training.codec_stage import codec_run
 from heterodiff.training.preflight.findings import Findings
+from heterodiff.training.preflight.scaling import report_scaling
 from heterodiff.training.preflight.trial import prepare, temporary_slices, try_run
 
 MAX_LISTED = 50
@@ -25,8 +27,12 @@ def length_of(training: TrainingConfig) -> str:
     return f"{training.steps} steps" if training.minutes is None else f"{training.minutes:g} minutes"
 
 
-def check_target(target: Path, overrides: list[str]) -> bool:
+def check_target(target: Path, overrides: list[str], devices: int = 1, link: float = 12.0) -> bool:
     """Check a configuration file, a folder of images, or a run folder, and print what was found.
+
+    Args:
+        devices: also estimate a configuration's run on so many devices like the one here.
+        link: gigabytes per second that each of them can send.
 
     Returns:
         Whether everything passed.
@@ -35,6 +41,8 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         HeterodiffError: ``target`` is none of these.
     """
     findings = Findings()
+    if devices > 1 and not target.is_file():
+        raise RunError(f"{target}: --gpus estimates the run of a configuration file; give one")
     if RunFolder(target).has_config or RunFolder(target).index_file.is_file():
         _check_run(target, findings)
     elif target.is_dir() or target.suffix == ".npz":
@@ -44,7 +52,7 @@ def check_target(target: Path, overrides: list[str]) -> bool:
         with temporary_slices(parse_config(content).data) as config:
             _check_data(config, findings)
     elif target.is_file():
-        _check_config(load_config(target, overrides), findings)
+        _check_config(load_config(target, overrides), findings, devices, link)
     else:
         raise RunError(f"{target}: no such configuration file, folder of images or run folder")
     return findings.passed
@@ -87,7 +95,7 @@ def _list(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in counts.items()) or "nothing"
 
 
-def _check_config(config: RunConfig, findings: Findings) -> None:
+def _check_config(config: RunConfig, findings: Findings, devices: int, link: float) -> None:
     with temporary_slices(config.data) as data_config:
         if config.data.source == "latents":
             _report_latents(config.data, findings)
@@ -97,7 +105,11 @@ def _check_config(config: RunConfig, findings: Findings) -> None:
             return
         try:
             config, data = prepare(config, data_config, findings)
-            try_run(config, data, findings, thorough=True)
+            parts = try_run(config, data, findings, thorough=True)
+            if devices > 1 and findings.passed and codec_run(config) is None:
+                report_scaling(config, data, parts[-1], findings, devices, link)
+            elif devices > 1:
+                findings.note("the codec is not trained yet; --gpus estimates the run once it is")
         except HeterodiffError as error:
             findings.add(False, "set-up", str(error))
 

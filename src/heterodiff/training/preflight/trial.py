@@ -191,7 +191,7 @@ def in_its_minutes(config: RunConfig, data: LoadedData) -> RunConfig:
 def _steps_in(minutes: float, config: RunConfig, data: LoadedData) -> int:
     """Number of training steps in the given time; the same in all processes."""
     trainer = trial(config, data).trainer
-    seconds = _time_steps(trainer)[0]
+    seconds = time_steps(trainer)[0]
     gc.collect()  # the networks that were tried are in reference cycles
     return max(1, int(SHARE_FOR_STEPS * 60 * minutes / trainer.hosts.largest(seconds)))
 
@@ -249,7 +249,7 @@ def _try_part(
     config = in_its_minutes(config, data)
     tried = trial(config, data, TIMED_IMAGES if untrained else MEASURED_IMAGES)
     recipe: Any = tried.recipe
-    step_seconds, loss, steps = _time_steps(tried.trainer)
+    step_seconds, loss, steps = time_steps(tried.trainer)
     part = Part(
         recipe.summary,
         sum(p.numel() for p in recipe.model.parameters()),
@@ -272,7 +272,7 @@ def _try_part(
     return part
 
 
-def _time_steps(trainer: Trainer) -> tuple[float, float, int]:
+def time_steps(trainer: Trainer) -> tuple[float, float, int]:
     """Median seconds of a training step after the first, which may compile; the last loss, and the number of steps."""
     training = trainer.config.training
     seconds: list[float] = []
