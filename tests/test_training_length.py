@@ -57,7 +57,7 @@ def taking(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tried.append(width)
         return seconds * (width / 32) ** 1.5, 0.0, 8
 
-    monkeypatch.setattr(trial, "_time_steps", measured)
+    monkeypatch.setattr(trial, "time_steps", measured)
     return tried
 
 

@@ -203,6 +203,10 @@ class RunFolder:
                     digest.update(part)
         return digest.hexdigest()
 
+    def identity(self) -> int | None:
+        """Return a number that tells this folder from another of its name; None if there is none."""
+        return self.path.stat().st_ino if self.path.is_dir() else None
+
     # ---- writing --------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -266,6 +270,7 @@ class RunFolder:
         with self.writing(self.path):
             staging = self.path / ".pipeline"
             remove(staging)
+            staging.mkdir()  # diffusers would make the run folder again if it was renamed
             write(staging)
             share_files(staging)
             paths = sorted(path for path in staging.rglob("*") if path.is_file())

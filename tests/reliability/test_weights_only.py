@@ -63,6 +63,13 @@ def test_damaged_weights_are_not_gone_on_with(config: Path, tmp_path: Path, caps
     assert "start from the beginning" in error
 
 
+def test_there_must_be_a_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", config, "--resume", "weights-only", f"output={tmp_path / 'other'}") == 1
+    assert "holds no run to go on with" in capsys.readouterr().err
+    assert call("train", config, "--resume", "weight-only") == 1
+    assert "expected auto, never, weights-only or one of: " in capsys.readouterr().err
+
+
 def test_a_sound_checkpoint_gives_the_same_weights(config: Path, tmp_path: Path) -> None:
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     before = read_checkpoint(checkpoint)

@@ -19,7 +19,7 @@ from heterodiff.data.sources import LoadedData
 from heterodiff.devices import any_kernels, use_tf32
 from heterodiff.errors import CheckpointError, HeterodiffError, RunError, is_out_of_memory
 from heterodiff.memory import keep_freed_memory
-from heterodiff.run_folder import CHECKPOINTS, RunFolder
+from heterodiff.run_folder import CHECKPOINTS, GONE, RunFolder
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from heterodiff.training.checkpoints.resume import fingerprint
@@ -85,6 +85,7 @@ class Trainer:
         if compiles(training) and recipe.adversary is None:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.step = 0
+        self._folder: int | None = None  # identity of the run folder, once it is there
         self.record = StepRecord(training.max_nonfinite_steps, self.optimization.scaler)
 
     @cached_property
@@ -235,6 +236,8 @@ class Trainer:
 
     def _write(self) -> None:
         if self.accelerator.is_main_process:
+            if self._folder is not None and self.run_folder.identity() != self._folder:
+                raise RunError(f"{self.run_folder}: {GONE}")
             checkpoint = capture(self.step, self.recipe, self.optimization)
             checkpoint.state |= {
                 "recipe": self.config.recipe,
@@ -255,6 +258,7 @@ class Trainer:
         training = self.config.training
         stop = min(training.steps, stop_after or training.steps)
         request = StopRequest()
+        self._folder = self.run_folder.identity()
         main = self.accelerator.is_main_process
         journal = Journal(self.run_folder, training.steps, self.step, training.tensorboard, quiet, main)
         with request.listening(), journal:

@@ -20,7 +20,6 @@ from heterodiff.tasks import task_of
 from heterodiff.training.build import build_recipe, explaining, load_run_data
 from heterodiff.training.checkpoints.checkpoint import RECIPE
 from heterodiff.training.checkpoints.resume import (
-    WEIGHTS_ONLY,
     as_begun,
     check_run_folder,
     find_checkpoint,
@@ -63,7 +62,7 @@ def train(
     run = RunFolder(config.output)
     config = as_begun(config)
     resuming = check_run_folder(run.path, config, resume)
-    if not resuming and resume not in ("auto", "never", WEIGHTS_ONLY):
+    if not resuming and resume not in ("auto", "never"):
         raise RunError(f"--resume {resume}: {run} holds no run to go on with; set output= to the run's folder")
     checkpoint, notes = find_checkpoint(run, resume) if resuming else (None, [])
     problem = run.facts_problem() if checkpoint is not None else None

@@ -212,7 +212,10 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, lis
         path, known = Path(resume), list_checkpoints(run.checkpoints)
         if path.resolve() not in [p.resolve() for p in known]:
             names = ", ".join(map(str, known)) or "none"
-            raise CheckpointError(f"--resume {path}: not a checkpoint of this run; it has: {names}")
+            raise CheckpointError(
+                f"--resume {path}: not a checkpoint of this run; expected auto, never, {WEIGHTS_ONLY} or one of: "
+                f"{names}"
+            )
         return read_checkpoint(path), []
     found = read_newest(run.checkpoints, read_weights if resume == WEIGHTS_ONLY else read_checkpoint)
     if found is None:
