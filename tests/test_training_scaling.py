@@ -58,7 +58,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert name in shown
     assert call("check", config, "--gpus", "3") == 1
-    assert "does not split into 3 device(s)" in capsys.readouterr().out
+    assert "does not split into 3 process(es)" in capsys.readouterr().err
+    assert call("check", tmp_path / "none.yaml", "--gpus", "2") == 1
+    assert "no such configuration file" in capsys.readouterr().err
     assert call("check", tmp_path, "--gpus", "2") == 1
     assert "estimates the run of a configuration file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -20,24 +20,15 @@ from safetensors.torch import load_file, save_file
 from heterodiff.config.file import dump_config
 from heterodiff.files import fingerprint
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints
-from heterodiff.training.start import train
 from tests.reliability.memory import peak_memory
 from tests.test_cli import call
 from tests.training_runs import tiny_config
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny_config(folder, training__steps=2, training__warmup_steps=1), quiet=True)
-    return folder
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
+def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the run as a stranger hands it on, with the one checkpoint it ends with."""
-    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
     config = tiny_config(folder, training__steps=4, training__warmup_steps=1)
     (folder / "config.yaml").write_text(dump_config(config))
     return folder

@@ -7,20 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from heterodiff.training.start import train
 from tests.test_cli import call
-from tests.training_runs import tiny_config
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train(tiny_config(folder, training__steps=2, training__warmup_steps=1), quiet=True)
-    return folder
 
 
 @pytest.fixture

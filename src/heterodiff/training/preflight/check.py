@@ -15,6 +15,7 @@ from heterodiff.pipelines.load import load, pipeline_task
 from heterodiff.run_folder import RunFolder
 from heterodiff.training.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from heterodiff.training.codec_stage import codec_run
+from heterodiff.training.optimization import check_batch
 from heterodiff.training.preflight.findings import Findings
 from heterodiff.training.preflight.scaling import report_scaling
 from heterodiff.training.preflight.trial import prepare, temporary_slices, try_run
@@ -41,7 +42,7 @@ def check_target(target: Path, overrides: list[str], devices: int = 1, link: flo
         HeterodiffError: ``target`` is none of these.
     """
     findings = Findings()
-    if devices > 1 and not target.is_file():
+    if devices > 1 and target.exists() and not target.is_file():
         raise RunError(f"{target}: --gpus estimates the run of a configuration file; give one")
     if RunFolder(target).has_config or RunFolder(target).index_file.is_file():
         _check_run(target, findings)
@@ -96,6 +97,8 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def _check_config(config: RunConfig, findings: Findings, devices: int, link: float) -> None:
+    if devices > 1:
+        check_batch(config.training, devices)
     with temporary_slices(config.data) as data_config:
         if config.data.source == "latents":
             _report_latents(config.data, findings)

@@ -9,8 +9,8 @@ from tempfile import TemporaryFile
 
 from heterodiff.config import RunConfig
 from heterodiff.data.sources import LoadedData
-from heterodiff.errors import ConfigError
 from heterodiff.progress import duration
+from heterodiff.training.optimization import check_batch
 from heterodiff.training.preflight.findings import Findings
 from heterodiff.training.preflight.trial import Part, time_steps, trial
 
@@ -64,12 +64,7 @@ def scaled(config: RunConfig, data: LoadedData, parameters: int, devices: int, l
         HeterodiffError: as :func:`heterodiff.training.preflight.trial.trial`.
     """
     training = config.training
-    parts = devices * training.accumulation_steps
-    if training.batch_size % parts:
-        raise ConfigError(
-            f"training.batch_size={training.batch_size} does not split into {devices} device(s) x "
-            f"{training.accumulation_steps} accumulation_steps; use a multiple of {parts}"
-        )
+    check_batch(training, devices)
     share = training.batch_size // devices
     smaller = config.model_copy(update={"training": training.model_copy(update={"batch_size": share})})
     seconds = time_steps(trial(smaller, data).trainer)[0]
