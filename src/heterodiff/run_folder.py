@@ -142,7 +142,7 @@ class RunFolder:
         return read_json(self.split_file, way_out=self._from_images(), limit=MAX_LIST_BYTES)
 
     def facts_problem(self) -> str | None:
-        """Return the reason why training makes the split and the facts about the images again; None if both are sound."""
+        """Return why training makes the split and facts about the images again; None if both are sound."""
         return _problem(self.split) or _problem(self.facts)
 
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
