@@ -42,7 +42,7 @@ def main() -> None:
             write_checkpoint(path / "with", checkpoint, keep=1)
 
         def without() -> None:
-            with patch.object(saving, "fingerprint", lambda file: {"bytes": file.stat().st_size, "sha256": ""}):
+            with patch.object(saving, "fingerprint", lambda file: {"bytes": file.stat().st_size, "xxh3_128": ""}):
                 write_checkpoint(path / "without", checkpoint, keep=1)
 
         def read() -> None:

@@ -39,7 +39,7 @@ def names(entry: str) -> Callable[[Path], None]:
 
     def damage(checkpoint: Path) -> None:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        manifest[entry] = {"bytes": 0, "sha256": ""}
+        manifest[entry] = {"bytes": 0, "xxh3_128": ""}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
     return damage
