@@ -28,6 +28,7 @@ FLOW = {"diffusion.prediction": "flow"}
 
 # A key with a value that is not its default; a run that reads it, and one that does not.
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "training.fsdp": (True, {}, {"recipe": "vae"}),
     "data.path": ("x", {}, {"data.source": "digits"}),
     "data.captions_file": ("c.jsonl", {"data.source": "captions"}, {"data.source": "images"}),
     "data.file_column": ("file", {**TEXTS, "data.source": "shapes"}, {"data.source": "images"}),

@@ -8,6 +8,7 @@ import pytest
 
 from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.models.variants import create_model
 from heterodiff.training.preflight.memory_plan import (
     advice,
     images_at_once,
@@ -56,6 +57,15 @@ def test_smaller_parts_come_before_recomputation_and_that_before_tiny_parts():
     least = training_memory_bytes(config_of(64, "training.accumulation_steps=8"), SPEC)
     changes = suggest_plan(config, SPEC, 0.99 * least).changes
     assert any(change.startswith("model.") for change in changes)
+
+
+def test_processes_share_weights_and_what_belongs_to_them(monkeypatch):
+    """Weights, gradients, EMA and two moments of four bytes, a quarter of each in each of four processes."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    alone, shared = (config_of(64, f"training.fsdp={value}") for value in ("false", "true"))
+    parameters = sum(p.numel() for p in create_model(**MODEL, num_classes=2, sample_size=32).parameters())
+    saved = training_memory_bytes(alone, SPEC) - training_memory_bytes(shared, SPEC)
+    assert saved == pytest.approx(20 * 0.75 * parameters, rel=0.02)
 
 
 def test_the_largest_batch_is_the_largest():

@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType
 
 from heterodiff import devices
 from heterodiff.config import TrainingConfig
+from heterodiff.config.file import parse_config
 from heterodiff.errors import ConfigError
-from heterodiff.training.optimization import step_unless
+from heterodiff.training.optimization import check_training, step_unless
 from heterodiff.training.precision import precision_of
 from heterodiff.training.processes import REFUSED, HostGroup, make_accelerator
 
@@ -22,6 +23,15 @@ def test_networks_split_over_processes_are_refused(kind: DistributedType, monkey
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     with pytest.raises(ConfigError, match="torchrun"):
         make_accelerator()
+
+
+def test_weights_that_are_split_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"training\.fsdp=true does not go with training\.compile=true"):
+        check_training(TrainingConfig(fsdp=True, compile=True))
+    check_training(TrainingConfig(fsdp=True))
+    vae = {"kind": "kl-vae", "path": "vae", "training": {"fsdp": True}}
+    with pytest.raises(ConfigError, match=r"codec\.training\.fsdp=true: only the denoiser"):
+        parse_config({"codec": vae})
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,9 @@ Device = str | torch.device
 DType = str | torch.dtype
 # Read once, at the first product on a GPU, which may be long before deterministic training.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+LONGEST_WAIT = timedelta(days=7)
+"""Time to wait for a process that previews or writes; a process that dies ends the wait of the others at once."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +45,11 @@ def find_device(device: Device | None = None) -> torch.device:
     if found.type == "cpu" or f"{found.type}:{found.index or 0}" in _available():
         return found
     raise ConfigError(f"device '{device}': not on this machine, which has {known}; omit it for the best one")
+
+
+def process_count() -> int:
+    """Number of processes that were started together, as their launcher says, before any of them is set up."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_state() -> Any:

@@ -95,7 +95,7 @@ ROWS = {
     ),
     8: Row(
         "resume with another number of processes",
-        "torchrun with two processes, then one, and the other way round",
+        "torchrun with two processes, then one, and the other way round; with whole and with split weights",
         "the same images in the same order; losses within 1e-5 of one process",
         "none documented",
         (R + "test_processes.py",),

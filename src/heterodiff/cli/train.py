@@ -39,7 +39,7 @@ def train(
         name = signal.Signals(result.stopped_by).name
         typer.echo(f"stopped by {name} at step {result.step}; the same command goes on from there", err=True)
         raise typer.Exit(128 + result.stopped_by)
-    if result.step < result.steps:
+    if result.step < result.steps and start.is_main_process():
         typer.echo(f"stopped  at step {result.step} of {result.steps}; the same command goes on")
     elif start.is_main_process():
         from heterodiff.report.writing import write_report

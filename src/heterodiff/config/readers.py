@@ -130,6 +130,12 @@ READERS = (
         always=True,
     ),
     Reader("model diffusion sampling", DENOISERS, "recipe", _in_task("model")),
+    Reader(
+        "training.fsdp",
+        "by a denoiser that is trained on its own: recipe diffusion, and text-image without alignment.joint",
+        "recipe alignment.joint",
+        lambda run: _in_task("model")(run) and not run.alignment.joint,
+    ),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",

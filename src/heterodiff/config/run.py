@@ -63,6 +63,8 @@ class RunConfig(Section):
             )
         if denoises_for_texts and self.alignment.joint and (self.codec.path or self.codec.training):
             raise ValueError("alignment.joint=true trains the codec too; leave codec.path and codec.training out")
+        if self.codec.training is not None and self.codec.training.fsdp:
+            raise ValueError("codec.training.fsdp=true: only the denoiser's weights can be split; set training.fsdp")
         if with_texts and not denoises_for_texts and self.alignment.joint:
             raise ValueError(
                 f"recipe {self.recipe} trains no denoiser, which alignment.joint=true needs; set recipe=text-image"

@@ -76,6 +76,11 @@ class TrainingConfig(Section):
         description="torch.compile the network: minutes at the start, then faster steps; needs a C++ compiler on a "
         "CPU. auto: where it pays for this number of steps, by a measurement on such a device",
     )
+    fsdp: bool = Field(
+        False,
+        description="split weights, EMA and optimiser over the processes (FSDP2), for networks that one GPU cannot "
+        "hold; false: each process has all of them (DDP)",
+    )
     deterministic: bool = Field(
         False,
         description="deterministic GPU kernels: slower, but resumed runs equal others bit by bit (always so on CPUs)",

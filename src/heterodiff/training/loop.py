@@ -1,5 +1,6 @@
 """The training loop, one for all recipes: batches, steps, checkpoints, validation and logging."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -28,7 +29,8 @@ from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.optimization import Optimization, check_batch, learning_rate_at, with_rates
-from heterodiff.training.processes import HostGroup, make_accelerator
+from heterodiff.training.precision import compute_in
+from heterodiff.training.processes import HostGroup, gather_into, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.step_numbers import GRAD_NORM, StepNumbers, StepRecord
 
@@ -80,9 +82,13 @@ class Trainer:
         use_tf32(self.device)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
+        self.splits = training.fsdp and self.hosts.count > 1
+        self._whole = copy.deepcopy(recipe.model) if self.splits and self.hosts.rank == 0 else None
         self.optimization = Optimization(recipe, training, self.accelerator)
+        if self._whole is not None:
+            compute_in(self._whole, self.device, self.optimization.dtype)
         self.network: Any = self.optimization.main.network  # as called in training
-        if compiles(training) and recipe.adversary is None:
+        if compiles(training) and recipe.adversary is None and not self.splits:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.step = 0
         self._folder: int | None = None  # identity of the run folder, once it is there
@@ -143,10 +149,25 @@ class Trainer:
 
     @contextmanager
     def _ema_weights(self) -> Iterator[None]:
-        """Use the EMA weights in place of the trained ones."""
-        with self.optimization.ema.applied_to(self.recipe.model.parameters()):
-            self.recipe.model.eval()
+        """Use the EMA weights in place of the trained ones; where they are split, all processes must enter.
+
+        Split weights are put together in a network of the first process, which takes the place of the recipe's.
+        """
+        model, ema = self.recipe.model, self.optimization.ema
+        if not self.splits:
+            with ema.applied_to(model.parameters()):
+                model.eval()
+                yield
+            return
+        gather_into(self._whole, model, ema.shadow_params)
+        if self._whole is not None:
+            self.recipe.model = self._whole.to(self.device).eval()
+        try:
             yield
+        finally:
+            self.recipe.model = model
+            if self._whole is not None:
+                self._whole.cpu()
 
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield up to 256 held-out images, the same at every call, prepared for the recipe, and their labels."""
@@ -164,8 +185,12 @@ class Trainer:
         Args:
             if_missing: only if there is no preview of this step.
         """
-        if self.accelerator.is_main_process and not (if_missing and self._preview_file.is_file()):
-            self._preview(journal, request)
+        if not (if_missing and self._preview_file.is_file()):
+            if self.accelerator.is_main_process:
+                self._preview(journal, request)
+            elif self.splits:
+                with self._ema_weights():
+                    pass
         self.hosts.wait()
 
     @property
@@ -174,24 +199,28 @@ class Trainer:
 
     def _preview(self, journal: Journal, request: StopRequest) -> None:
         journal.note("validation and preview")
-        watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
         try:
             with self._ema_weights(), torch.no_grad(), any_kernels():  # drawing tokens has no deterministic kernel
-                seed = derive_seed(self.config.training.seed, Stream.VALIDATION)
-                measured = self.recipe.validate(self._validation_batches(), seed)
-                picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
+                watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
+                try:
+                    seed = derive_seed(self.config.training.seed, Stream.VALIDATION)
+                    measured = self.recipe.validate(self._validation_batches(), seed)
+                    picture = self.recipe.preview(derive_seed(self.config.training.seed, Stream.PREVIEW))
+                finally:
+                    watch.remove()
         except Interrupted:
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._write()  # so that no step is lost
+            if not self.splits:  # other processes, which hold parts of the weights, wait for the preview
+                self._write()  # so that no step is lost
             raise RunError(
-                f"out of memory in the preview after step {self.step}, whose checkpoint is written; go on with "
-                f"training.preview_every={self.config.training.steps}, which leaves all but the last one out"
+                f"out of memory in the preview after step {self.step}"
+                + ("" if self.splits else ", whose checkpoint is written")
+                + f"; go on with training.preview_every={self.config.training.steps}, which leaves all but the last "
+                "one out"
             ) from error
-        finally:
-            watch.remove()
         if measured and self.step not in journal.validated:
             journal.row(self.step, measured)
         journal.picture(self.step, picture)
@@ -225,9 +254,15 @@ class Trainer:
 
     def save_weights(self) -> None:
         """Write the EMA weights, the ones to use, as a pipeline."""
-        if self.accelerator.is_main_process:
+        if self._writes:
             with self._ema_weights():
-                self.run_folder.save_pipeline(self.step, self.recipe.save)
+                if self.accelerator.is_main_process:
+                    self.run_folder.save_pipeline(self.step, self.recipe.save)
+
+    @property
+    def _writes(self) -> bool:
+        """True in processes that take part in writing: the first one, and all that hold parts of the weights."""
+        return self.accelerator.is_main_process or self.splits
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
@@ -235,7 +270,7 @@ class Trainer:
         self.hosts.wait()
 
     def _write(self) -> None:
-        if self.accelerator.is_main_process:
+        if self._writes:
             if self._folder is not None and self.run_folder.identity() != self._folder:
                 raise RunError(f"{self.run_folder}: {GONE}")
             checkpoint = capture(self.step, self.recipe, self.optimization)
@@ -245,7 +280,8 @@ class Trainer:
                 "window": self.record.window,
                 "nonfinite_in_a_row": self.record.nonfinite_in_a_row,
             }
-            write_checkpoint(self.run_folder.path / CHECKPOINTS, checkpoint, self.config.training.keep_checkpoints)
+            folder, keep = self.run_folder.path / CHECKPOINTS, self.config.training.keep_checkpoints
+            write_checkpoint(folder, checkpoint, keep, self.hosts if self.splits else None)
             self.save_weights()
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
@@ -311,7 +347,7 @@ class Trainer:
         try:
             yield
         except HeterodiffError as error:
-            if self.step == 0:
+            if self.step == 0 or self.splits:  # other processes, which hold parts of the weights, do not write now
                 raise
             self._write()
             raise type(error)(f"{error}; the checkpoint of step {self.step} is written") from None

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from heterodiff.config import TrainingConfig
-from heterodiff.devices import can_fuse_optimizer
+from heterodiff.devices import can_fuse_optimizer, process_count
 from heterodiff.errors import ConfigError
 from heterodiff.training.precision import compute_in, loss_scaler, precision_of
-from heterodiff.training.processes import world_size
+from heterodiff.training.processes import split_weights, whole
 from heterodiff.training.recipes.base import Recipe
 
 PARAMETERS, LEARNING_RATE, RATE_BOUNDS = 2e6, 1e-3, (5e-5, 2e-3)
@@ -59,10 +59,13 @@ def check_training(training: TrainingConfig) -> None:
     """Refuse settings that cannot work on this machine, before data are read.
 
     Raises:
-        ConfigError: a precision that the device does not have, or a batch that does not split evenly.
+        ConfigError: a precision that the device does not have, weights that are both split and compiled, or a batch
+            that does not split evenly.
     """
     precision_of(training)
-    check_batch(training, world_size())
+    if training.fsdp and training.compile is True:
+        raise ConfigError("training.fsdp=true does not go with training.compile=true; leave one of them out")
+    check_batch(training, process_count())
 
 
 def check_batch(training: TrainingConfig, processes: int) -> None:
@@ -175,7 +178,10 @@ class Optimization:
     def _part(self, name: str, module: nn.Module) -> Part:
         device = self.accelerator.device
         compute_in(module, device, self.dtype)
-        network = self.accelerator.prepare_model(module)
+        if self.training.fsdp and self.accelerator.num_processes > 1:
+            network = split_weights(module.to(device))
+        else:
+            network = self.accelerator.prepare_model(module)
         optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=learning_rate_at(0, self.training),
@@ -209,7 +215,7 @@ class Optimization:
         for part in trained:
             if self.scaler.is_enabled():
                 self.scaler.unscale_(part.optimizer)
-        norms = [nn.utils.clip_grad_norm_(p.module.parameters(), self.training.max_grad_norm) for p in trained]
+        norms = [whole(nn.utils.clip_grad_norm_(p.module.parameters(), self.training.max_grad_norm)) for p in trained]
         left_out = ~torch.isfinite(torch.stack(norms)).all()
         for part in trained:
             for group in part.optimizer.param_groups:

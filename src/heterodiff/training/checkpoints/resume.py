@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "training.checkpoint_every",
     "training.compile",
     "training.deterministic",
+    "training.fsdp",
     "training.keep_checkpoints",
     "training.log_every",
     "training.max_nonfinite_steps",

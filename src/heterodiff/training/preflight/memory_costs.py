@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from heterodiff.codecs.kl_vae import read_vae_config
 from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.devices import process_count
 from heterodiff.models.defaults import MODEL_CHANNELS
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
@@ -41,12 +42,15 @@ class Cost:
         parameters: their number.
         copies: bytes of the low-precision copies of the weights that autocast makes.
         kept, kept_without: bytes saved per image for the backward pass, and without recomputation.
+        sharers: processes that share the weights and all that belongs to them; what each gathers to compute a block
+            is left out.
     """
 
     parameters: int
     copies: float
     kept: float
     kept_without: float
+    sharers: int = 1
 
     @classmethod
     def of(cls, dtype: torch.dtype | None, parameters: int, saved: float, saved_without: float) -> "Cost":
@@ -57,7 +61,7 @@ class Cost:
 
     def peak(self, images: int) -> float:
         per_image = self.kept + TRANSIENT_SHARE * self.kept_without
-        return BYTES_PER_PARAMETER * self.parameters + self.copies + SCRATCH_BYTES + images * per_image
+        return BYTES_PER_PARAMETER * self.parameters / self.sharers + self.copies + SCRATCH_BYTES + images * per_image
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def _denoiser_cost(config: RunConfig, spec: ImageSpec) -> Cost:
     dtype = precision_of(config.training)
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
-    return Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+    cost = Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+    return replace(cost, sharers=process_count() if config.training.fsdp else 1)
 
 
 @lru_cache(maxsize=64)  # a plan needs the same few profiles many times, a second each

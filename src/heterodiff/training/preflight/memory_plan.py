@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
-from heterodiff.devices import default_device, free_memory
+from heterodiff.devices import default_device, free_memory, process_count
 from heterodiff.errors import ConfigError
 from heterodiff.lazy import loaded
 from heterodiff.tasks import task_of
 from heterodiff.training.checkpoints.resume import parts_are_alike
 from heterodiff.training.preflight.memory_costs import BYTES_PER_PARAMETER, Cost, MemoryTerms
-from heterodiff.training.processes import world_size
 
 UNCERTAINTY = 1.6
 """Largest ratio of the estimate to what a process takes."""
@@ -54,7 +53,7 @@ def _terms(config: RunConfig) -> MemoryTerms:
 
 def images_at_once(config: RunConfig) -> int:
     """Number of images that one process has in the network at the same time."""
-    return max(1, config.training.batch_size // (config.training.accumulation_steps * world_size()))
+    return max(1, config.training.batch_size // (config.training.accumulation_steps * process_count()))
 
 
 def check_fits(config: RunConfig, spec: ImageSpec) -> None:
