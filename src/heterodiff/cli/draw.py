@@ -34,7 +34,9 @@ def sample(
     from heterodiff.pipelines.image_files import all_classes, class_title, draw_classes, write_images
     from heterodiff.pipelines.load import load_generation
     from heterodiff.pipelines.output_folder import call_settings, make_output
+    from heterodiff.pipelines.sharing import join
 
+    join()
     pipeline = load_generation(run, device, "graphs" if graphs else compile_, dtype)
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
     titles = [class_title(pipeline, label) for label in chosen]

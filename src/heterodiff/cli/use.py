@@ -71,20 +71,25 @@ def segment(
     from heterodiff.devices import find_device
     from heterodiff.evaluation.calibration import calibrate_run
     from heterodiff.pipelines.anomalies.files import prepare_folders, segment_folder
+    from heterodiff.pipelines.sharing import join
     from heterodiff.training.interrupt import Interrupted, StopRequest
 
     if data is None and not calibrate:
         raise ConfigError(f"name a folder of patients, or prepare the run: heterodiff segment {run} --calibrate")
     if dtype is not None and not calibrate:
         raise ConfigError("--dtype: a run segments in the precision that it was calibrated in; add --calibrate")
+    processes = join()
     find_device(device)
     folder = out or run / "segmented"
     if calibrate:
         if data is not None:
             prepare_folders(run, data, folder)  # their problems are reported before calibrating, which takes long
-        for line in calibrate_run(run, device, dtype):
-            typer.echo(line)
+        if processes.rank == 0:
+            for line in calibrate_run(run, device, dtype):
+                typer.echo(line)
+        processes.wait()
     if data is None:
+        processes.first_alone()
         typer.echo(f"next     heterodiff evaluate {run}")
         return
     request = StopRequest()
@@ -153,7 +158,9 @@ def evaluate(
 ) -> None:
     """Measure a trained model against real images; writes its numbers, pictures and report.html into the run."""
     from heterodiff.devices import find_device
+    from heterodiff.pipelines.sharing import join
 
+    join()
     find_device(device)
     from heterodiff.evaluation.runs import Request, evaluate_task
     from heterodiff.report.writing import summary_lines, write_report

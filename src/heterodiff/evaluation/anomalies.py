@@ -36,6 +36,7 @@ from heterodiff.pipelines.anomalies.label_weights import FOREGROUND
 from heterodiff.pipelines.anomalies.masks import drop_small
 from heterodiff.pipelines.anomalies.segment import AnomalyMaps, Segmentation, Segmenter, intensity_alone
 from heterodiff.pipelines.load import check_preprocessing
+from heterodiff.pipelines.sharing import team
 from heterodiff.progress import progress_tasks
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
@@ -89,8 +90,10 @@ def all_maps(segmenter: Segmenter, images: ImageDataset, progress: Callable[[int
 
 
 def _found(finder: Finder, images: ImageDataset, progress: Callable[[int], None]) -> Iterator[Segmentation]:
-    for number, part in enumerate(parts_of(images)):
-        first, count = number * IMAGES_AT_ONCE, len(part)
+    """Segment this process's part of the images; the first process gets those of all, one after the other."""
+    for first in team().own(range(0, len(images), IMAGES_AT_ONCE)):
+        count = min(IMAGES_AT_ONCE, len(images) - first)
+        part = images.batch(range(first, first + count))[0]
         yield finder.segment(part, first, lambda step, total, f=first, c=count: progress(f + c * step // total))  # type: ignore[misc]
 
 
@@ -117,7 +120,7 @@ def evaluate_anomalies(run: Path, elsewhere: "DataConfig | None" = None, device:
     finder, count = open_finder(run, settings, device), len(test.images)
     calibration, small = finder.calibration, partial(drop_small, least=settings.drop_small)
     with progress_tasks() as start:
-        every = Segmentation.join(list(_found(finder, test.images, start("test images", count))))
+        every = Segmentation.join(team().collect(_found(finder, test.images, start("test images", count))))
     foreground = np.concatenate([part.mean(dim=1).numpy() > FOREGROUND for part in parts_of(test.images)])
     truth = np.stack([test.mask(row) for row in range(count)])
     shown = ill = np.asarray(truth.any(axis=(1, 2)))

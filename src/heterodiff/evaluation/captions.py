@@ -27,6 +27,7 @@ from heterodiff.metrics.scenes import Asked, caption_truth, draw_asked, followin
 from heterodiff.metrics.shapes_classifier import STEPS, TEST_RENDERS, ShapesClassifier
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.load import load_text_image
+from heterodiff.pipelines.sharing import team
 from heterodiff.pipelines.text_to_image import TextImagePipeline, text_notes
 from heterodiff.progress import StartTask, progress_tasks
 from heterodiff.run_folder import RunFolder
@@ -199,5 +200,6 @@ def _followed(measuring: _Measuring, asked: Asked, reader: ShapesClassifier, wha
 
 def evaluate(run: Path, request: Request) -> Evaluation:
     """Evaluate a run of recipe ``text-image`` or ``alignment`` as asked for on the command line."""
+    team().first_alone()
     number = PROMPTS if request.number is None else request.number
     return evaluate_text_image(run, request.seed, number, request.data, **request.options())

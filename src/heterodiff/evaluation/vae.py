@@ -16,6 +16,7 @@ from heterodiff.metrics.classifiers import ConvClassifier, SvmClassifier
 from heterodiff.metrics.reconstruction import psnr, ssim
 from heterodiff.pipelines.load import load_reconstruction
 from heterodiff.pipelines.reconstruct import comparison_picture
+from heterodiff.pipelines.sharing import team
 from heterodiff.run_folder import RunFolder
 
 SHOWN = 12
@@ -60,6 +61,7 @@ def evaluate_vae(run: Path, seed: int = 0, data_path: Path | None = None, device
 
 def evaluate(run: Path, request: Request) -> Evaluation:
     """Evaluate a run of recipe ``vae`` as asked for on the command line."""
+    team().first_alone()
     return evaluate_vae(run, request.seed, request.data, request.device)
 
 

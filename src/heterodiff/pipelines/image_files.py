@@ -15,6 +15,7 @@ from heterodiff.pictures import image_grid, save_image, to_pil
 from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.output_folder import writing
+from heterodiff.pipelines.sharing import team
 
 GRID_FILE = "grid.png"
 MAX_GRID_IMAGES = 400
@@ -49,11 +50,12 @@ def draw_classes(
 ) -> tuple[Tensor, Tensor]:
     """Draw ``count`` images of each class; a sequence gives the count of each class.
 
-    The k-th image of a class depends on (seed, class, k) alone, not on which others are drawn.
+    The k-th image of a class depends on (seed, class, k) alone, not on which others are drawn. Processes of a team
+    share the batches; the first one returns, see :meth:`heterodiff.pipelines.sharing.Team.collect`.
 
     Args:
         batch_size: number of images to draw at once.
-        progress: called with the number of images drawn so far, after every batch.
+        progress: called with the number of images drawn so far, after every batch of this process.
 
     Returns:
         images (N, C, H, W) in [0, 1] and labels (N,), class after class.
@@ -67,15 +69,16 @@ def draw_classes(
     for label, number in zip(classes, counts, strict=True):
         labels += [label] * number
         generators += seeded_generators(seed, number, first=(label + 1) * 1_000_000)
-    parts = []
-    for start in range(0, max(1, len(labels)), batch_size):  # without any, the pipeline raises the error
+    processes, parts = team(), []
+    batch_size = processes.each(len(labels), batch_size)
+    for start in processes.own(range(0, max(1, len(labels)), batch_size)):  # without any, the pipeline raises the error
         rows = slice(start, start + batch_size)
         with explaining_memory(len(labels[rows]), pipeline.device):
             drawn = pipeline(labels[rows], generator=generators[rows], batch_size=batch_size, **options)
         parts.append(drawn.images)
         if progress is not None:
             progress(min(start + batch_size, len(labels)))
-    return torch.cat(parts), torch.tensor(labels)
+    return torch.cat(processes.collect(parts)), torch.tensor(labels)
 
 
 def save_images(

@@ -25,6 +25,7 @@ from heterodiff.pipelines.anomalies.known_patients import KnownPatients
 from heterodiff.pipelines.anomalies.segment import Progress, Segmentation
 from heterodiff.pipelines.load import check_preprocessing
 from heterodiff.pipelines.output_folder import writing
+from heterodiff.pipelines.sharing import team
 from heterodiff.run_folder import RunFolder
 
 SLICES_AT_ONCE = 16
@@ -50,8 +51,11 @@ def segment_folder(
     and ``scores.json``; and ``patients.csv`` for all. A patient whose volumes cannot be used does not stop the others;
     one whose channels differ from those of the patients trained on is reported.
 
+    Processes of a team share the patients; the first one writes the table and returns, see
+    :meth:`heterodiff.pipelines.sharing.Team.collect`.
+
     Args:
-        report: gets a line about each patient.
+        report: gets a line about each patient of this process.
         progress: called after each step of a batch of slices; if it raises, finished patients are kept.
         device: see :func:`heterodiff.load`.
 
@@ -70,9 +74,8 @@ def segment_folder(
         )
     check_preprocessing(run, fingerprint(config.data))
     known, names = KnownPatients.load(RunFolder(run).known_patients_file), list(layout.modalities)
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for number, patient in enumerate(patients, 1):
+    results: list[tuple[dict[str, Any] | None, str]] = []
+    for number, patient in team().own(list(enumerate(patients, 1))):
         place, folder = f"{number} of {len(patients)}  {printable(patient.name)}", out / patient.name
         try:
             key = _key(run, patient)
@@ -81,13 +84,15 @@ def segment_folder(
                 row, notes = _segment(patient, folder, finder, config.data, key, known, names, progress)
                 state = "done"
         except DataError as error:
-            problems.append(str(error))
+            results.append((None, str(error)))
             report(f"{place}: left out, {printable(str(error))}")
             continue
-        rows.append(row)
+        results.append((row, ""))
         report(f"{place}: {row['mask_ml']:.2f} ml marked, {state}")
         for note in notes:
             report(f"{place}: warning: {note}")
+    results = team().collect(results)
+    rows, problems = [row for row, _ in results if row], [problem for _, problem in results if problem]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
