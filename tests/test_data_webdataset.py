@@ -93,10 +93,10 @@ def test_ways_to_name_shards(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", "cls")
     every = sorted(folder.iterdir())
     (folder / "readme.txt").write_text("no shard")
-    assert find_shards(folder) == every
-    assert find_shards(folder / "part-{000..002}.tar") == every
-    assert find_shards(folder / "part-{001..002}.tar") == every[1:]
-    assert find_shards(every[0]) == every[:1]
+    assert [shard.path for shard in find_shards(folder)] == every
+    assert [shard.path for shard in find_shards(folder / "part-{000..002}.tar")] == every
+    assert [shard.path for shard in find_shards(folder / "part-{001..002}.tar")] == every[1:]
+    assert [shard.path for shard in find_shards(every[0])] == every[:1]
 
 
 @pytest.mark.parametrize(

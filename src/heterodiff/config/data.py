@@ -135,7 +135,7 @@ class DataConfig(Section):
     path: Path | None = Field(
         None,
         description="folder of images (class subfolders or metadata.csv/jsonl), images with captions, tar files (or "
-        "`name-{000..031}.tar`), parquet files, volumes, or latents",
+        "`name-{000..031}.tar`, also at an http address), parquet files, volumes, or latents",
     )
     captions_file: Path | None = Field(
         None,

@@ -2,7 +2,7 @@
 
 A sample is the members of one shard that share a name up to its first dot: an image, and perhaps ``.cls`` (a class),
 ``.txt`` (a caption) or ``.json`` (both). Each shard is listed once; images are then read at their place in it, in any
-order, so a run that goes on has the same order to the sample.
+order, so a run that goes on has the same order to the sample. Shards may lie on a web server.
 """
 
 import io
@@ -21,6 +21,7 @@ from heterodiff.config import DataConfig
 from heterodiff.data.captions import clean_caption
 from heterodiff.data.collection import Collection
 from heterodiff.data.decoding import SUFFIXES, decode_stream
+from heterodiff.data.decoding.remote import BUFFER_BYTES, RemoteFile, remote_url, shown_url
 from heterodiff.data.findings import BadImage, DataFinding, show
 from heterodiff.data.sources.metadata import class_name
 from heterodiff.errors import DataError, reason
@@ -30,6 +31,28 @@ MAX_TEXT_BYTES = 2**20
 """Largest class, caption or JSON member that is read."""
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS, PROGRESS_FROM = 1_000_000, 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: on this machine, or at the address ``url``."""
+
+    path: Path
+    url: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.url is None else shown_url(self.url).rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return str(self.path) if self.url is None else shown_url(self.url)
+
+    def open(self) -> Any:
+        """Open it for reading bytes, without a buffer where it is remote."""
+        return self.path.open("rb") if self.url is None else RemoteFile(self.url)
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.url is None else RemoteFile(self.url).size
 
 
 @dataclass
@@ -69,7 +92,7 @@ def open_webdataset(config: DataConfig) -> Collection:
                     places.append((number, *sample.image))
                     samples.append(sample)
             done(number + 1)
-    where = str(config.path)
+    where = str(config.path) if shards[0].url is None else str(shards[0])  # an address may hold secrets
     if not names and not problems:
         raise DataError(f"{where}: no images in {len(shards)} shards; expected members of type {', '.join(SUFFIXES)}")
     labelled = config.labels != "none" and any(sample.label is not None for sample in samples)
@@ -90,8 +113,8 @@ def open_webdataset(config: DataConfig) -> Collection:
     )
 
 
-def find_shards(path: Path) -> list[Path]:
-    """Return the tar files that ``path`` names, in order.
+def find_shards(path: Path) -> list[Shard]:
+    """Return the tar files that ``path`` names, in order; those on a web server are not asked for yet.
 
     Raises:
         DataError: there are none, or one is missing.
@@ -100,11 +123,13 @@ def find_shards(path: Path) -> list[Path]:
         found = sorted(file for file in path.iterdir() if file.suffix == ".tar" and file.is_file())
         if not found:
             raise DataError(f"{path}: no shards; expected files that end in .tar, which are not compressed")
-        return found
+        return [Shard(file) for file in found]
     found = list(_expanded(path))
+    if remote_url(path) is not None:
+        return [Shard(shard, remote_url(shard)) for shard in found]
     if missing := next((shard for shard in found if not shard.is_file()), None):
         raise DataError(f"{missing}: no such shard; give a .tar file, a folder of them, or name-{{000..031}}.tar")
-    return found
+    return [Shard(file) for file in found]
 
 
 def _expanded(path: Path) -> Iterator[Path]:
@@ -120,16 +145,22 @@ def _expanded(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name[: match.start()]}{number:0{len(first)}d}{path.name[match.end() :]}")
 
 
-def list_samples(shard: Path, config: DataConfig) -> dict[str, Sample]:
+def list_samples(shard: Shard, config: DataConfig) -> dict[str, Sample]:
     """Return the samples of a shard by their names, in its order; nothing is unpacked.
 
     Raises:
-        DataError: damaged, cut off, or compressed.
+        DataError: damaged, cut off, compressed, or not sent by its server.
     """
     samples: dict[str, Sample] = {}
-    size = shard.stat().st_size
     try:
-        with tarfile.open(shard, "r:") as archive:
+        size = shard.size()
+        file = shard.open()
+    except OSError as error:
+        raise DataError(
+            f"{shard}: cannot be read: {error.strerror or error}; correct data.path, or try again"
+        ) from None
+    try:
+        with io.BufferedReader(file, BUFFER_BYTES) as buffered, tarfile.open(fileobj=buffered, mode="r:") as archive:
             for member in archive:
                 if not member.isreg() or member.issparse():
                     continue  # folders; links could lead anywhere
@@ -144,7 +175,7 @@ def list_samples(shard: Path, config: DataConfig) -> dict[str, Sample]:
                     _add(sample, kind.lower(), member, archive, config)
                 except ValueError as error:
                     sample.problem = f"{show(member.name)}: {error}"
-            _refuse_cut_off(shard, archive.offset)
+            _refuse_cut_off(buffered, archive.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, OverflowError) as error:
         raise DataError(
             f"{shard}: not readable as a tar file without compression: {reason(error)}; write the shard again"
@@ -152,12 +183,11 @@ def list_samples(shard: Path, config: DataConfig) -> dict[str, Sample]:
     return samples
 
 
-def _refuse_cut_off(shard: Path, end: int) -> None:
+def _refuse_cut_off(file: Any, end: int) -> None:
     """Check that a block of zeros, the mark of the end, follows the last member: tarfile stops at anything else."""
-    with shard.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"cut off or damaged at byte {end:,}")
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"cut off or damaged at byte {end:,}")
 
 
 def _add(sample: Sample, kind: str, member: tarfile.TarInfo, archive: tarfile.TarFile, config: DataConfig) -> None:
@@ -191,16 +221,16 @@ def _add_json(sample: Sample, content: Any, config: DataConfig) -> None:
 
 
 def read_sample(
-    shards: tuple[Path, ...], places: tuple[tuple[int, str, int, int], ...], channels: int | None, row: int
+    shards: tuple[Shard, ...], places: tuple[tuple[int, str, int, int], ...], channels: int | None, row: int
 ) -> np.ndarray:
     """Decode the image of sample ``row``: (number of its shard, suffix, first byte, bytes)."""
     number, suffix, start, size = places[row]
     try:
-        with shards[number].open("rb") as file:
+        with shards[number].open() as file:
             file.seek(start)
             content = file.read(size)
     except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from None
+        raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if len(content) < size:
         raise BadImage(f"truncated: {size - len(content):,} bytes are missing in its shard")
     return decode_stream(io.BytesIO(content), suffix, size, channels)
