@@ -98,16 +98,16 @@ def test_images_that_fit_into_memory_are_asked_for_once(server: Server) -> None:
     assert len(server.requests) == asked
 
 
-def test_training_is_that_on_files(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_is_that_on_files(workers: int, server: Server, tmp_path: Path) -> None:
+    """Also where another process asks for every image again."""
     places = {"local": str(server.folder / "part-{000..002}.tar"), "remote": f"{server.address}/part-{{000..002}}.tar"}
     for name, path in places.items():
-        data = {"data__source": "webdataset", "data__path": path}
-        run = tiny_config(
-            tmp_path / name, **data, model__variant="unet-conv", model__channel_mult=[1], training__steps=2
-        )
-        train(run, quiet=True)
-    losses = [(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in places]
-    assert losses[0] == losses[1]
+        keys = {"data__source": "webdataset", "data__path": path, "data__memory_limit_gb": 4.0 if workers == 0 else 0.0}
+        keys |= {"model__variant": "unet-conv", "model__channel_mult": [1], "training__num_workers": workers}
+        train(tiny_config(tmp_path / name, **keys, training__steps=2), quiet=True)
+    weights = [(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in places]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("status", [0, *remote.PASSING])
