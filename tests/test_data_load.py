@@ -1,6 +1,7 @@
 """Loading: shapes, value ranges, labels, sizes, policy for bad images, memory, saved splits and specifications."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ import torch
 from PIL import Image
 
 from heterodiff.config import DataConfig
+from heterodiff.config.file import parse_config
+from heterodiff.data.check import check_data
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.reading import read_images
 from heterodiff.data.sources import list_sources, load_data
-from heterodiff.errors import DataError
+from heterodiff.errors import ConfigError, DataError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -234,15 +238,68 @@ def test_nothing_usable_is_an_error_even_when_skipping(tmp_path):
         load_data(DataConfig(path=tmp_path, on_bad="skip"))
 
 
-def test_mixed_colour_modes_convert_when_channels_are_given(tmp_path):
-    for mode in ("L", "RGB", "RGBA", "P", "1"):
-        Image.fromarray(noise(6, 6, 3)).convert(mode).save(tmp_path / f"{mode}.png")
-    with pytest.raises(DataError, match=r"3 of 5 images cannot be used:\n  P.png: 3 channels, the first image"):
-        load_data(DataConfig(path=tmp_path))
+def write_modes(folder: Path, *modes: str) -> Path:
+    for mode in modes:
+        Image.fromarray(noise(6, 6, 3)).convert(mode).save(folder / f"{mode}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels", "note"),
+    [
+        (("L", "RGB", "P", "1"), 3, "pictures of several kinds (2 grey, 2 RGB) are all read as RGB"),
+        (("L", "RGB", "RGBA"), 4, "pictures of several kinds (1 grey, 1 RGB, 1 RGBA) are all read as RGBA"),
+        (("L", "LA"), 4, "pictures of several kinds (1 grey, 1 grey with transparency) are all read as RGBA"),
+        (("L", "1"), 1, None),
+        (("RGB", "P"), 3, None),
+    ],
+)
+@pytest.mark.parametrize("memory_limit_gb", [4.0, 0.0])
+def test_pictures_of_several_kinds_are_one_set(modes, channels, note, memory_limit_gb, tmp_path):
+    """As if their channels had been given; and a run that goes on reads them in the same way."""
+    config = DataConfig(path=write_modes(tmp_path, *modes), memory_limit_gb=memory_limit_gb, val_fraction=0)
+    data = load_data(config)
+    assert data.spec.channels == channels
+    assert [warning.partition(";")[0] for warning in data.warnings if "several kinds" in warning] == [note] * bool(note)
+    again = load_data(config, split=data.split_to_dict(), spec=data.spec)
+    given = load_data(config.model_copy(update={"channels": channels}))
+    for name in data.train.names:
+        expected = given.train.batch([given.train.names.index(name)])[0]
+        for found in (data, again):
+            assert torch.equal(found.train.batch([found.train.names.index(name)])[0], expected)
+    assert check_data(config).bad == ()
+
+
+def test_colour_modes_convert_to_the_channels_that_are_given(tmp_path):
+    write_modes(tmp_path, "L", "RGB", "RGBA", "P", "1")
     for channels in (1, 3, 4):
         data = load_data(DataConfig(path=tmp_path, channels=channels))
         assert data.spec.channels == channels
         assert len(data.train) + len(data.val) == 5
+
+
+def test_arrays_and_pictures_of_other_channels_are_no_mixture(tmp_path):
+    write_modes(tmp_path, "RGB")
+    np.save(tmp_path / "x.npy", noise(6, 6))
+    with pytest.raises(DataError, match=r"1 of 2 images cannot be used:\n  x.npy: 1 channel, data.channels is 3"):
+        load_data(DataConfig(path=tmp_path))
+
+
+@pytest.mark.parametrize(("background", "expected"), [("white", 1.0), ("black", 0.0), ("#336699", 0.2)])
+def test_background_of_what_is_transparent(background, expected, tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (4, 4), (0, 0, 255, 255)).save(tmp_path / "blue.png")
+    data = load_data(DataConfig(path=tmp_path, channels=3, background=background, val_fraction=0))
+    red = {name: float(data.train.batch([row])[0][0, 0].mean()) for row, name in enumerate(data.train.names)}
+    assert red == pytest.approx({"clear.png": expected, "blue.png": 0.0})
+    image = read_images([tmp_path / "clear.png"], data.spec, "crop", background)
+    assert float(image[0, 0].mean()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("background", ["sky", "", "#12", "rgba(1,2,3,4)"])
+def test_a_background_that_is_no_colour(background):
+    with pytest.raises(ConfigError, match=r"data.background: .*expected the name of a colour"):
+        parse_config({"data": {"background": background}})
 
 
 def test_channels_given_and_not_found(tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from PIL import ImageColor
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
@@ -17,10 +18,21 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+def _colour(name: str) -> str:
+    try:
+        values = len(ImageColor.getrgb(name))
+    except ValueError:
+        values = 0
+    if values != 3:
+        raise ValueError("expected the name of a colour, such as white, or red, green and blue as #102030")
+    return name
+
+
 Number = TypeVar("Number")
 Range = Annotated[tuple[Number, Number], AfterValidator(_ascending)]
 """Lowest and highest value."""
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+Colour = Annotated[str, AfterValidator(_colour)]
 Width = Annotated[int, Field(gt=0, le=16_384)]
 """Channels or pixels per side, bounded by the memory that a single layer or image needs."""
 Depth = Annotated[int, Field(gt=0, le=64)]

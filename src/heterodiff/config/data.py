@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from heterodiff.config.base import Fraction, NonNegativeInt, Range, Section, Seed, Share, Size, UserPath, Width
+from heterodiff.config.base import Colour, Fraction, NonNegativeInt, Range, Section, Seed, Share, Size, UserPath, Width
 from heterodiff.config.names import SOURCES, known_name
 
 Speed = Annotated[float, Field(ge=0, le=300)]
@@ -148,7 +148,14 @@ class DataConfig(Section):
         None, description="height and width after resizing, or one number for both; default: as stored"
     )
     channels: Width | None = Field(
-        None, description="number of channels; 8-bit images are converted to 1, 3 or 4; default: of the first image"
+        None,
+        description="number of channels; 8-bit images are converted to 1, 3 or 4; default: as stored; for pictures of "
+        "several kinds RGBA if any is transparent, else RGB",
+    )
+    background: Colour = Field(
+        "white",
+        description="colour under what is transparent in pictures that are converted to 1 or 3 channels: a name, or "
+        "as `#102030`",
     )
     labels: Literal["auto", "required", "none"] = Field(
         "auto", description="auto: use labels if there are any; required: fail without labels; none: ignore labels"

@@ -10,9 +10,9 @@ from heterodiff.data.assemble import assemble
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.findings import DataFinding
-from heterodiff.data.inspection import Inspection, Measured, inspect_images
+from heterodiff.data.inspection import Inspection, Measured
 from heterodiff.data.labels import sort_classes
-from heterodiff.data.sources import open_source
+from heterodiff.data.sources import inspect_source
 from heterodiff.errors import DataError
 
 
@@ -68,8 +68,8 @@ def check_data(config: DataConfig) -> DataSummary:
     Raises:
         DataError: there is nothing to look at: unknown source, missing or empty folder, unreadable metadata file.
     """
-    collection = open_source(config)
-    inspection = inspect_images(collection, config, keep=False, moments=True)
+    found = inspect_source(config, "all", keep=False, moments=True)
+    config, collection, inspection = found.config, found.collection, found.inspection
     spec: ImageSpec | None = None
     problems: tuple[str, ...] = ()
     warnings, captions = collection.warnings, 0

@@ -16,9 +16,9 @@ Reader = Callable[[int], np.ndarray]
 """Row -> image; functions of modules and `functools.partial` of them, which workers can pickle."""
 
 
-def read_file(root: Path, names: tuple[str, ...], channels: int | None, row: int) -> np.ndarray:
+def read_file(root: Path, names: tuple[str, ...], channels: int | None, background: str, row: int) -> np.ndarray:
     """Decode row ``row`` from file ``root / names[row]``."""
-    return decode_file(root / names[row], channels)
+    return decode_file(root / names[row], channels, background)
 
 
 def read_array(images: np.ndarray, row: int) -> np.ndarray:

@@ -37,15 +37,26 @@ class Measured:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Result of the pass; ``images`` in row order, all with the channels and number type of the first."""
+    """Result of the pass; ``images`` in row order, all with the channels and number type of the first.
+
+    ``kinds`` counts all images that could be decoded by their channels and number type.
+    """
 
     images: tuple[Measured, ...]
     bad: tuple[DataFinding, ...]
-    dtypes: Counter[str]
+    kinds: Counter[tuple[int, str]]
     dtype: str
     size: tuple[int, int]
     store: ImageStore | None
     fits_memory: bool
+
+    @property
+    def dtypes(self) -> Counter[str]:
+        """Number of images of each number type."""
+        found: Counter[str] = Counter()
+        for (_, dtype), count in self.kinds.items():
+            found[dtype] += count
+        return found
 
     @property
     def sizes(self) -> Counter[tuple[int, int]]:
@@ -66,7 +77,7 @@ class _Inspector:
         self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
         self.first_bytes = 0
         self.kept: np.ndarray | None = None
-        self.dtypes: Counter[str] = Counter()
+        self.kinds: Counter[tuple[int, str]] = Counter()
         self.trusted: Container[str] = ()
         self.spec: ImageSpec | None = None
 
@@ -98,7 +109,7 @@ class _Inspector:
             return Measured(row, (self.spec.channels, self.spec.height, self.spec.width), *self.spec.value_range)
         try:
             image = self.collection.read(row)
-            self.dtypes[image.dtype.name] += 1
+            self.kinds[image.shape[0], image.dtype.name] += 1
             self._refuse_unlike_first(image)
             self.reader.check_shape(image.shape)
         except BadImage as reason:
@@ -169,10 +180,11 @@ def inspect_images(
                 images.append(result)
             else:
                 bad.append(result)
-    dtypes = inspector.dtypes
     if inspector.first is None:
-        return Inspection((), tuple(bad), dtypes, "", (0, 0), None, False)
+        return Inspection((), tuple(bad), inspector.kinds, "", (0, 0), None, False)
     _, dtype, shape = inspector.first
     lazy = LazyStore(inspector.reader, collection.names, collection.where, shape, dtype)
     store = lazy if inspector.kept is None else MemoryStore(inspector.kept)
-    return Inspection(tuple(images), tuple(bad), dtypes, dtype.name, (shape[1], shape[2]), store, inspector.fits)
+    return Inspection(
+        tuple(images), tuple(bad), inspector.kinds, dtype.name, (shape[1], shape[2]), store, inspector.fits
+    )

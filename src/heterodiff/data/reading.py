@@ -9,13 +9,16 @@ import torch
 
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.data.decoding import decode_file
+from heterodiff.data.decoding.pillow import BACKGROUND
 from heterodiff.data.decoding.resize import resize_image
 from heterodiff.data.findings import BadImage, printable
 from heterodiff.errors import DataError
 
 
-def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
-    """Return the image file ``path`` as (C, H, W) in [0, 1], resized and scaled to ``spec``.
+def read_image(
+    path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"], background: str = BACKGROUND
+) -> torch.Tensor:
+    """Return the image file ``path`` as (C, H, W) in [0, 1], resized and scaled to ``spec``, over ``background``.
 
     Raises:
         DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
@@ -25,7 +28,7 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
     if not path.exists():
         raise DataError(f"{name}: no such image file")
     try:
-        image = decode_file(path, spec.channels)
+        image = decode_file(path, spec.channels, background)
         if image.shape[0] != spec.channels or image.dtype != np.dtype(spec.dtype):
             raise BadImage(
                 f"{image.shape[0]} channels of {image.dtype}; the run was trained on {spec.channels} of {spec.dtype}"
@@ -37,6 +40,11 @@ def read_image(path: str | Path, spec: ImageSpec, resize: Literal["crop", "stret
     return torch.from_numpy(fitted).to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
 
 
-def read_images(paths: Sequence[str | Path], spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
+def read_images(
+    paths: Sequence[str | Path],
+    spec: ImageSpec,
+    resize: Literal["crop", "stretch"],
+    background: str = BACKGROUND,
+) -> torch.Tensor:
     """Return image files as (B, C, H, W), see :func:`read_image`."""
-    return torch.stack([read_image(path, spec, resize) for path in paths])
+    return torch.stack([read_image(path, spec, resize, background) for path in paths])

@@ -31,7 +31,7 @@ class CaptioningPipeline(EmbeddingPipeline):
         paths = [image_paths] if isinstance(image_paths, str | Path) else list(image_paths)
         if not paths:
             raise ConfigError("no image files given")
-        return read_images(paths, self.spec, self.resize)
+        return read_images(paths, self.spec, self.resize, self.background)
 
     @torch.no_grad()
     def generate_text_from_image(

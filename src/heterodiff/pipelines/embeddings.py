@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from heterodiff.codecs.cnn import CNNCodec, ImageCodec
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.decoding.pillow import BACKGROUND
 from heterodiff.errors import ConfigError
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.unet import HAEUNet
@@ -59,7 +60,7 @@ class EmbeddingPipeline(DrawingPipeline):
         image_codec, text_encoder, tokenizer, captioner: see their classes.
         unet, scheduler: the denoiser of the codec's maps and its schedule; without them images are decoded from
             embeddings directly.
-        sampling, image_spec, draws_with_scheduler, resize: attributes as ``save_pretrained`` keeps them.
+        sampling, image_spec, draws_with_scheduler, resize, background: attributes as ``save_pretrained`` keeps them.
     """
 
     _optional_components = ["unet", "scheduler"]
@@ -76,6 +77,7 @@ class EmbeddingPipeline(DrawingPipeline):
         image_spec: dict | None = None,
         draws_with_scheduler: bool = False,
         resize: str = "crop",
+        background: str = BACKGROUND,
     ):
         super().__init__()
         self.register_modules(
@@ -89,18 +91,21 @@ class EmbeddingPipeline(DrawingPipeline):
         self.codec = CNNCodec(image_codec)
         self._take_settings(sampling, image_spec, draws_with_scheduler)
         self.resize: Any = resize
+        self.background = background
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "resize": self.resize}
+        return {**super()._settings(), "resize": self.resize, "background": self.background}
 
     def read_run(self, folder: Path) -> None:
         super().read_run(folder)
         if RunFolder(folder).has_config:
-            self.resize = RunFolder(folder).config().data.resize
+            data = RunFolder(folder).config().data
+            self.resize, self.background = data.resize, data.background
 
     def set_up(self, config: RunConfig, spec: ImageSpec | None) -> Self:
         """Take sampling defaults and preprocessing from a run."""
-        self.defaults, self.spec, self.resize = config.sampling, spec, config.data.resize
+        self.defaults, self.spec = config.sampling, spec
+        self.resize, self.background = config.data.resize, config.data.background
         self.set_progress_bar_config(disable=True)
         return self
 

@@ -62,7 +62,7 @@ def open_captions(config: DataConfig) -> Collection:
         where=str(root),
         names=names,
         class_of=(None,) * len(names),
-        read=partial(read_file, root, names, config.channels),
+        read=partial(read_file, root, names, config.channels, config.background),
         unreadable=tuple(unreadable),
         problems=tuple(problems),
         warnings=tuple(warnings),

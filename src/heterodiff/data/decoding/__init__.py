@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 import numpy as np
 
 from heterodiff.data.decoding.layout import channels_first, check_array_header, plain_numbers
-from heterodiff.data.decoding.pillow import SIGNATURES, SUFFIX_FORMATS, content_hint, decode_picture
+from heterodiff.data.decoding.pillow import BACKGROUND, SIGNATURES, SUFFIX_FORMATS, content_hint, decode_picture
 from heterodiff.data.decoding.tiff import decode_tiff
 from heterodiff.data.findings import BadImage
 from heterodiff.errors import DataError, HeterodiffError, reason
@@ -85,7 +85,7 @@ def read_member(archive: zipfile.ZipFile, key: str, max_bytes: int | None) -> np
     return array
 
 
-def _decode_npy(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray:
+def _decode_npy(file: BinaryIO, suffix: str, channels: int | None, background: str) -> np.ndarray:
     head = file.read(8)
     if not head.startswith(b"\x93NUMPY"):
         raise BadImage(f"suffix {suffix} but not an npy file{content_hint(head)}")
@@ -100,7 +100,7 @@ def _decode_npy(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray
     return channels_first(np.load(file, allow_pickle=False), channels)
 
 
-def _decode_npz(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray:
+def _decode_npz(file: BinaryIO, suffix: str, channels: int | None, background: str) -> np.ndarray:
     head = file.read(8)
     if not head.startswith(b"PK"):
         raise BadImage(f"suffix {suffix} but not an npz file{content_hint(head)}")
@@ -112,7 +112,7 @@ def _decode_npz(file: BinaryIO, suffix: str, channels: int | None) -> np.ndarray
         return channels_first(read_member(archive, key, None), channels)
 
 
-_DECODERS: dict[str, Callable[[BinaryIO, str, int | None], np.ndarray]] = {
+_DECODERS: dict[str, Callable[[BinaryIO, str, int | None, str], np.ndarray]] = {
     **dict.fromkeys(SUFFIX_FORMATS, decode_picture),
     **dict.fromkeys((".tif", ".tiff"), decode_tiff),
     ".npy": _decode_npy,
@@ -121,7 +121,7 @@ _DECODERS: dict[str, Callable[[BinaryIO, str, int | None], np.ndarray]] = {
 SUFFIXES = tuple(_DECODERS)
 
 
-def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
+def decode_file(path: Path, channels: int | None = None, background: str = BACKGROUND) -> np.ndarray:
     """Decode the image file ``path``; see :func:`decode_stream`.
 
     Raises:
@@ -132,12 +132,14 @@ def decode_file(path: Path, channels: int | None = None) -> np.ndarray:
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a regular file")
         with path.open("rb") as file:
-            return decode_stream(file, path.suffix, status.st_size, channels)
+            return decode_stream(file, path.suffix, status.st_size, channels, background)
     except OSError as error:
         raise BadImage(f"cannot be decoded: {reason(error)}") from error
 
 
-def decode_stream(file: BinaryIO, suffix: str, size: int, channels: int | None = None) -> np.ndarray:
+def decode_stream(
+    file: BinaryIO, suffix: str, size: int, channels: int | None = None, background: str = BACKGROUND
+) -> np.ndarray:
     """Decode the content of an image file.
 
     Args:
@@ -146,6 +148,7 @@ def decode_stream(file: BinaryIO, suffix: str, size: int, channels: int | None =
         size: bytes.
         channels: wanted channels; converts 8-bit pictures (PNG, JPEG, BMP) to 1, 3 or 4 and tells the channel
             axis of arrays. The result may still have another count: the caller compares.
+        background: colour under what is transparent in pictures that are converted to 1 or 3 channels.
 
     Returns:
         (C, H, W) bool, uint8, uint16 or float32 (all other number types), contiguous and finite.
@@ -158,7 +161,7 @@ def decode_stream(file: BinaryIO, suffix: str, size: int, channels: int | None =
     if suffix.lower() not in SUFFIXES:
         raise BadImage(f"suffix '{suffix}' is not one of {', '.join(SUFFIXES)}")
     try:
-        return plain_numbers(_DECODERS[suffix.lower()](file, suffix.lower(), channels))
+        return plain_numbers(_DECODERS[suffix.lower()](file, suffix.lower(), channels, background))
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files; the file is bad all the same

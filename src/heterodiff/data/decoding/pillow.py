@@ -22,6 +22,8 @@ SIGNATURES = {
     b"<": "XML, SVG or HTML",
     b"%PDF": "PDF",
 }
+BACKGROUND = "white"
+"""Colour under what is transparent."""
 _CONVERTED = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
@@ -40,19 +42,20 @@ def _refuse_deep_colour_png(head: bytes) -> None:
         raise BadImage("16-bit PNG with more than one channel cannot be read without loss: save it as TIFF or npy")
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Turn an 8-bit picture into 1 (grey), 3 (RGB) or 4 (RGBA) channels; alpha is laid over white."""
+def _convert(image: Image.Image, channels: int, background: str) -> Image.Image:
+    """Turn an 8-bit picture into 1 (grey), 3 (RGB) or 4 (RGBA) channels; alpha is laid over ``background``."""
     if channels != 4 and image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def picture_array(image: Image.Image, channels: int | None) -> np.ndarray:
+def picture_array(image: Image.Image, channels: int | None, background: str = BACKGROUND) -> np.ndarray:
     """Return an opened Pillow ``image`` as (C, H, W) uint8, uint16 or float32.
 
-    8-bit pictures are converted to ``channels`` when that is 1, 3 or 4; otherwise palettes become RGB (RGBA with
-    transparency), 1-bit pictures 0 and 255, and all else stays as stored.
+    8-bit pictures are converted to ``channels`` when that is 1, 3 or 4, over the colour ``background`` where that
+    loses transparency; otherwise palettes become RGB (RGBA with transparency), 1-bit pictures 0 and 255, and all else
+    stays as stored.
 
     Raises:
         BadImage: a colour mode that has no direct meaning here, such as CMYK.
@@ -65,7 +68,7 @@ def picture_array(image: Image.Image, channels: int | None) -> np.ndarray:
     if mode not in _CONVERTED:
         raise BadImage(f"colour mode {mode} is not supported: convert it to RGB")
     if channels in (1, 3, 4):
-        image = _convert(image, channels)
+        image = _convert(image, channels, background)
     elif mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif mode == "1":
@@ -74,7 +77,9 @@ def picture_array(image: Image.Image, channels: int | None) -> np.ndarray:
     return array[None] if array.ndim == 2 else channels_first(array, array.shape[2])
 
 
-def decode_picture(file: BinaryIO, suffix: str, channels: int | None = None) -> np.ndarray:
+def decode_picture(
+    file: BinaryIO, suffix: str, channels: int | None = None, background: str = BACKGROUND
+) -> np.ndarray:
     """Decode one PNG, JPEG or BMP file to (C, H, W), uint8 or (16-bit grey PNG) uint16; see `picture_array`.
 
     Raises:
@@ -97,4 +102,4 @@ def decode_picture(file: BinaryIO, suffix: str, channels: int | None = None) -> 
             raise BadImage("animated PNG: save one frame")
         image.load()
         upright = ImageOps.exif_transpose(image) if expected == "JPEG" else image
-        return picture_array(upright, channels)
+        return picture_array(upright, channels, background)

@@ -83,7 +83,7 @@ def _to_channels_first(array: np.ndarray, axes: str, channels: int | None) -> np
         return array  # pages of a TIFF are channels unless the shape says otherwise
 
 
-def decode_tiff(stream: BinaryIO, suffix: str, channels: int | None = None) -> np.ndarray:
+def decode_tiff(stream: BinaryIO, suffix: str, channels: int | None = None, background: str = "") -> np.ndarray:
     """Decode one TIFF to (C, H, W) in its stored number type; ``channels`` tells pages from rows if unclear.
 
     Raises:

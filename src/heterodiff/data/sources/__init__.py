@@ -11,7 +11,7 @@ from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
-from heterodiff.data.inspection import inspect_images
+from heterodiff.data.inspection import Inspection, inspect_images
 from heterodiff.data.split import draw_group_split, saved_test, split_names
 from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
@@ -30,6 +30,10 @@ __all__ = [
     "with_captions",
 ]
 
+
+MODES = {1: "grey", 2: "grey with transparency", 3: "RGB", 4: "RGBA"}
+COLOURED = (3, 4)
+"""Channels that a mixture of 8-bit pictures can be read with without loss."""
 
 _SOURCES = {
     "images": ("heterodiff.data.sources.images:open_images", "a folder of images or an .npz file"),
@@ -159,14 +163,63 @@ def load_test(
     Raises:
         DataError: none are kept, or they cannot be used.
     """
-    collection = open_source(config)
-    if part == "test":
-        collection = part_of(collection, config, part, split)
-    unsplit = config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
-    images = assemble(collection, inspect_images(collection, unsplit, keep=True), unsplit, spec=spec).train
+    found = inspect_source(config, part, split, spec, keep=True)
+    collection = found.collection
+    unsplit = found.config.model_copy(update={"val_fraction": 0.0, "train_classes": None})
+    images = assemble(collection, found.inspection, unsplit, spec=spec).train
     row_of = {name: row for row, name in enumerate(collection.names)}
     chosen = collection.take([row_of[name] for name in images.names])
     return TestImages(images, chosen.groups or chosen.names, chosen.mask)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """Images of a source that have been read once, and the settings that they were read with."""
+
+    config: DataConfig
+    every: Collection
+    collection: Collection
+    inspection: Inspection
+
+
+def inspect_source(
+    config: DataConfig,
+    part: Literal["train", "test", "all"],
+    split: dict[str, Any] | None = None,
+    spec: ImageSpec | None = None,
+    **options: Any,
+) -> Inspected:
+    """Read the images of ``part`` once; pictures of several colour modes are one set of images.
+
+    Args:
+        split, spec: as of :func:`load_data`.
+        **options: of :func:`heterodiff.data.inspection.inspect_images`.
+
+    Raises:
+        DataError: as :func:`open_source` and :func:`part_of`.
+    """
+    of_run = spec.channels if spec is not None and spec.dtype == "uint8" and spec.channels in COLOURED else None
+    if config.channels is None and options.get("trusted"):  # the run's own images, not all of which are read now
+        config = config.model_copy(update={"channels": of_run})
+    every = open_source(config)
+    collection = every if part == "all" else part_of(every, config, part, split)
+    inspection = inspect_images(collection, config, spec=spec, **options)
+    channels = _common_channels(inspection) if config.channels is None else None
+    if channels is None:
+        return Inspected(config, every, collection, inspection)
+    channels = of_run or channels
+    again = inspect_source(config.model_copy(update={"channels": channels}), part, split, spec, **options)
+    counts = ", ".join(f"{count:,} {MODES[c]}" for (c, _), count in sorted(inspection.kinds.items()))
+    note = f"pictures of several kinds ({counts}) are all read as {MODES[channels]}; data.channels chooses another"
+    return replace(again, collection=replace(again.collection, warnings=(*again.collection.warnings, note)))
+
+
+def _common_channels(inspection: Inspection) -> int | None:
+    """Channels that 8-bit pictures of several colour modes have in common; None where they are alike, or others."""
+    found = {channels for channels, _ in inspection.kinds}
+    if len(found) < 2 or not found <= MODES.keys() or {dtype for _, dtype in inspection.kinds} != {"uint8"}:
+        return None
+    return 4 if found & {2, 4} else 3
 
 
 def image_captions(config: DataConfig) -> dict[str, tuple[str, ...]] | None:
@@ -215,10 +268,8 @@ def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: Ima
             raise DataError("data.train_classes: not for stored latents; encode images of these classes alone")
         stored: LoadedData = _open(config, split, spec)
         return stored
-    every = open_source(config)
-    collection = part_of(every, config, "train", split)
     trusted = split_names(split) if split is not None and spec is not None else frozenset()
-    inspection = inspect_images(collection, config, keep=True, trusted=trusted, spec=spec)
-    data = assemble(collection, inspection, config, split, spec)
-    used = set(collection.names)
-    return replace(data, for_test=tuple(name for name in every.names if name not in used))
+    found = inspect_source(config, "train", split, spec, keep=True, trusted=trusted)
+    data = assemble(found.collection, found.inspection, found.config, split, spec)
+    used = set(found.collection.names)
+    return replace(data, for_test=tuple(name for name in found.every.names if name not in used))

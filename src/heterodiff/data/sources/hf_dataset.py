@@ -119,7 +119,7 @@ def _collected(path: Path, parts: dict[str, Any], column: str, config: DataConfi
         where=str(path),
         names=names,
         class_of=tuple(classes),
-        read=partial(read_row, read, tuple(rows), column, config.channels),
+        read=partial(read_row, read, tuple(rows), column, config.channels, config.background),
         problems=tuple(problems),
         warnings=warnings,
         captions=tuple(tuple(dict.fromkeys(captions)) for captions in texts) if captioned else None,
@@ -141,7 +141,12 @@ def _class_of(feature: Any, value: Any, datasets: Any) -> str | None:
 
 
 def read_row(
-    parts: dict[str, Any], rows: tuple[tuple[str, int], ...], column: str, channels: int | None, row: int
+    parts: dict[str, Any],
+    rows: tuple[tuple[str, int], ...],
+    column: str,
+    channels: int | None,
+    background: str,
+    row: int,
 ) -> np.ndarray:
     """Decode the image of ``row``, which is (split, row in it)."""
     name, place = rows[row]
@@ -156,6 +161,6 @@ def read_row(
         return plain_numbers(channels_first(value, channels))
     content = value["bytes"]
     if content is None:
-        return decode_file(Path(value["path"]), channels)
+        return decode_file(Path(value["path"]), channels, background)
     suffix = suffix_of(content[:16], Path(value["path"] or "").suffix)
-    return decode_stream(io.BytesIO(content), suffix, len(content), channels)
+    return decode_stream(io.BytesIO(content), suffix, len(content), channels, background)

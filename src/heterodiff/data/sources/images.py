@@ -55,7 +55,7 @@ def _open_folder(root: Path, config: DataConfig) -> Collection:
         where=str(root),
         names=names,
         class_of=tuple(class_of[name] for name in names),
-        read=partial(read_file, root, names, config.channels),
+        read=partial(read_file, root, names, config.channels, config.background),
         unreadable=scan.unreadable,
         problems=tuple(problems),
         warnings=tuple(warnings),

@@ -106,7 +106,7 @@ def open_webdataset(config: DataConfig) -> Collection:
         where=where,
         names=tuple(names),
         class_of=tuple(sample.label if labelled else None for sample in samples),
-        read=partial(read_sample, tuple(shards), tuple(places), config.channels),
+        read=partial(read_sample, tuple(shards), tuple(places), config.channels, config.background),
         problems=tuple(problems),
         warnings=tuple(warnings),
         captions=tuple(tuple(dict.fromkeys(sample.captions)) for sample in samples) if captioned else None,
@@ -221,7 +221,11 @@ def _add_json(sample: Sample, content: Any, config: DataConfig) -> None:
 
 
 def read_sample(
-    shards: tuple[Shard, ...], places: tuple[tuple[int, str, int, int], ...], channels: int | None, row: int
+    shards: tuple[Shard, ...],
+    places: tuple[tuple[int, str, int, int], ...],
+    channels: int | None,
+    background: str,
+    row: int,
 ) -> np.ndarray:
     """Decode the image of sample ``row``: (number of its shard, suffix, first byte, bytes)."""
     number, suffix, start, size = places[row]
@@ -233,4 +237,4 @@ def read_sample(
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
     if len(content) < size:
         raise BadImage(f"truncated: {size - len(content):,} bytes are missing in its shard")
-    return decode_stream(io.BytesIO(content), suffix, size, channels)
+    return decode_stream(io.BytesIO(content), suffix, size, channels, background)
