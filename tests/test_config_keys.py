@@ -28,6 +28,7 @@ FLOW = {"diffusion.prediction": "flow"}
 
 # A key with a value that is not its default; a run that reads it, and one that does not.
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "data.background": ("black", {"data.source": "images", "data.path": "x"}, {"data.source": "digits"}),
     "training.fsdp": (True, {}, {"recipe": "vae"}),
     "data.path": ("x", {}, {"data.source": "digits"}),
     "data.captions_file": ("c.jsonl", {"data.source": "captions"}, {"data.source": "images"}),
@@ -51,7 +52,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "model.num_head_channels": (32, {}, TEXTS),
     "model.patch_size": (2, {"model.variant": "unet"}, TEXTS),
     "model.sparsity": (0.5, {"model.variant": "hae-v2-conservative"}, {"model.variant": "unet"}),
-    "model.attention_pattern": ("sequence", {}, TEXTS),
+    "model.attention_pattern": ("sequence", {"model.variant": "hae-v2"}, TEXTS),
     "model.num_heads": (8, TEXTS, {"model.num_head_channels": 32}),
     "diffusion.prediction": ("epsilon", TEXTS, {"recipe": "alignment"}),
     "diffusion.schedule": ("linear", {"diffusion.prediction": "v"}, FLOW),

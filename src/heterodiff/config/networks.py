@@ -21,7 +21,7 @@ class ModelConfig(Section):
     """Denoiser; ``heterodiff models`` lists the networks with their sizes and costs."""
 
     variant: Annotated[str, known_name("model variant", list_models)] = Field(
-        "hae-v2",
+        "unet-conv",
         description="`unet`, `hae`, `hae-lite`, `hae-v2`, `hae-v2-conservative`, `hae-v3`, `unet-lean`, "
         "`unet-conv` or, for texts, `film-unet`",
     )

@@ -104,6 +104,16 @@ READERS = (
         "recipe",
         lambda run: True,
     ),
+    _with(
+        "data.background",
+        "data.source",
+        "images",
+        "captions",
+        "webdataset",
+        "hf-dataset",
+        "latents",
+        note=" (pictures, which may be transparent)",
+    ),
     _with("data.path", "data.source", "images", "captions", "webdataset", "hf-dataset", "volumes", "latents"),
     Reader(
         "data.captions_file data.file_column data.text_column",

@@ -58,6 +58,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "model.norm_groups": 32,
     "model.num_heads": 4,
     "model.use_scale_shift_norm": False,
+    "model.variant": "hae-v2",
     "text.captioner_layers": 4,
     "text.captioner_width": 256,
     "text.embedding_dim": 512,
