@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import heterodiff as hd
-from heterodiff.compat.guided_diffusion import EarlierNetwork, HAEUNetModelV2, UNetModel
+from heterodiff.compat.guided_diffusion import EarlierNetwork, HAEUNetModelV2, HAEUNetModelV2Conservative, UNetModel
 from heterodiff.errors import ConfigError
 
 NETWORKS = EarlierNetwork.__subclasses__()
@@ -149,10 +149,50 @@ def test_save_and_load(network, batch, tmp_path):
     assert torch.equal(hd.HAEUNet.from_pretrained(tmp_path)(x, t, y).sample, network(x, t, y))
 
 
+def test_texts_as_on_the_command_line_of_guided_diffusion():
+    """There, attention is named by the sides of maps in pixels."""
+    given = {**ARGUMENTS, "channel_mult": "1,2", "attention_resolutions": "8"}
+    assert UNetModel(**given).config.channel_mult == UNetModel(**ARGUMENTS).config.channel_mult
+    assert UNetModel(**given).config.attention_resolutions == [2]
+    with pytest.raises(ConfigError, match="channel_mult='1;2': expected numbers such as '1,2,4'"):
+        UNetModel(**{**ARGUMENTS, "channel_mult": "1;2"})
+
+
+def test_half_precision_is_autocast(network, batch):
+    x, t, y = batch
+    half = awaken(HAEUNetModelV2(**ARGUMENTS, use_fp16=True))
+    half.load_state_dict(network.state_dict())
+    found, expected = half(x, t, y), network(x, t, y)
+    assert {parameter.dtype for parameter in half.parameters()} == {found.dtype} == {torch.float32}
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_kind(dtype, network, batch):
+    x, t, y = batch
+    assert torch.equal(network(x, t, y.to(dtype)), network(x, t, y))
+    with pytest.raises(ConfigError, match=r"y: expected integers, found torch.float32"):
+        network(x, t, y.float())
+
+
+def test_the_class_of_two_networks_is_read_from_the_weights(batch, tmp_path):
+    """The published network of this name, and the one that has the weights of hae-v2."""
+    x, t, y = batch
+    model = HAEUNetModelV2Conservative(**ARGUMENTS)
+    published = {k: v for k, v in ARGUMENTS.items() if k not in ("image_size", "num_res_blocks")}
+    published |= {"sample_size": 16, "layers_per_block": 1}
+    for name in ("hae-v2-conservative-public", "hae-v2-conservative", "hae-v2-conservative-public"):
+        options = {} if name.endswith("public") else {"attention_pattern": "sequence"}
+        same = awaken(hd.create_model(name, **published, **options))
+        model.load_state_dict(same.state_dict())
+        assert model.config.variant == name
+        assert torch.equal(model.eval()(x, t, y), same(x, t, y).sample)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hd.HAEUNet.from_pretrained(tmp_path)(x, t, y).sample, same(x, t, y).sample)
+
+
 def test_unsupported_arguments():
     UNetModel(**ARGUMENTS, use_fp16=False, use_new_attention_order=False)
-    with pytest.raises(ConfigError, match="autocast"):
-        UNetModel(**ARGUMENTS, use_fp16=True)
     with pytest.raises(ConfigError, match="heterodiff import"):
         UNetModel(**ARGUMENTS, use_new_attention_order=True)
     with pytest.raises(ConfigError, match="dims"):

@@ -168,8 +168,8 @@ def test_a_key_is_taken_by_who_reads_it_and_refused_elsewhere(key: str) -> None:
         (
             {**TEXTS, "model.attention_resolutions": [2], "model.resblock_updown": True},
             "model.attention_resolutions=[2], model.resblock_updown=true are read only with model.variant=unet, hae, "
-            "hae-lite, hae-v2, hae-v2-conservative, hae-v3, unet-lean or unet-conv, not with model.variant=film-unet; "
-            "leave them out, or change that",
+            "hae-lite, hae-v2, hae-v2-conservative, hae-v2-conservative-public, hae-v3, unet-lean or unet-conv, not "
+            "with model.variant=film-unet; leave them out, or change that",
         ),
     ],
 )

@@ -56,6 +56,24 @@ def test_thirty_steps_equal_fifteen_and_fifteen(case: str, tmp_path: Path) -> No
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
+@pytest.mark.parametrize("variants", [("hae-v2", "hae-v2-conservative"), ("hae-v2-conservative", "hae-v2")], ids=str)
+def test_a_run_goes_on_with_the_network_of_equal_weights(variants: tuple[str, str], tmp_path: Path) -> None:
+    """Bit by bit as before, with more or less memory."""
+    straight, first, second = (
+        tiny_config(tmp_path / name, model__variant=variant, training__steps=8)
+        for name, variant in (("straight", variants[0]), ("changed", variants[0]), ("changed", variants[1]))
+    )
+    train(straight, quiet=True)
+    train(first, quiet=True, stop_after=4)
+    train(second, quiet=True)
+    expected, found = (last_checkpoint(tmp_path / name) for name in ("straight", "changed"))
+    assert found[0] == expected[0] == 8
+    assert [key for key, value in expected[1].items() if not torch.equal(found[1][key], value)] == []
+    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "changed")
+    with pytest.raises(RunError, match=r"model.variant: .* -> unet"):
+        train(tiny_config(tmp_path / "changed", model__variant="unet", training__steps=8), quiet=True)
+
+
 def start_training(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "heterodiff.cli", "train", str(config_file)]

@@ -28,6 +28,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "hae-lite": ("hae-lite", SMALL),
     "hae-v2": ("hae-v2", SMALL),
     "hae-v2-conservative": ("hae-v2-conservative", SMALL),
+    "hae-v2-conservative-public": ("hae-v2-conservative-public", SMALL),
     "hae-v2-vector": ("hae-v2", {**SMALL, "num_classes": None, "condition_dim": 6}),
     "hae-v3": ("hae-v3", SMALL),
     "unet-conv": ("unet-conv", SMALL),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from heterodiff.models.attention.patterns import Grid, make_pattern
 from heterodiff.models.blocks import AttentionBlock, to_map, to_tokens
-from heterodiff.models.hybrid import REGIONAL_PATCHES, SparseSelfAttention
+from heterodiff.models.hybrid import REGIONAL_PATCHES, MaskedSelfAttention, SparseSelfAttention
 from heterodiff.models.pooled import PooledAttention
 
 
@@ -23,6 +23,8 @@ def make_naive(model: nn.Module) -> nn.Module:
             module.forward = MethodType(_dense_masked_attention, module)
         elif isinstance(module, PooledAttention):
             module.forward = MethodType(_attention_to_means, module)
+        elif isinstance(module, MaskedSelfAttention):
+            module.forward = MethodType(_attention_of_a_scale, module)
     return model
 
 
@@ -30,7 +32,8 @@ def _attention_to_outer_product(self: AttentionBlock, x: Tensor, condition: Tens
     height, width = x.shape[2:]
     qkv = self.qkv(to_tokens(self.norm(x)))
     q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-    if self.encoder_kv is not None:
+    without = not self.tokens_of_none and (condition is None or not condition.any())
+    if self.encoder_kv is not None and not without:
         if condition is None:
             condition = x.new_zeros(len(x), self.encoder_kv.in_channels)
         outer = condition[:, :, None] if self.one_token else condition[:, :, None] * condition[:, None, :]
@@ -70,6 +73,17 @@ def _attention_to_means(self: PooledAttention, n: Tensor, condition: Tensor | No
         k, v = tokens @ k_weight[rows].T + k_bias[rows], tokens @ v_weight[rows].T + v_bias[rows]
         answers.append((q @ k.transpose(1, 2) / 32**0.5).softmax(-1) @ v)
     return to_map(self.proj_out(torch.cat(answers, dim=-1)), height, width)
+
+
+def _attention_of_a_scale(self: MaskedSelfAttention, tokens: Tensor) -> Tensor:
+    """By torch's own function, under a mask of which the diagonal and a random fifth are hidden."""
+    attention = nn.MultiheadAttention(tokens.shape[-1], self.num_heads, batch_first=True, dtype=tokens.dtype)
+    attention.load_state_dict(self.state_dict())
+    hidden = None
+    if (length := tokens.shape[1]) > 64:
+        hidden = torch.rand(length, length, generator=torch.Generator().manual_seed(self.seed)) < 0.2
+        hidden |= torch.eye(length, dtype=torch.bool)
+    return attention(tokens, tokens, tokens, attn_mask=hidden)[0]
 
 
 def _dense_masked_attention(

@@ -85,6 +85,8 @@ def run_stage(stage: Weights, config: dict[str, Any], h: Tensor, embedding: Tens
             h = self_attention(layer, h, number_of_heads(config, h.shape[1]))
         elif "fusion_conv.weight" in layer:
             h = hybrid_block(layer, h, embedding, visible(config, h.shape[2], h.shape[3]))
+        elif "transformer_block.scale_fusion.weight" in layer:
+            h = published_block(layer, h, embedding, c, config["pattern_seed"])
         elif "conv.weight" in layer:
             doubled = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             h = F.conv2d(doubled, layer["conv.weight"], layer["conv.bias"], padding=1)
@@ -136,6 +138,45 @@ def pooled_attention(p: Weights, n: Tensor, c: Tensor) -> Tensor:
     heads = zip(q.split(32, dim=1), k.split(32, dim=1), v.split(32, dim=1), strict=True)
     answer = torch.cat([attention(*rows) for rows in heads], dim=1)
     return F.conv1d(answer, p["proj_out.weight"][:, :, None], p["proj_out.bias"]).reshape(n.shape)
+
+
+def published_block(p: Weights, x: Tensor, embedding: Tensor, c: Tensor, seed: int) -> Tensor:
+    """The hybrid block of the published HAEUNetModelV2Conservative, token by token, head by head."""
+    r = res_block(below(p, "cnn_block."), x, embedding, c)
+    t = below(p, "transformer_block.")
+    height, width = r.shape[2:]
+    channels, maps = r.shape[1], []
+
+    def norm(z: Tensor, name: str) -> Tensor:
+        return F.layer_norm(z, (channels,), t[f"{name}.weight"], t[f"{name}.bias"])
+
+    for i, size in enumerate((1, 4, 8)):
+        rows, columns = math.ceil(height / size), math.ceil(width / size)
+        cells = [
+            r[:, :, size * a : size * (a + 1), size * b : size * (b + 1)].sum((2, 3)) / size**2  # zeros fill it up
+            for a in range(rows)
+            for b in range(columns)
+        ]
+        z = torch.stack(cells, dim=1)  # (B, S, C)
+        hidden = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+        if len(cells) > 64:
+            hidden = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+            hidden |= torch.eye(len(cells), dtype=torch.bool)
+        a = below(t, f"attentions.{i}.")
+        q, k, v = F.linear(norm(z, "norm1"), a["in_proj_weight"], a["in_proj_bias"]).chunk(3, dim=2)
+        answers = []
+        for head in zip(q.chunk(8, 2), k.chunk(8, 2), v.chunk(8, 2), strict=True):
+            scores = head[0] @ head[1].transpose(1, 2) / math.sqrt(channels / 8)
+            answers.append(scores.masked_fill(hidden, -math.inf).softmax(2) @ head[2])
+        z = z + F.linear(torch.cat(answers, dim=2), a["out_proj.weight"], a["out_proj.bias"])
+        wide = F.linear(norm(z, "norm2"), t["mlp.mlp.0.weight"], t["mlp.mlp.0.bias"])
+        z = z + F.linear(F.gelu(wide), t["mlp.mlp.3.weight"], t["mlp.mlp.3.bias"])
+        coarse = z.transpose(1, 2).reshape(len(z), channels, rows, columns)
+        maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
+    joined = torch.cat(maps, dim=1).permute(0, 2, 3, 1)
+    both = torch.cat([r, F.linear(joined, t["scale_fusion.weight"], t["scale_fusion.bias"]).permute(0, 3, 1, 2)], dim=1)
+    fused = F.conv2d(both, p["fusion.0.weight"], p["fusion.0.bias"])
+    return silu(group_norm(fused, p["fusion.1.weight"], p["fusion.1.bias"], groups=8))
 
 
 def self_attention(p: Weights, x: Tensor, heads: int, c: Tensor | None = None) -> Tensor:

@@ -27,12 +27,16 @@ FORMATS: dict[str, CheckpointFormat] = {
     "guided-diffusion": CheckpointFormat(
         origin="OpenAI guided-diffusion (ADM)",
         variants=("unet",),
-        without={".encoder_kv.": "condition tokens (encoder_kv)", ".transformer_branch.": "hybrid blocks"},
+        without={
+            ".encoder_kv.": "condition tokens (encoder_kv)",
+            ".transformer_branch.": "hybrid blocks",
+            ".cnn_block.": "hybrid blocks",
+        },
         qkv_orders=True,
     ),
     "anofpdm": CheckpointFormat(
         origin="AnoFPDM and the earlier HAE networks",
-        variants=("unet", "hae", "hae-lite", "hae-v2", "hae-v2-conservative"),
+        variants=("unet", "hae", "hae-lite", "hae-v2", "hae-v2-conservative", "hae-v2-conservative-public"),
         identity_norms=("unet", "hae"),
     ),
 }

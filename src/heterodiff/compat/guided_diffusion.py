@@ -9,12 +9,14 @@ New code uses ``heterodiff.create_model``; a checkpoint file becomes a folder fo
 ``heterodiff.compat.importing.import_checkpoint``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from heterodiff.compat.inference import is_by_scale
 from heterodiff.compat.names import current_names
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import drop_condition
@@ -30,9 +32,11 @@ class EarlierNetwork(HAEUNet):
         image_size, num_res_blocks: ``sample_size`` and ``layers_per_block`` of :class:`HAEUNet`.
         in_channels, model_channels, out_channels, attention_resolutions (downsampling factors), dropout,
             channel_mult, conv_resample, dims, num_classes, use_checkpoint, num_heads, use_scale_shift_norm,
-            resblock_updown, use_hae, bottleneck_ratio, memory_optimization, zero_threshold: as there.
+            resblock_updown, use_hae, bottleneck_ratio, memory_optimization, zero_threshold: as there. The two
+            sequences may be texts, as on the command line of guided-diffusion: ``channel_mult="1,2,4"``, and
+            ``attention_resolutions="16,8"``, which are sides of maps in pixels.
         num_head_channels, num_heads_upsample: as there; -1 means not given.
-        use_fp16: only False; precision is the caller's choice through autocast.
+        use_fp16: compute under autocast, in float16 on accelerators and bfloat16 on CPUs; weights stay float32.
         use_new_attention_order: only False; the weights of these networks are in the legacy order.
         clf_free: True: class embedding through an MLP and condition tokens; False: one table of the block
             embedding's width and no condition tokens (OpenAI's class-conditional networks).
@@ -57,9 +61,9 @@ class EarlierNetwork(HAEUNet):
         model_channels: int,
         out_channels: int,
         num_res_blocks: int,
-        attention_resolutions: Sequence[int],
+        attention_resolutions: Sequence[int] | str,
         dropout: float = 0.0,
-        channel_mult: Sequence[int | float] = (1, 2, 4, 8),
+        channel_mult: Sequence[int | float] | str = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | None = None,
@@ -82,11 +86,10 @@ class EarlierNetwork(HAEUNet):
         max_keys: int = 1024,
         pattern_seed: int = 0,
     ):
-        if use_fp16:
-            raise ConfigError(
-                "use_fp16=True is not offered: weights stay float32 and the caller chooses the precision; leave it out "
-                "and run the network under torch.autocast(device, torch.bfloat16) or torch.float16"
-            )
+        if isinstance(channel_mult, str):
+            channel_mult = _numbers("channel_mult", channel_mult)
+        if isinstance(attention_resolutions, str):
+            attention_resolutions = _factors(attention_resolutions, image_size)
         if use_new_attention_order:
             raise ConfigError(
                 "use_new_attention_order=True: these networks hold their weights in the legacy order; import such a "
@@ -97,6 +100,7 @@ class EarlierNetwork(HAEUNet):
         if not clf_free:
             arguments |= {"class_embedding": "direct", "condition_tokens": False}
         super().__init__(variant=self.variant, **current_names(arguments))
+        self.use_fp16 = use_fp16
         self.register_load_state_dict_pre_hook(_drop_unused_token_weights)
 
     def forward(  # type: ignore[override]
@@ -130,7 +134,9 @@ class EarlierNetwork(HAEUNet):
             raise ConfigError(f"threshold: expected a probability in (0, 1], or -1 for no dropping, found {threshold}")
         if self.config.num_classes is not None:
             y = _labels(y, threshold, null)
-        return super().forward(x, timesteps, y, return_dict=False)[0]
+        low = torch.bfloat16 if x.device.type == "cpu" else torch.float16
+        with torch.autocast(x.device.type, low, enabled=self.use_fp16):
+            return super().forward(x, timesteps, y, return_dict=False)[0].to(x.dtype)
 
 
 def _labels(y: Tensor | None, threshold: float, null: bool) -> Tensor | None:
@@ -144,7 +150,23 @@ def _labels(y: Tensor | None, threshold: float, null: bool) -> Tensor | None:
             "this network is class-conditional: pass the labels y, or null=True (with clf_free=True) "
             "for a prediction without a condition"
         )
-    return drop_condition(y, threshold) if training else y
+    if y.is_floating_point() or y.is_complex():
+        raise ConfigError(f"y: expected integers, found {y.dtype}")
+    return drop_condition(y.long(), threshold) if training else y.long()
+
+
+def _factors(sides: str, image_size: int | tuple[int, int]) -> list[int]:
+    """Downsampling factors of maps with these ``sides`` in pixels."""
+    whole = image_size if isinstance(image_size, int) else max(image_size)
+    return [whole // int(side) for side in _numbers("attention_resolutions", sides) if side >= 1]
+
+
+def _numbers(name: str, text: str) -> tuple[int | float, ...]:
+    """Read ``1,2,4``; raises ConfigError for anything else."""
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: expected numbers such as '1,2,4'") from None
 
 
 _NOT_PASSED_ON = ("self", "__class__", "use_fp16", "use_new_attention_order", "clf_free")
@@ -184,6 +206,18 @@ class HAEUNetModelV2(EarlierNetwork):
 
 
 class HAEUNetModelV2Conservative(EarlierNetwork):
-    """``hae-v2-conservative``."""
+    """``hae-v2-conservative``, or the published network of this name, ``hae-v2-conservative-public``.
+
+    Which one is read from the weights that are loaded. The networks have different parameters, so make optimisers
+    after loading.
+    """
 
     variant = "hae-v2-conservative"
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights, of the published network too; otherwise as of ``torch.nn.Module``."""
+        published = is_by_scale(state_dict)
+        variant = "hae-v2-conservative-public" if published else "hae-v2-conservative"
+        if variant != self.config.variant and (published or any(".transformer_branch." in name for name in state_dict)):
+            self._become(variant)
+        return super().load_state_dict(state_dict, *args, **kwargs)

@@ -1,7 +1,7 @@
 """Configuration of a guided-diffusion network from the names and shapes of its weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,21 +101,31 @@ def _infer_classes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def is_by_scale(names: Iterable[str]) -> bool:
+    """Return whether weights of these names have the hybrid blocks of the published HAEUNetModelV2Conservative."""
+    return any(".transformer_block.scale_fusion." in name for name in names)
+
+
 def _infer_hybrid(shapes: Shapes) -> tuple[HybridSpec | None, dict[str, float]]:
     """Infer the hybrid block, and the ``bottleneck_ratio`` of one with a bottleneck MLP."""
-    blocks = sorted({name.split(".transformer_branch.")[0] for name in shapes if ".transformer_branch." in name})
+    by_scale = is_by_scale(shapes)
+    branch, fusion = (
+        ("transformer_block", "fusion.0.weight") if by_scale else ("transformer_branch", "fusion_conv.weight")
+    )
+    blocks = sorted({name.split(f".{branch}.")[0] for name in shapes if f".{branch}." in name})
     if not blocks:
         return None, {}
-    first = f"{blocks[0]}.transformer_branch"
-    fusion = f"{blocks[0]}.fusion_conv.weight"
+    first = f"{blocks[0]}.{branch}"
+    fusion = f"{blocks[0]}.{fusion}"
     spec = HybridSpec(
         linear_patches=f"{first}.patch_projections.0.weight" in shapes,
         bottleneck_mlp=f"{first}.mlp.mlp.0.weight" in shapes,
         concat_fusion=_dim(shapes, fusion, 1) == 2 * _dim(shapes, fusion, 0),
+        by_scale=by_scale,
     )
     if not spec.bottleneck_mlp:
         return spec, {}
-    weights = [f"{block}.transformer_branch.mlp.mlp.0.weight" for block in blocks]
+    weights = [f"{block}.{branch}.mlp.mlp.0.weight" for block in blocks]
     ratio = _bottleneck_ratio({_dim(shapes, name, 1): _dim(shapes, name, 0) for name in weights})
     return spec, {"bottleneck_ratio": ratio}
 

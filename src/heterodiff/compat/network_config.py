@@ -47,10 +47,10 @@ def complete_config(
     reasons["activation"] = (
         f"{row.origin}: {'its norms ignored their activation' if identity else 'SiLU after the norms'}"
     )
-    if inferred.hybrid is not None:
+    if inferred.hybrid is not None and not inferred.hybrid.by_scale:
         config["attention_pattern"] = "sequence"
         reasons["attention_pattern"] = "the earlier pattern; its random keys are now drawn once, from pattern_seed"
-    elif VARIANTS[variant].hybrid is not None:
+    elif inferred.hybrid is None and VARIANTS[variant].hybrid is not None:
         config["use_hae"] = False
     compared = (inferred.config.keys() - NOT_COMPARED) | IMPORT_ARGUMENTS.keys()
     config |= {name: value for name, value in given.items() if name not in compared}

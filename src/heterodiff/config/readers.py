@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from heterodiff.config.run import RunConfig
 
 DENOISERS = "by recipes diffusion and text-image, which train a denoiser"
-HYBRIDS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid is not None)
+HYBRIDS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid and not variant.hybrid.by_scale)
 
 
 @dataclass(frozen=True)

@@ -208,14 +208,22 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + proj(attention(GN(x))) over all positions and, with ``condition_dim``, over the condition tokens.
 
-    The condition is E tokens, columns of c c^T, as in earlier checkpoints, or with ``one_token`` c itself.
+    The condition is E tokens, columns of c c^T, as in earlier checkpoints, or with ``one_token`` c itself. Rows without
+    a condition see tokens of zeros; without ``tokens_of_none`` only in a batch where another row has one.
 
     Weight rows: ``qkv`` per head [q; k; v], ``encoder_kv`` per head [k; v] (guided-diffusion's legacy order).
     """
 
-    def __init__(self, channels: int, num_heads: int, condition_dim: int | None, one_token: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        condition_dim: int | None,
+        one_token: bool = False,
+        tokens_of_none: bool = True,
+    ):
         super().__init__()
-        self.num_heads, self.one_token = num_heads, one_token
+        self.num_heads, self.one_token, self.tokens_of_none = num_heads, one_token, tokens_of_none
         self.norm = GroupNorm32(channels)
         self.qkv = Pointwise(channels, 3 * channels)
         self.encoder_kv = None if condition_dim is None else Pointwise(condition_dim, 2 * channels)
@@ -227,7 +235,7 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(to_tokens(self.norm(x))).unflatten(-1, (self.num_heads, 3, -1))
         q, kv = qkv.split([1, 2], dim=3)  # (B, T, heads, 1 or 2, d)
         q = q.squeeze(3)
-        if self.encoder_kv is None:
+        if self.encoder_kv is None or (condition is None and not self.tokens_of_none):
             k, v = kv.transpose(1, 2).unbind(3)
             a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
         elif self.one_token:
@@ -238,5 +246,6 @@ class AttentionBlock(nn.Module):
             a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
         else:
             weight = self.encoder_kv.weight.squeeze(-1)
-            a = attend_with_condition(q, kv, condition, weight, self.encoder_kv.bias)
+            shown = None if self.tokens_of_none else condition.ne(0).any()  # type: ignore[union-attr]
+            a = attend_with_condition(q, kv, condition, weight, self.encoder_kv.bias, shown=shown)
         return to_map(self.proj_out(a.flatten(2)) + to_tokens(x), height, width)

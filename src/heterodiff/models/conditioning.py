@@ -37,6 +37,7 @@ def attend_with_condition(
     weight: Tensor,
     bias: Tensor,
     merge_tokens: bool | None = None,
+    shown: Tensor | None = None,
 ) -> Tensor:
     """Attention over the positions and the E condition tokens.
 
@@ -55,11 +56,12 @@ def attend_with_condition(
         weight, bias: (2 * heads * d, E) and (2 * heads * d,), rows per head [k; v].
         merge_tokens: replace the E tokens by that one. Default: on a CPU, for at most E positions, where it is less
             work; elsewhere it takes four times the kernel launches, and fused kernels do not take its head width.
+        shown: bool scalar on the device, False hides all condition tokens; they are then not merged.
 
     Returns:
         (B, T, heads, d).
     """
-    if merge_tokens is None:
+    if shown is None and merge_tokens is None:
         merge_tokens = q.device.type == "cpu" and q.shape[1] <= weight.shape[1]
     if merge_tokens:
         return _attend_merged(q, kv, condition, weight, bias)
@@ -70,7 +72,11 @@ def attend_with_condition(
         tokens = torch.baddbmm(tokens, c[:, :, None], factors[:, None])
     every = tokens.unflatten(-1, (heads, 2, width)).to(kv.dtype), kv
     k, v = torch.cat([t.permute(3, 0, 2, 1, 4) for t in every], dim=3)  # each (B, heads, E + T, d)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+    mask = None
+    if shown is not None:
+        seen = torch.ones(kv.shape[1], dtype=torch.bool, device=kv.device)
+        mask = torch.cat([shown.expand(tokens.shape[1]), seen])[None, None, None]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _attend_merged(q: Tensor, kv: Tensor, condition: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:

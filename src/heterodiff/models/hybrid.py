@@ -16,6 +16,10 @@ from heterodiff.models.variants import HybridSpec
 
 REGIONAL_PATCHES = (4, 8)
 NUM_HEADS = 8
+SCALES, SCALE_GROUPS = (1, 4, 8), 8
+"""Patch sizes of the block of the published network, and groups of its norm."""
+UNMASKED, HIDDEN_SHARE = 64, 0.2
+"""Longest sequence without a mask there, and the share of pairs that a mask hides besides the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,62 @@ class SparseSelfAttention(nn.Module):
         kv = F.linear(torch.cat([local, regional], dim=1), kv_weight, kv_bias)
         pattern = self.device_pattern(height, width, local.device)
         return self.out_proj(sparse_attention(q, kv, pattern, self.num_heads))
+
+
+class MaskedSelfAttention(nn.Module):
+    """Multi-head attention with the parameters of ``nn.MultiheadAttention`` under a mask that is drawn once.
+
+    Args:
+        seed: of the mask.
+    """
+
+    def __init__(self, channels: int, num_heads: int, seed: int):
+        super().__init__()
+        self.num_heads, self.seed = num_heads, seed
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.given_masks: dict[int, Tensor] = {}
+        self._placed: dict[tuple[int, torch.device], Tensor] = {}
+
+    def visible(self, length: int, device: torch.device) -> Tensor | None:
+        """Bool (S, S) of the keys that each query sees; None where it sees all."""
+        if length <= UNMASKED and length not in self.given_masks:
+            return None
+        if torch.compiler.is_compiling():
+            self._place_while_compiling(length, device)
+        else:
+            self._place(length, device)
+        return self._placed[length, device]
+
+    def _place(self, length: int, device: torch.device) -> None:
+        if (length, device) in self._placed:
+            return
+        hidden = self.given_masks.get(length)
+        if hidden is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            hidden = torch.rand(length, length, generator=generator) < HIDDEN_SHARE
+            hidden.fill_diagonal_(True)
+        with torch.inference_mode(False):  # else a mask first met in sampling could not serve training
+            self._placed[length, device] = (~hidden).to(device)
+
+    @torch.compiler.assume_constant_result
+    def _place_while_compiling(self, length: int, device: torch.device) -> None:
+        self._place(length, device)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Use ``mask`` (S, S), True = hidden, whenever the sequence has S tokens."""
+        self.given_masks[mask.shape[0]] = mask
+        self._placed.clear()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S, C) -> (B, S, C)."""
+        qkv = F.linear(tokens, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mask = self.visible(tokens.shape[1], tokens.device)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 def make_mlp(channels: int, spec: HybridSpec, bottleneck_ratio: float, dropout: float) -> nn.Sequential:
@@ -173,3 +233,58 @@ class HybridBlock(nn.Module):
         a, b = self.conv_branch(h), self.transformer_branch(h)
         fused = torch.cat([a, b], dim=1) if self.concat_fusion else a.add_(b).mul_(0.5)
         return self.fusion_conv(fused).add_(x)
+
+
+class ScaleTransformer(nn.Module):
+    """MSTB of the published network: at each scale z + A(LN(z)), then z + MLP(LN(z)); a linear layer joins the maps.
+
+    Tokens of a scale are means of patches, of which zeros fill up the last ones; coarse maps are brought back by
+    bilinear interpolation.
+    """
+
+    def __init__(self, channels: int, spec: HybridSpec, bottleneck_ratio: float, dropout: float, seed: int):
+        super().__init__()
+        self.attentions = nn.ModuleList(MaskedSelfAttention(channels, NUM_HEADS, seed) for _ in SCALES)
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.mlp = make_mlp(channels, spec, bottleneck_ratio, dropout)
+        self.scale_fusion = nn.Linear(len(SCALES) * channels, channels)
+
+    def forward(self, r: Tensor) -> Tensor:
+        """r (B, C, H, W) -> (B, C, H, W)."""
+        height, width = r.shape[2:]
+        scales = []
+        for p, attention in zip(SCALES, self.attentions, strict=True):
+            coarse = r if p == 1 else F.avg_pool2d(F.pad(r, (0, -width % p, 0, -height % p)), p)
+            z = to_tokens(coarse)
+            z = z + attention(self.norm1(z))
+            z = z + self.mlp(self.norm2(z))
+            if p > 1:
+                coarse = to_map(z, *coarse.shape[2:])
+                z = to_tokens(F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False))
+            scales.append(z)
+        return to_map(self.scale_fusion(torch.cat(scales, dim=-1)), height, width)
+
+
+class ScaleHybridBlock(nn.Module):
+    """Hybrid block of the published network: a residual block, then the Transformer on its result, then both fused."""
+
+    def __init__(
+        self,
+        cnn_block: nn.Module,
+        channels: int,
+        spec: HybridSpec,
+        bottleneck_ratio: float,
+        dropout: float,
+        seed: int,
+    ):
+        super().__init__()
+        self.cnn_block = cnn_block
+        self.transformer_block = ScaleTransformer(channels, spec, bottleneck_ratio, dropout, seed)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 1), nn.GroupNorm(SCALE_GROUPS, channels), nn.SiLU()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, C, H, W), SiLU of the embedding (B, E) -> (B, C, H, W)."""
+        r = self.cnn_block(x, embedding)
+        return self.fusion(torch.cat([r, self.transformer_block(r)], dim=1))

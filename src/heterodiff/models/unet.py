@@ -32,10 +32,16 @@ from heterodiff.models.defaults import (
     SPARSITY,
     default_levels,
 )
-from heterodiff.models.hybrid import HybridBlock, PatternSpec, SparseSelfAttention
+from heterodiff.models.hybrid import (
+    HybridBlock,
+    MaskedSelfAttention,
+    PatternSpec,
+    ScaleHybridBlock,
+    SparseSelfAttention,
+)
 from heterodiff.models.normalization import GroupNorm32, set_norm_groups
 from heterodiff.models.pooled import PooledResBlock
-from heterodiff.models.variants import VARIANTS
+from heterodiff.models.variants import VARIANTS, HybridSpec
 
 CONDITION_TOKENS = ("full", "one", "none")
 DEFAULTS: dict[str, Any] = {
@@ -66,8 +72,8 @@ class Stage(nn.ModuleList):
                     x = recomputed(layer, x, *inputs)
                 else:
                     x = layer(x, *inputs, recompute=recompute == "cheap")
-            elif isinstance(layer, HybridBlock | AttentionBlock):
-                argument = embedding if isinstance(layer, HybridBlock) else condition
+            elif isinstance(layer, HybridBlock | ScaleHybridBlock | AttentionBlock):
+                argument = condition if isinstance(layer, AttentionBlock) else embedding
                 x = layer(x, argument) if recompute == "nothing" else recomputed(layer, x, argument)
             else:
                 x = layer(x)
@@ -167,10 +173,20 @@ class HAEUNet(Backbone):
         self.gradient_checkpointing = use_checkpoint
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(self.config.channel_mult) - 1)
-        embedding_dim = self._make_embeddings()
-        self._build(embedding_dim)
-        set_norm_groups(self, self.config.norm_groups)
+        self._make_layers()
         self._finish()
+
+    def _make_layers(self) -> None:
+        self._build(self._make_embeddings())
+        set_norm_groups(self, self.config.norm_groups)
+
+    def _become(self, variant: str) -> None:
+        """Replace all layers by fresh ones of another variant with the same arguments."""
+        device, dtype = self.device, self.dtype
+        self.register_to_config(variant=variant)
+        self._make_layers()
+        self.to(device, dtype)
+        self._lay_out_weights()
 
     def _fill_in_defaults(self, of_variant: Mapping[str, Any]) -> None:
         """Put defaults in the place of arguments that are None."""
@@ -243,7 +259,7 @@ class HAEUNet(Backbone):
         def attention(channels: int, heads: int) -> AttentionBlock:
             if c.num_head_channels is not None:
                 heads = channels // c.num_head_channels
-            return AttentionBlock(channels, heads, token_dim, one_token=c.condition_tokens == "one")
+            return AttentionBlock(channels, heads, token_dim, c.condition_tokens == "one", spec.tokens_of_none)
 
         def layers(in_channels: int, level: int, heads: int, pooled: bool = False) -> list[nn.Module]:
             width = widths[level]
@@ -253,6 +269,12 @@ class HAEUNet(Backbone):
                 else res(in_channels, width)
             )
             return [block, attention(width, heads)] if 2**level in c.attention_resolutions else [block]
+
+        def hybrid(channels: int, of: HybridSpec) -> nn.Module:
+            if of.by_scale:
+                block = res(channels, channels)
+                return ScaleHybridBlock(block, channels, of, c.bottleneck_ratio, c.dropout, c.pattern_seed)
+            return HybridBlock(channels, embedding_dim, of, c.bottleneck_ratio, c.dropout, pattern)
 
         def resample(channels: int, direction: str) -> nn.Module:
             if c.resblock_updown:
@@ -283,9 +305,7 @@ class HAEUNet(Backbone):
                 channels = width
                 if before_up:
                     if spec.hybrid is not None:
-                        stage.append(
-                            HybridBlock(channels, embedding_dim, spec.hybrid, c.bottleneck_ratio, c.dropout, pattern)
-                        )
+                        stage.append(hybrid(channels, spec.hybrid))
                     stage.append(resample(channels, "up"))
                 self.output_blocks.append(Stage(*stage))
         self.out = FusedSequential(
@@ -297,6 +317,9 @@ class HAEUNet(Backbone):
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
         """Iterate over the sparse attention of each hybrid block."""
         return (m for m in self.modules() if isinstance(m, SparseSelfAttention))
+
+    def _masked_attentions(self) -> Iterator[SparseSelfAttention | MaskedSelfAttention]:
+        return (m for m in self.modules() if isinstance(m, SparseSelfAttention | MaskedSelfAttention))
 
     def set_attention_masks(self, masks: dict[int, Tensor]) -> None:
         """Use given masks instead of the pattern: ``{S: BoolTensor (S, S)}``, True = hidden, by sequence length.
@@ -310,7 +333,7 @@ class HAEUNet(Backbone):
                     f"attention mask for S={length}: expected bool ({length}, {length}), "
                     f"found {mask.dtype} {tuple(mask.shape)}"
                 )
-            for attention in self.sparse_attentions():
+            for attention in self._masked_attentions():
                 attention.set_mask(mask)
 
     def _check_sample(self, sample: Tensor) -> None:

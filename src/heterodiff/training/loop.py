@@ -23,7 +23,7 @@ from heterodiff.memory import keep_freed_memory
 from heterodiff.run_folder import CHECKPOINTS, GONE, RunFolder
 from heterodiff.training.batches import Batch, Stream, derive_seed, share_of
 from heterodiff.training.checkpoints.checkpoint import Checkpoint, write_checkpoint
-from heterodiff.training.checkpoints.resume import fingerprint
+from heterodiff.training.checkpoints.resume import fingerprint, fingerprints
 from heterodiff.training.checkpoints.state import capture, restore
 from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
@@ -249,7 +249,7 @@ class Trainer:
         kind = checkpoint.state.get("recipe")
         if kind != self.config.recipe:
             raise CheckpointError(f"checkpoint of recipe '{kind}', expected '{self.config.recipe}'")
-        if checkpoint.state.get("run") != fingerprint(self.config):
+        if checkpoint.state.get("run") not in fingerprints(self.config):
             raise CheckpointError(f"checkpoint of step {checkpoint.step} belongs to a run of another configuration")
 
     def save_weights(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from heterodiff.config import RunConfig
 from heterodiff.config.base import Section
 from heterodiff.errors import CheckpointError, RunError
+from heterodiff.models.variants import alike
 from heterodiff.run_folder import RunFolder
 from heterodiff.tasks import task_of
 from heterodiff.training.checkpoints.checkpoint import (
@@ -71,6 +72,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {
 """Keys whose default has changed, and what it was; a run that began with it goes on with it."""
 
 
+VARIANT = "model.variant"
 WEIGHTS_ONLY = "weights-only"
 """Value of ``--resume`` that goes on from weights alone."""
 
@@ -102,7 +104,9 @@ def changed_keys(before: RunConfig, now: RunConfig, reached: int = 0) -> list[st
     changes = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not _is_in(key, free)
+        if old.get(key) != new.get(key)
+        and not _is_in(key, free)
+        and not (key == VARIANT and new[key] in alike(old[key]))
     ]
     if before.training.minutes is None and now.training.minutes is not None:
         changes.append(
@@ -198,6 +202,12 @@ def fingerprint(config: RunConfig) -> str:
     default |= EARLIER_DEFAULTS
     fixed = {k: v for k, v in flat.items() if (k not in default or v != default[k]) and not _is_in(k, FREE_TO_CHANGE)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprints(config: RunConfig) -> set[str]:
+    """Return the hashes of all runs whose checkpoints this one may go on from: those of networks with equal weights."""
+    path = VARIANT.split(".")
+    return {fingerprint(_replaced(config, path, variant)) for variant in alike(config.model.variant)}
 
 
 def find_checkpoint(run: RunFolder, resume: str) -> tuple[Checkpoint | None, list[str]]:
