@@ -153,7 +153,7 @@ def test_texts_as_on_the_command_line_of_guided_diffusion():
     """There, attention is named by the sides of maps in pixels."""
     given = {**ARGUMENTS, "channel_mult": "1,2", "attention_resolutions": "8"}
     assert UNetModel(**given).config.channel_mult == UNetModel(**ARGUMENTS).config.channel_mult
-    assert UNetModel(**given).config.attention_resolutions == [2]
+    assert list(UNetModel(**given).config.attention_resolutions) == [2]
     with pytest.raises(ConfigError, match="channel_mult='1;2': expected numbers such as '1,2,4'"):
         UNetModel(**{**ARGUMENTS, "channel_mult": "1;2"})
 
