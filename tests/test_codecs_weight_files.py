@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from heterodiff.compat.weight_files import read_weights, tidy_tensors
+from heterodiff.codecs.weight_files import read_weights, tidy_tensors
 from heterodiff.errors import CheckpointError
 
 
@@ -121,7 +121,7 @@ def test_hostile_safetensors(tmp_path, monkeypatch):
         parsed.append(Path(path))
         return safe_open(path, **options)
 
-    monkeypatch.setattr("heterodiff.compat.weight_files.safe_open", recorded)
+    monkeypatch.setattr("heterodiff.codecs.weight_files.safe_open", recorded)
     for path in (overlap, outside, huge, long):
         with pytest.raises(CheckpointError, match=path.name):
             read_weights(path)

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from heterodiff.codecs.kl_vae import KLVAECodec, load_vae
-from heterodiff.compat.weight_files import read_weights
+from heterodiff.codecs.weight_files import read_weights
 from heterodiff.config import DataConfig
 from heterodiff.config.file import dump_config, load_config
 from heterodiff.config.shipped import shipped_configs

@@ -136,7 +136,7 @@ ROWS = {
         (
             R + "test_hostile_files.py::test_code_is_never_run",
             "test_custom_code.py",
-            "test_compat_weight_files.py::test_malicious_pickle",
+            "test_codecs_weight_files.py::test_malicious_pickle",
             "test_data_bad_files.py::test_pickles_never_run",
         ),
     ),
@@ -149,7 +149,7 @@ ROWS = {
             R + "test_hostile_files.py::test_weights",
             R + "test_hostile_files.py::test_a_network_larger",
             R + "test_hostile_files.py::test_checkpoints",
-            "test_compat_weight_files.py::test_hostile_safetensors",
+            "test_codecs_weight_files.py::test_hostile_safetensors",
         ),
     ),
     15: Row(
@@ -160,7 +160,7 @@ ROWS = {
         (
             R + "test_hostile_files.py::test_archives",
             "test_latents.py::test_bad_folders",
-            "test_compat_weight_files.py",
+            "test_codecs_weight_files.py",
         ),
     ),
     16: Row(

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from heterodiff.codecs.ldm import load_ldm_vae
 from heterodiff.codecs.scaling import LatentCodec, halved
 from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.models.loading import load_network, read_network_config
@@ -59,7 +60,7 @@ class KLVAECodec(LatentCodec):
 
 def holds_vae(path: Path) -> bool:
     """Return True if :func:`load_vae` would find something to load at ``path``."""
-    return _find_vae(path.expanduser()) is not None
+    return path.expanduser().is_file() or _find_vae(path.expanduser()) is not None
 
 
 def _find_vae(path: Path) -> Path | None:
@@ -76,18 +77,24 @@ def _vae_folder(path: str | Path) -> Path:
 
 
 def read_vae_config(path: str | Path) -> dict[str, Any]:
-    """Read the configuration of an AutoencoderKL, without its weights; defaults filled in.
+    """Read the configuration of an AutoencoderKL, of a folder without its weights; defaults filled in.
 
     Raises:
         CheckpointError: no VAE there, or another kind of network.
     """
+    if Path(path).expanduser().is_file():
+        return dict(load_vae(path).config)
     return _DEFAULTS | read_network_config(AutoencoderKL, _vae_folder(path), AGAIN)
 
 
 def load_vae(path: str | Path) -> AutoencoderKL:
     """Load an AutoencoderKL from a run of recipe ``vae``, a pipeline folder, or a folder as diffusers writes it.
 
+    A file is read as weights in the layout of latent diffusion, see :func:`heterodiff.codecs.ldm.load_ldm_vae`.
+
     Raises:
         CheckpointError: no VAE there, another kind of network, or damaged, incomplete or NaN weights.
     """
+    if (file := Path(path).expanduser()).is_file():
+        return load_ldm_vae(file)
     return load_network(AutoencoderKL, _vae_folder(path), AGAIN).requires_grad_(False)

@@ -17,7 +17,7 @@ from heterodiff.errors import CheckpointError, reason
 from heterodiff.files import refuse_header
 from heterodiff.models.loading import refuse_nonfinite
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FETCH_AGAIN = "fetch the file again"
 WRAPPERS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
 """Keys under which training scripts nest a state dict, the best weights first."""
@@ -38,7 +38,7 @@ class WeightFile:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file; no code in it is ever run.
+    """Read a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file; no code in it is ever run.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or holds anything but tensors.

@@ -14,10 +14,10 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 
+from heterodiff.codecs.weight_files import read_weights, some, strip_prefix, tidy_tensors
 from heterodiff.compat.formats import FORMATS
 from heterodiff.compat.names import EARLIER_NAMES, model_arguments, read_arguments
 from heterodiff.compat.network_config import IMPORT_ARGUMENTS, complete_config, scheduler_arguments, short
-from heterodiff.compat.weight_files import read_weights, some, strip_prefix, tidy_tensors
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
 from heterodiff.files import write_json
 from heterodiff.models.blocks import AttentionBlock

@@ -1,6 +1,7 @@
 """A VAE under the call signatures of earlier latent diffusion scripts."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class VAEInterface:
     """Encode and decode batches with the VAE at ``vae_path``; its own scale is used, never a constant.
 
     Args:
-        vae_path: a run of recipe ``vae``, or a folder with a diffusers AutoencoderKL.
+        vae_path: a run of recipe ``vae``, a folder with a diffusers AutoencoderKL, or a file of weights in the layout
+            of latent diffusion (.pt, .ckpt, .safetensors).
         device: default: a GPU if there is one, else the CPU.
 
     Raises:
@@ -29,6 +31,18 @@ class VAEInterface:
         self.device = find_device(device)
         self.codec = KLVAECodec(load_vae(vae_path))
         self.codec.to(self.device)
+
+    @property
+    def vae(self) -> Any:
+        """The AutoencoderKL itself, which works on images in [-1, 1] and on latents that are not scaled."""
+        return self.codec.vae
+
+    @property
+    def scale_factor(self) -> float:
+        """Factor that gives latents unit std, after the mean of each channel is taken off; a mean over the channels."""
+        channels = self.codec.latent_channels
+        zeros, ones = (self.codec.scale(torch.full((1, channels, 1, 1), value)) for value in (0.0, 1.0))
+        return float((ones - zeros).mean())
 
     def encode_batch(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> latents (B, c, h, w) of unit std, from the mean of the posterior.
