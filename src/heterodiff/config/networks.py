@@ -96,8 +96,8 @@ class CodecConfig(Section):
     )
     path: UserPath | None = Field(
         None,
-        description="kl-vae: run of recipe `vae`, folder with a diffusers AutoencoderKL, or file of weights in the layout of "
-        "latent diffusion; cnn: run of recipe `alignment`, default: folder alignment in the run folder",
+        description="kl-vae: run of recipe `vae`, folder with a diffusers AutoencoderKL, or file of weights in the "
+        "layout of latent diffusion; cnn: run of recipe `alignment`, default: folder alignment in the run folder",
     )
     cache: bool = Field(
         True, description="encode the images once and store the latents in the run folder; false: encode every batch"
