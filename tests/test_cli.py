@@ -118,7 +118,8 @@ def bad_images(folder: Path, how: str) -> None:
     elif how == "not an image":
         (bird / "0.png").write_text("hello")
     elif how == "wrong channels":
-        Image.new("RGB", (8, 8)).save(bird / "0.png")
+        (bird / "0.png").unlink()
+        np.save(bird / "0.npy", np.zeros((5, 8, 8), np.uint8))
     elif how == "one class":
         for p in bird.iterdir():
             p.unlink()
@@ -132,7 +133,7 @@ DATA_CASES = {
     "zero bytes": "0.png",
     "truncated": "0.png",
     "not an image": "0.png",
-    "wrong channels": "0.png",
+    "wrong channels": "0.npy",
     "one class": "data.labels=none",
     "empty": "images",
 }

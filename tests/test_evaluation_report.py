@@ -144,7 +144,7 @@ def test_full_report_is_well_formed_self_contained_and_escaped(run_dir):
         "Configuration",
         "How to reproduce",
     ]
-    for expected in ("90.0 %", "95.0 %", "3.25", "1.12", "1,200", "1 min 34 s", "1.23 M", "variant: hae-v2"):
+    for expected in ("90.0 %", "95.0 %", "3.25", "1.12", "1,200", "1 min 34 s", "1.23 M", "variant: unet-conv"):
         assert expected in text
     assert "&lt;script&gt;" in text
     assert "heterodiff train &lt;script&gt;alert(&#39;x" in text

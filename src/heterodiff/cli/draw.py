@@ -49,6 +49,66 @@ def sample(
     report(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
 
 
+def edit(
+    run: options.RunArgument,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.", show_default=False)],
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture of two values and the image's size: where it is white, draw anew.", show_default=False
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Without --mask: how much to change, above 0 to 1. Default: 0.6.", show_default=False),
+    ] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", metavar="NAME|INDEX", help="Class of the results; default: none.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Results.")] = 4,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    out: options.ImagesFolder = None,
+) -> None:
+    """Change an image with a run of class images: draw its masked part anew, or vary the whole of it."""
+    from heterodiff.data.reading import read_images, read_mask
+    from heterodiff.errors import RunError
+    from heterodiff.pipelines.generate import seeded_generators
+    from heterodiff.pipelines.image_files import save_edited
+    from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+    from heterodiff.run_folder import RunFolder
+
+    pipeline = load_generation(run, device, dtype=dtype)
+    if pipeline.spec is None or not RunFolder(run).has_config:
+        raise RunError(
+            f"{run}: no config.yaml and data.json, which describe how to read images; use a run trained here"
+        )
+    data = RunFolder(run).config().data
+    own = read_images([image], pipeline.spec, data.resize, data.background)
+    hole = None if mask is None else read_mask(mask, image, pipeline.spec, data.resize)
+    label = None if class_ is None else pipeline.class_index(class_)
+    others: dict[str, Any] = {"image": str(image), "mask": mask and str(mask), "class": class_, "strength": strength}
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    settings = call_settings("edit", run, pipeline, number=number, **others, **asked)
+    with _drawing(pipeline, number, out, settings) as report:
+        images = pipeline.edit(
+            own.expand(number, -1, -1, -1),
+            hole,
+            label,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+            generator=seeded_generators(seed, number),
+        )
+    report(save_edited(own, hole, images, image.stem, make_output(run, out, settings), pipeline.spec))
+
+
 def text2image(
     run: options.RunArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],

@@ -40,6 +40,31 @@ def read_image(
     return torch.from_numpy(fitted).to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
 
 
+def read_mask(path: str | Path, image: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"]) -> torch.Tensor:
+    """Return the mask file ``path`` of the image file ``image`` as (1, 1, H, W), resized with it: 1 where it is bright.
+
+    Raises:
+        DataError: a file that is missing or cannot be decoded, another size than the image's, or more or fewer than two
+            values.
+    """
+    path, name = Path(path).expanduser(), printable(str(path))
+    if not path.exists():
+        raise DataError(f"{name}: no such mask file")
+    try:
+        mask, shape = decode_file(path, 1), decode_file(Path(image).expanduser(), spec.channels).shape
+        if mask.shape != (1, *shape[1:]):
+            sizes = [f"{height}x{width}" for height, width in (shape[1:], mask.shape[1:])]
+            raise BadImage(f"expected the size of the image, {sizes[0]}, found {sizes[1]}")
+        values = np.unique(mask)
+        if len(values) != 2:
+            found = f"the single value {values[0]:g}" if len(values) == 1 else f"{len(values)} different values"
+            raise BadImage(f"expected two values, the higher one where to draw anew, found {found}; save it as png")
+        bright = resize_image(mask == values[1], (spec.height, spec.width), resize)
+    except BadImage as reason:
+        raise DataError(f"{name}: {reason}") from None
+    return torch.from_numpy(bright[None]).float()
+
+
 def read_images(
     paths: Sequence[str | Path],
     spec: ImageSpec,

@@ -107,6 +107,25 @@ def save_images(
     return written
 
 
+def save_edited(
+    image: Tensor, mask: Tensor | None, edited: Tensor, name: str, folder: Path, spec: ImageSpec | None
+) -> list[Path]:
+    """Write edited images as ``<name>_<k>``, and a grid that begins with the ``image`` (1, C, H, W) and its mask.
+
+    Raises as :func:`save_images`.
+    """
+    names = [f"{UNSAFE.sub('_', name)}_{k:04d}" for k in range(len(edited))]
+    written = save_images(edited, names, names, folder, spec)
+    shown, titles = [image], ["image"]
+    if mask is not None:
+        shown, titles = [image, mask.expand_as(image)], ["image", "mask"]
+    together = torch.cat([*shown, edited])[:MAX_GRID_IMAGES]
+    with writing(folder):
+        grid = image_grid(together, [*titles, *map(str, range(1, len(edited) + 1))][: len(together)])
+        grid.save(folder / GRID_FILE)
+    return [*written, folder / GRID_FILE]
+
+
 def write_images(
     images: Tensor, labels: Tensor, pipeline: GenerationPipeline, folder: Path, columns: int | None = None
 ) -> list[Path]:
