@@ -46,7 +46,7 @@ except SystemExit:
     ("words", "expected"),
     [
         ("heterodiff te", ["text2image"]),
-        ("heterodiff e", ["encode", "evaluate"]),
+        ("heterodiff e", ["edit", "encode", "evaluate"]),
         ("heterodiff train digits --dr", ["--dry-run"]),
     ],
 )
