@@ -29,6 +29,7 @@ FLOW = {"diffusion.prediction": "flow"}
 # A key with a value that is not its default; a run that reads it, and one that does not.
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data.background": ("black", {"data.source": "images", "data.path": "x"}, {"data.source": "digits"}),
+    "model.init_from": ("runs/base", {}, TEXTS),
     "training.fsdp": (True, {}, {"recipe": "vae"}),
     "data.path": ("x", {}, {"data.source": "digits"}),
     "data.captions_file": ("c.jsonl", {"data.source": "captions"}, {"data.source": "images"}),

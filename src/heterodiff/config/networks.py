@@ -86,6 +86,11 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute all blocks in the backward pass: least memory, slower"
     )
+    init_from: UserPath | None = Field(
+        None,
+        description="run or imported model whose weights training begins with, of the same architecture; classes it "
+        "knows by name keep their embedding; default: fresh weights",
+    )
 
 
 class CodecConfig(Section):

@@ -146,6 +146,7 @@ READERS = (
         "recipe alignment.joint",
         lambda run: _in_task("model")(run) and not run.alignment.joint,
     ),
+    _with("model.init_from", "recipe", "diffusion"),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",

@@ -30,6 +30,7 @@ from heterodiff.tasks import task_of
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.base import Draws, Losses, Recipe
+from heterodiff.training.recipes.initial import start_from
 
 HAE_KEYS = (
     "patch_size",
@@ -145,8 +146,11 @@ class DiffusionRecipe(Recipe):
     def before_training(
         self, config: RunConfig, data: LoadedData, hosts: HostGroup, begins: bool, quiet: bool
     ) -> tuple[LoadedData, list[str]]:
-        """Encode the images, if the run caches their latents, and fix the scale of the codec."""
-        return prepare_latents(config, self, data, hosts, quiet), []
+        """Encode the images, if the run caches their latents, fix the codec's scale, and take initial weights over."""
+        notes: list[str] = []
+        if begins and config.model.init_from is not None:
+            notes = start_from(config.model.init_from, self.model, config.diffusion.prediction, data.spec.class_names)
+        return prepare_latents(config, self, data, hosts, quiet), notes
 
     def prepare(self, images: Tensor) -> Tensor:
         """The codec's posterior of images (B, C, H, W) in [0, 1]."""

@@ -1,0 +1,101 @@
+"""Initial weights of a denoiser: those of another run, to go on from with other images."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.models.variants import alike
+from heterodiff.pipelines.load import load_generation
+from heterodiff.training.processes import put, whole
+
+CLASSES = "label_emb.weight"
+OF_CONDITION = re.compile(r"(label_emb|class_emb)\..*|.*\.encoder_kv\..*")
+"""Weights that a network has for its condition alone."""
+FREE = ("sample_size", "num_classes", "dropout", "use_checkpoint", "memory_optimization", "zero_threshold", "variant")
+"""Arguments of networks that may differ though the weights fit."""
+
+
+def start_from(path: Path, network: Any, prediction: str, class_names: Sequence[str]) -> list[str]:
+    """Give ``network`` the weights of the run or model folder at ``path``; those of unknown classes stay fresh.
+
+    Args:
+        network: the denoiser, whose weights may be split over processes.
+        prediction: what it is trained to predict.
+        class_names: its classes, of which those that the run knows by name begin with the run's embeddings.
+
+    Returns:
+        A note on what was taken over.
+
+    Raises:
+        ConfigError: another architecture or prediction than the run's; what differs is named.
+        RunError, CheckpointError: no such run, one that draws no images of classes, or damaged weights.
+    """
+    source = load_generation(path, "cpu", dtype="float32")
+    _refuse_unlike(path, source.unet, network)
+    if (known := source.denoiser.prediction) != prediction:
+        raise ConfigError(
+            f"model.init_from={path}: its network predicts {known}, diffusion.prediction is {prediction}; set "
+            f"diffusion.prediction={known}"
+        )
+    found, fresh = source.unet.state_dict(), []
+    for name, target in (*network.named_parameters(), *network.named_buffers()):  # a state dict may hold copies
+        if name == CLASSES and name in found:
+            values, taken = _class_rows(whole(target), found[name], class_names, source.class_names)
+            put(values, target)
+            fresh += [f"{len(values) - taken} of {len(values)} classes"] if taken < len(values) else []
+        elif name in found:
+            put(found[name], target)
+        else:
+            fresh.append(name)
+    more = f" and {len(fresh) - 3} more" if len(fresh) > 3 else ""
+    return [f"begins with the weights of {path}" + (f"; new: {', '.join(fresh[:3])}{more}" if fresh else "")]
+
+
+def _refuse_unlike(path: Path, source: Any, network: Any) -> None:
+    if source.config.variant not in alike(network.config.variant):
+        raise ConfigError(
+            f"model.init_from={path}: a network {source.config.variant}, model.variant is {network.config.variant}; "
+            f"set model.variant={source.config.variant}"
+        )
+    keys = [key for key in network.config if not key.startswith("_") and key not in FREE]
+    differing = [key for key in keys if _plain(source.config.get(key)) != _plain(network.config[key])]
+    there, here = ({name: tuple(value.shape) for name, value in of.state_dict().items()} for of in (source, network))
+    wrong = [
+        name
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not OF_CONDITION.fullmatch(name)
+    ]
+    if wrong:
+        values = ((key, source.config.get(key), network.config[key]) for key in differing)
+        what = [f"{key} {_plain(known)} there, {_plain(own)} here" for key, known, own in values]
+        raise ConfigError(
+            f"model.init_from={path}: its network has another architecture: {'; '.join(what) or wrong[0]}; make the "
+            "two alike"
+        )
+    embedded = [name for name in there if OF_CONDITION.fullmatch(name) and name != CLASSES and name in here]
+    if odd := [name for name in embedded if there[name] != here[name]]:
+        raise CheckpointError(f"{path}: {odd[0]}: expected {here[odd[0]]}, found {there[odd[0]]}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@torch.no_grad()
+def _class_rows(own: Tensor, known: Tensor, names: Sequence[str], known_names: Sequence[str]) -> tuple[Tensor, int]:
+    """Return the class table ``own`` (K, D) with the rows of ``known`` classes, by name, and how many these are."""
+    rows = own.detach().clone()
+    if own.shape[1] != known.shape[1]:
+        return rows, 0
+    if not names or not known_names:  # by number, where classes have no names
+        pairs = [(k, k) for k in range(min(len(own), len(known)))] if len(own) == len(known) else []
+    else:
+        pairs = [(k, known_names.index(name)) for k, name in enumerate(names) if name in known_names]
+    for here, there in pairs:
+        rows[here] = known[there].to(rows)
+    return rows, len(pairs)
