@@ -266,7 +266,7 @@ class GenerationPipeline(DrawingPipeline):
         if mask is None:
             return
         if strength is not None or sampler is not None:
-            raise ConfigError("strength and sampler are for image to image; inpainting draws the masked part anew")
+            raise ConfigError("strength and sampler are for image to image; leave them out, or the mask")
         if (
             mask.ndim != 4
             or mask.shape[1] != 1

@@ -1,6 +1,5 @@
 """The training loop, one for all recipes: batches, steps, checkpoints, validation and logging."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -29,8 +28,7 @@ from heterodiff.training.feed import Feed
 from heterodiff.training.interrupt import Interrupted, StopRequest
 from heterodiff.training.journal import Journal, StepClock
 from heterodiff.training.optimization import Optimization, check_batch, learning_rate_at, with_rates
-from heterodiff.training.precision import compute_in
-from heterodiff.training.processes import HostGroup, gather_into, make_accelerator
+from heterodiff.training.processes import HostGroup, make_accelerator
 from heterodiff.training.recipes.base import VALIDATION_IMAGES, Recipe
 from heterodiff.training.step_numbers import GRAD_NORM, StepNumbers, StepRecord
 
@@ -82,13 +80,9 @@ class Trainer:
         use_tf32(self.device)
         check_batch(training, self.accelerator.num_processes)
         recipe.to(self.device)
-        self.splits = training.fsdp and self.hosts.count > 1
-        self._whole = copy.deepcopy(recipe.model) if self.splits and self.hosts.rank == 0 else None
         self.optimization = Optimization(recipe, training, self.accelerator)
-        if self._whole is not None:
-            compute_in(self._whole, self.device, self.optimization.dtype)
         self.network: Any = self.optimization.main.network  # as called in training
-        if compiles(training) and recipe.adversary is None and not self.splits:
+        if compiles(training) and recipe.adversary is None and not self.optimization.splits:
             self.network = torch.compile(self.network, dynamic=False)  # every batch has one shape
         self.step = 0
         self._folder: int | None = None  # identity of the run folder, once it is there
@@ -147,28 +141,6 @@ class Trainer:
 
     # ---- evaluation while training --------------------------------------------------------------------------
 
-    @contextmanager
-    def _ema_weights(self) -> Iterator[None]:
-        """Use the EMA weights in place of the trained ones; where they are split, all processes must enter.
-
-        Split weights are put together in a network of the first process, which takes the place of the recipe's.
-        """
-        model, ema = self.recipe.model, self.optimization.ema
-        if not self.splits:
-            with ema.applied_to(model.parameters()):
-                model.eval()
-                yield
-            return
-        gather_into(self._whole, model, ema.shadow_params)
-        if self._whole is not None:
-            self.recipe.model = self._whole.to(self.device).eval()
-        try:
-            yield
-        finally:
-            self.recipe.model = model
-            if self._whole is not None:
-                self._whole.cpu()
-
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield up to 256 held-out images, the same at every call, prepared for the recipe, and their labels."""
         data: ImageDataset = self.data.val
@@ -188,8 +160,8 @@ class Trainer:
         if not (if_missing and self._preview_file.is_file()):
             if self.accelerator.is_main_process:
                 self._preview(journal, request)
-            elif self.splits:
-                with self._ema_weights():
+            elif self.optimization.splits:
+                with self.optimization.ema_weights(self.recipe):
                     pass
         self.hosts.wait()
 
@@ -200,7 +172,11 @@ class Trainer:
     def _preview(self, journal: Journal, request: StopRequest) -> None:
         journal.note("validation and preview")
         try:
-            with self._ema_weights(), torch.no_grad(), any_kernels():  # drawing tokens has no deterministic kernel
+            with (
+                self.optimization.ema_weights(self.recipe),
+                torch.no_grad(),
+                any_kernels(),
+            ):  # drawing tokens has no deterministic kernel
                 watch = self.recipe.model.register_forward_pre_hook(lambda *_: request.raise_if_asked())
                 try:
                     seed = derive_seed(self.config.training.seed, Stream.VALIDATION)
@@ -213,11 +189,11 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not self.splits:  # other processes, which hold parts of the weights, wait for the preview
+            if not self.optimization.splits:  # other processes, which hold parts of the weights, wait for the preview
                 self._write()  # so that no step is lost
             raise RunError(
                 f"out of memory in the preview after step {self.step}"
-                + ("" if self.splits else ", whose checkpoint is written")
+                + ("" if self.optimization.splits else ", whose checkpoint is written")
                 + f"; go on with training.preview_every={self.config.training.steps}, which leaves all but the last "
                 "one out"
             ) from error
@@ -255,14 +231,14 @@ class Trainer:
     def save_weights(self) -> None:
         """Write the EMA weights, the ones to use, as a pipeline."""
         if self._writes:
-            with self._ema_weights():
+            with self.optimization.ema_weights(self.recipe):
                 if self.accelerator.is_main_process:
                     self.run_folder.save_pipeline(self.step, self.recipe.save)
 
     @property
     def _writes(self) -> bool:
         """True in processes that take part in writing: the first one, and all that hold parts of the weights."""
-        return self.accelerator.is_main_process or self.splits
+        return self.accelerator.is_main_process or self.optimization.splits
 
     def _save(self) -> None:
         """Write a checkpoint, and the EMA weights for pipelines."""
@@ -281,7 +257,7 @@ class Trainer:
                 "nonfinite_in_a_row": self.record.nonfinite_in_a_row,
             }
             folder, keep = self.run_folder.path / CHECKPOINTS, self.config.training.keep_checkpoints
-            write_checkpoint(folder, checkpoint, keep, self.hosts if self.splits else None)
+            write_checkpoint(folder, checkpoint, keep, self.hosts if self.optimization.splits else None)
             self.save_weights()
 
     def run(self, stop_after: int | None = None, on_step: OnStep | None = None, quiet: bool = False) -> TrainingResult:
@@ -347,7 +323,9 @@ class Trainer:
         try:
             yield
         except HeterodiffError as error:
-            if self.step == 0 or self.splits:  # other processes, which hold parts of the weights, do not write now
+            if (
+                self.step == 0 or self.optimization.splits
+            ):  # other processes, which hold parts of the weights, do not write now
                 raise
             self._write()
             raise type(error)(f"{error}; the checkpoint of step {self.step} is written") from None

@@ -1,5 +1,6 @@
 """The update of a training step: learning rate, clipping, optimisers and EMA, without waiting for the device."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from heterodiff.config import TrainingConfig
 from heterodiff.devices import can_fuse_optimizer, process_count
 from heterodiff.errors import ConfigError
 from heterodiff.training.precision import compute_in, loss_scaler, precision_of
-from heterodiff.training.processes import split_weights, whole
+from heterodiff.training.processes import gather_into, split_weights, whole
 from heterodiff.training.recipes.base import Recipe
 
 PARAMETERS, LEARNING_RATE, RATE_BOUNDS = 2e6, 1e-3, (5e-5, 2e-3)
@@ -163,6 +164,7 @@ class Optimization:
 
     Attributes:
         main: the recipe's model, as a :class:`Part`; ``adversary`` likewise, or None.
+        splits: True where weights and all that belongs to them are split over the processes.
     """
 
     def __init__(self, recipe: Recipe, training: TrainingConfig, accelerator: Accelerator):
@@ -171,6 +173,10 @@ class Optimization:
         self.training, self.accelerator = training, accelerator
         self.dtype = precision_of(training)
         self.scaler = loss_scaler(accelerator.device, self.dtype)
+        self.splits = training.fsdp and accelerator.num_processes > 1
+        self._whole = copy.deepcopy(recipe.model) if self.splits and accelerator.is_main_process else None
+        if self._whole is not None:
+            compute_in(self._whole, accelerator.device, self.dtype)
         self.main = self._part("model", recipe.model)
         self.adversary = None if recipe.adversary is None else self._part("adversary", recipe.adversary)
         self.ema = EMA(recipe.model.parameters(), decay=training.ema_decay)
@@ -178,10 +184,7 @@ class Optimization:
     def _part(self, name: str, module: nn.Module) -> Part:
         device = self.accelerator.device
         compute_in(module, device, self.dtype)
-        if self.training.fsdp and self.accelerator.num_processes > 1:
-            network = split_weights(module.to(device))
-        else:
-            network = self.accelerator.prepare_model(module)
+        network = split_weights(module.to(device)) if self.splits else self.accelerator.prepare_model(module)
         optimizer = torch.optim.AdamW(
             module.parameters(),
             lr=learning_rate_at(0, self.training),
@@ -194,6 +197,28 @@ class Optimization:
     def parts(self) -> list[Part]:
         """The networks that are trained, each with its optimiser."""
         return [self.main] if self.adversary is None else [self.main, self.adversary]
+
+    @contextmanager
+    def ema_weights(self, recipe: Recipe) -> Iterator[None]:
+        """Let ``recipe`` use the EMA weights in place of the trained ones; where they are split, all processes enter.
+
+        Split weights are put together in a network of the first process, which takes the place of the recipe's.
+        """
+        model = recipe.model
+        if not self.splits:
+            with self.ema.applied_to(model.parameters()):
+                model.eval()
+                yield
+            return
+        gather_into(self._whole, model, self.ema.shadow_params)
+        if self._whole is not None:
+            recipe.model = self._whole.to(self.accelerator.device).eval()
+        try:
+            yield
+        finally:
+            recipe.model = model
+            if self._whole is not None:
+                self._whole.cpu()
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradients of the mean of ``losses`` (B,), of one of the parts that a batch is computed in."""
