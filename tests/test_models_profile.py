@@ -114,7 +114,7 @@ def test_table_of_all_networks_and_of_one(capsys):
     print_table(rows)
     printed = " ".join(capsys.readouterr().out.split())
     assert "film-unet: for latent_channels=256, latent_size=7, condition_dim=512" in printed
-    assert "hae-v2-conservative: for sample_size=64" in printed
+    assert "hae-v2-conservative-public: for sample_size=64" in printed
 
 
 def test_flops_of_attention_count_the_keys_that_are_scored():
