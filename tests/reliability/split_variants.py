@@ -57,7 +57,6 @@ def main() -> None:
         if accelerator.is_main_process:
             print(variant, flush=True)
     accelerator.wait_for_everyone()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
