@@ -83,10 +83,11 @@ CLASS_IMAGES = Task(
     pipeline="GenerationPipeline",
     load="heterodiff.pipelines.load:read_generation",
     try_out="heterodiff.pipelines.generate:try_out",
-    commands=("sample", "segment"),
+    commands=("sample", "segment", "translate"),
     build="heterodiff.training.recipes.diffusion:build",
     memory="heterodiff.training.preflight.memory_costs:DENOISER",
     evaluate="heterodiff.evaluation.class_images:evaluate",
+    defaults="heterodiff.config.networks:condition_defaults",
     doubts=(_DENOISER_DOUBTS,),
     next_steps=("heterodiff sample {run}", "heterodiff evaluate {run}"),
     metrics="heterodiff.report.class_images:metrics",
@@ -105,6 +106,18 @@ ANOMALIES = replace(
     report="heterodiff.report.anomalies:sections",
     demo="heterodiff.demo:find_anomalies",
     next_steps=("heterodiff segment {run} --calibrate", "heterodiff evaluate {run}"),
+)
+TRANSLATION = replace(
+    CLASS_IMAGES,
+    fits=lambda config: config.data.condition is not None,
+    commands=("translate", "sample"),
+    evaluate="heterodiff.evaluation.translation:evaluate",
+    metrics="heterodiff.report.translation:metrics",
+    cards=None,
+    report="heterodiff.report.translation:sections",
+    reproduce=(),
+    demo=None,
+    next_steps=("heterodiff translate {run} IMAGE", "heterodiff evaluate {run}"),
 )
 VAE = Task(
     recipe="vae",
@@ -172,6 +185,7 @@ JOINT = replace(
 
 TASKS: dict[str, Task] = {
     "class-images": CLASS_IMAGES,
+    "translation": TRANSLATION,
     "anomalies": ANOMALIES,
     "vae": VAE,
     "alignment": ALIGNMENT,

@@ -16,7 +16,7 @@ GROUPS = {
     "Start": (start.demo, start.models, start.init, start.keys),
     "Data": (data.check, data.encode),
     "Train": (train.train, train.import_),
-    "Use a run": (draw.sample, draw.edit, draw.text2image, use.caption, use.segment, use.evaluate),
+    "Use a run": (draw.sample, draw.translate, draw.edit, draw.text2image, use.caption, use.segment, use.evaluate),
 }
 """Commands by their group in ``heterodiff --help``."""
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,11 @@ def sample(
     run: options.RunArgument,
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME|INDEX", help="Repeatable; default: all classes.")
+    ] = None,
+    set_: options.Set = None,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Guide by this condition alone; repeatable. Default: by all together."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Images of each class.")] = 8,
     steps: options.Steps = None,
@@ -41,12 +47,86 @@ def sample(
     chosen = [pipeline.class_index(name) for name in classes] if classes else all_classes(pipeline)
     titles = [class_title(pipeline, label) for label in chosen]
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
-    settings = call_settings("sample", run, pipeline, classes=titles, number=number, **asked)
+    values = options.settings(set_)
+    given: dict[str, Any] = ({"set": values} if values else {}) | ({"guide": guide} if guide else {})
+    settings = call_settings("sample", run, pipeline, classes=titles, number=number, **given, **asked)
     drawn: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    drawn |= {"conditions": values, "guide": guide} if given else {}
     with _drawing(pipeline, len(chosen) * number, out, settings) as report:
         images, labels = draw_classes(pipeline, chosen, number, seed, batch_size or 100, **drawn)
     folder = make_output(run, out, settings)
     report(write_images(images, labels, pipeline, folder, columns=min(number, 10)))
+
+
+def translate(
+    run: options.RunArgument,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Condition images, as in training.", show_default=False)
+    ],
+    whole: Annotated[
+        bool, typer.Option("--whole", help="The files are whole images; make conditions of them as in training.")
+    ] = False,
+    class_: Annotated[
+        str | None, typer.Option("--class", metavar="NAME|INDEX", help="Class of the results; default: none.")
+    ] = None,
+    set_: options.Set = None,
+    number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Results of each image.")] = 1,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    batch_size: options.BatchSize = None,
+    out: options.ImagesFolder = None,
+) -> None:
+    """Draw images of condition images (low resolution, mask, edges, other modality) with a run of data.condition."""
+    from heterodiff.data.conditions import condition_image
+    from heterodiff.data.reading import read_condition
+    from heterodiff.pipelines.drawing import explaining_memory
+    from heterodiff.pipelines.generate import seeded_generators
+    from heterodiff.pipelines.image_files import save_translated
+    from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.output_folder import call_settings, make_output
+
+    pipeline = load_generation(run, device, dtype=dtype)
+    spec, data = _images_of(run, pipeline)
+    if spec.condition is None:
+        raise ConfigError(
+            f"{run}: trained without images as conditions (data.condition); `heterodiff edit` changes an image with it"
+        )
+    given = [read_condition(image, spec, whole, data.resize, data.background) for image in images]
+    conditions = [condition_image(image, spec, not whole)[0] for image in given]
+    label = None if class_ is None else pipeline.class_index(class_)
+    values = options.settings(set_)
+    others: dict[str, Any] = {
+        "images": [str(image) for image in images],
+        "whole": whole,
+        "class": class_,
+        "set": values,
+    }
+    asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
+    settings = call_settings("translate", run, pipeline, number=number, **others, **asked)
+    drawn = []
+    with _drawing(pipeline, number * len(images), out, settings) as report:
+        for place, image in enumerate(given):
+            with explaining_memory(min(number, batch_size or 100), pipeline.device):
+                drawn.append(
+                    pipeline.translate(
+                        image,
+                        label,
+                        number,
+                        ready=not whole,
+                        conditions=values,
+                        num_inference_steps=steps,
+                        guidance_scale=guidance,
+                        sampler=sampler,
+                        batch_size=batch_size or 100,
+                        generator=seeded_generators(seed, number, place * number),
+                    )[0]
+                )
+    names = [image.stem for image in images]
+    report(save_translated(conditions, drawn, names, make_output(run, out, settings), pipeline.spec))
 
 
 def edit(
@@ -76,21 +156,15 @@ def edit(
 ) -> None:
     """Change an image with a run of class images: draw its masked part anew, or vary the whole of it."""
     from heterodiff.data.reading import read_images, read_mask
-    from heterodiff.errors import RunError
     from heterodiff.pipelines.generate import seeded_generators
     from heterodiff.pipelines.image_files import save_edited
     from heterodiff.pipelines.load import load_generation
     from heterodiff.pipelines.output_folder import call_settings, make_output
-    from heterodiff.run_folder import RunFolder
 
     pipeline = load_generation(run, device, dtype=dtype)
-    if pipeline.spec is None or not RunFolder(run).has_config:
-        raise RunError(
-            f"{run}: no config.yaml and data.json, which describe how to read images; use a run trained here"
-        )
-    data = RunFolder(run).config().data
-    own = read_images([image], pipeline.spec, data.resize, data.background)
-    hole = None if mask is None else read_mask(mask, image, pipeline.spec, data.resize)
+    spec, data = _images_of(run, pipeline)
+    own = read_images([image], spec, data.resize, data.background)
+    hole = None if mask is None else read_mask(mask, image, spec, data.resize)
     label = None if class_ is None else pipeline.class_index(class_)
     others: dict[str, Any] = {"image": str(image), "mask": mask and str(mask), "class": class_, "strength": strength}
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
@@ -179,9 +253,22 @@ def text2image(
     report(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
 
 
+def _images_of(run: Path, pipeline: Any) -> tuple[Any, Any]:
+    """Return the specification of the run's images, and the settings that they are read with."""
+    from heterodiff.errors import RunError
+    from heterodiff.run_folder import RunFolder
+
+    if pipeline.spec is None or not RunFolder(run).has_config:
+        raise RunError(
+            f"{run}: no config.yaml and data.json, which describe how to read images; use a run trained here"
+        )
+    return pipeline.spec, RunFolder(run).config().data
+
+
 @contextmanager
 def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, Any]) -> Iterator[Callable[..., None]]:
     """Time how ``count`` images with ``settings`` are drawn for ``out``; yield the function that reports the files."""
+    from heterodiff.pipelines.conditions import ConditionWarning
     from heterodiff.pipelines.output_folder import check_output
     from heterodiff.progress import duration
 
@@ -193,8 +280,13 @@ def _drawing(pipeline: Any, count: int, out: Path | None, settings: dict[str, An
     check_output(out, settings)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     start = time.perf_counter()
-    try:
-        yield report
-    except RuntimeError as error:
-        raise compile_error(error, "--compile") or error from error
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("once", ConditionWarning)
+        try:
+            yield report
+        except RuntimeError as error:
+            raise compile_error(error, "--compile") or error from error
+        finally:
+            for doubt in dict.fromkeys(str(found.message) for found in doubts):
+                typer.echo(f"note     {doubt}", err=True)
     seconds = time.perf_counter() - start

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from heterodiff.errors import ConfigError
+
 MOST_IMAGES = MOST_STEPS = 1_000_000
 MOST_CANDIDATES = 10_000
 
@@ -47,3 +49,22 @@ Graphs = Annotated[bool, typer.Option("--graphs", help="Compile the network into
 ImagesFolder = Annotated[
     Path | None, typer.Option(help="Folder for the images; default: a new one in RUN/generated.", show_default=False)
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Value of a condition (data.conditions); repeatable.", show_default=False
+    ),
+]
+
+
+def settings(given: list[str] | None) -> dict[str, str]:
+    """Read ``NAME=VALUE`` options; raises ConfigError for one without a name and a value, or twice the same name."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"--set {text}: expected NAME=VALUE, such as --set angle_deg=30")
+        if name in found:
+            raise ConfigError(f"--set {name}: given twice; give it once")
+        found[name] = value
+    return found

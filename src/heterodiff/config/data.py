@@ -1,7 +1,7 @@
 """Section ``data``: sources of images, simulated ones included."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
@@ -123,6 +123,44 @@ class VolumesConfig(Section):
         return self
 
 
+class ConditionConfig(Section):
+    """An image that is given beside each image, one of: other files, or something made of the image itself."""
+
+    column: str | None = Field(
+        None, description="column of metadata.csv/jsonl with the file of the condition image of each image"
+    )
+    folder: UserPath | None = Field(
+        None, description="folder with a condition image for each image, under the same name but for the suffix"
+    )
+    downscale: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        None, description="the image itself in a resolution lower by this factor: super-resolution"
+    )
+    channels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = Field(
+        None, description="channels of the image, from 0, that are given; the others are drawn: modality synthesis"
+    )
+    edges: Literal[True] | None = Field(None, description="edges of the image: the magnitude of its gradient")
+    mask: Literal[True] | None = Field(None, description="mask of the anomaly, of sources with masks")
+
+    @property
+    def kind(self) -> str:
+        """The one key that is set."""
+        return next(iter(self.model_fields_set))
+
+    @property
+    def value(self) -> Any:
+        """Its value."""
+        return getattr(self, self.kind)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_one(cls, given: Any) -> Any:
+        chosen = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+        if not isinstance(chosen, dict) or len(chosen) != 1:
+            names = ", ".join(cls.model_fields)
+            raise ValueError(f"expected one of {names}, such as {{downscale: 4}}")
+        return chosen
+
+
 class DataConfig(Section):
     """Images and their labels or captions."""
 
@@ -184,6 +222,18 @@ class DataConfig(Section):
     train_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="classes to train on, such as [healthy]; others are for validation and test; default: all"
     )
+    conditions: dict[str, Literal["class", "number"]] | None = Field(
+        None,
+        description="columns of metadata as further conditions, such as `{user: class, angle_deg: number}`; an empty "
+        "cell means no condition. Also built in: `height` of slices; `speed_m_s`, `aspect_deg` and `elevation_deg` of "
+        "microdoppler",
+    )
+    condition: ConditionConfig | None = Field(
+        None,
+        description="an image given beside each image, which the network sees as further channels: `{column: NAME}`, "
+        "`{folder: PATH}`, `{downscale: 4}`, `{channels: [0, 1]}`, `{edges: true}` or `{mask: true}`; `heterodiff "
+        "translate` draws images of such",
+    )
     horizontal_flip: bool = Field(False, description="flip training images left to right with probability 0.5")
     random_crop: NonNegativeInt = Field(
         0, description="pad by this number of pixels (edge replication), then crop at random"
@@ -198,6 +248,12 @@ class DataConfig(Section):
     shapes: ShapesConfig = Field(ShapesConfig(), description="settings of source `shapes`")
     volumes: VolumesConfig = Field(VolumesConfig(), description="settings of source `volumes`")
     brain_phantom: BrainPhantomConfig = Field(BrainPhantomConfig(), description="settings of source `brain-phantom`")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of metadata that are read, besides file names, labels and captions."""
+        of_condition = (self.condition.column,) if self.condition and self.condition.column else ()
+        return (*(self.conditions or ()), *of_condition)
 
     @model_validator(mode="after")
     def _has_one_test_set(self) -> "DataConfig":

@@ -202,6 +202,14 @@ class AlignmentConfig(Section):
     )
 
 
+def condition_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what suits images as conditions: these say so much that guidance only exaggerates."""
+    data, sampling = content.get("data"), content.get("sampling") or {}
+    if not isinstance(data, dict) or not data.get("condition") or not isinstance(sampling, dict):
+        return content
+    return {**content, "sampling": {"guidance_scale": 1.0, **sampling}}
+
+
 def text_image_defaults(content: dict[str, Any]) -> dict[str, Any]:
     """``content`` of a configuration with codec and denoiser of recipe `text-image` where the user names none."""
     sections = {name: content.get(name) or {} for name in ("codec", "model", "alignment", "training")}

@@ -86,12 +86,12 @@ def _trains_vae(run: "RunConfig") -> bool:
 
 def _sees_images(run: "RunConfig") -> bool:
     """Training reads images at every step, not stored latents."""
-    return not _on_codec(run) or not (run.codec.cache or run.data.source == "latents")
+    return not _on_codec(run) or not (run.caches_latents or run.data.source == "latents")
 
 
 def _conditional(run: "RunConfig") -> bool:
     unlabelled = run.data.labels == "none" or run.data.source in ("captions", "shapes")
-    return _with_texts(run) or not unlabelled
+    return _with_texts(run) or not unlabelled or bool(run.data.condition or run.data.conditions)
 
 
 # Rows of a source are those of its stored latents too, which compare these keys with those of their images.
@@ -139,6 +139,12 @@ READERS = (
         _sees_images,
         always=True,
     ),
+    Reader(
+        "data.condition data.conditions",
+        "by recipe diffusion, of images and not of stored latents",
+        "recipe data.source",
+        lambda run: "sample" in task_of(run).commands and run.data.source != "latents",
+    ),
     Reader("model diffusion sampling", DENOISERS, "recipe", _in_task("model")),
     Reader(
         "training.fsdp",
@@ -157,9 +163,10 @@ READERS = (
     ),
     Reader(
         "codec.cache",
-        "with codec.kind=kl-vae and by recipe text-image, for images that are encoded before the denoiser is trained",
-        "codec.kind data.source alignment.joint",
-        lambda run: _on_codec(run) and run.data.source != "latents",
+        "with codec.kind=kl-vae and by recipe text-image, for images that are encoded before the denoiser is trained, "
+        "without data.condition",
+        "codec.kind data.source data.condition alignment.joint",
+        lambda run: _on_codec(run) and run.data.source != "latents" and run.data.condition is None,
     ),
     Reader(
         "codec.statistics",

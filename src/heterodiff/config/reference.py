@@ -95,6 +95,10 @@ def find_keys(name: str | None) -> list[KeySection]:
     return found
 
 
+OPTIONAL = {"training": "keys of section training", "condition": "one key and its value"}
+"""Sections that may be left out."""
+
+
 def _default(schema: dict[str, Any]) -> str:
     text = yaml.safe_dump(schema["default"], default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()
@@ -105,7 +109,8 @@ def _type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return ", or ".join(_type(choice) for choice in schema["anyOf"])
     if "$ref" in schema:
-        return "keys of section training"  # the only section that may be left out
+        section = schema["$ref"].rpartition("/")[2].removesuffix("Config").lower()
+        return OPTIONAL[section]
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:

@@ -43,6 +43,12 @@ class RunConfig(Section):
     )
     training: TrainingConfig = TrainingConfig()
 
+    @property
+    def caches_latents(self) -> bool:
+        """Images are encoded once, before training; not with condition images, which go with the images themselves."""
+        cached = self.codec.kind != "pixels" and self.codec.cache
+        return cached and self.data.source != "latents" and self.data.condition is None
+
     @model_validator(mode="before")
     @classmethod
     def _has_defaults_of_its_recipe(cls, content: Any) -> Any:

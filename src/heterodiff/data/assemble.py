@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from heterodiff.config import DataConfig
+from heterodiff.data.attributes import describe_attributes, encode_attributes
 from heterodiff.data.collection import Collection
+from heterodiff.data.conditions import describe
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import DataFinding, listing, show
 from heterodiff.data.inspection import Inspection, Measured
@@ -107,6 +109,20 @@ def without_captions(data: LoadedData) -> tuple[LoadedData, dict[str, tuple[str,
     return replace(data, train=train, val=val, captions=()), by_name
 
 
+def with_attributes(data: LoadedData, images: LoadedData) -> LoadedData:
+    """Return ``data``, stored latents of ``images``, with the attributes of these."""
+    if not images.spec.attributes:
+        return data
+    of_name: dict[str, np.ndarray] = {}
+    for part in (images.train, images.val):
+        assert part.attributes is not None
+        of_name |= dict(zip(part.names, part.attributes, strict=True))
+    train, val = copy(data.train), copy(data.val)
+    for part in (train, val):
+        part.spec, part.attributes = images.spec, np.stack([of_name[name] for name in part.names])
+    return replace(data, spec=images.spec, train=train, val=val)
+
+
 def _relabelled(dataset: ImageDataset, spec: ImageSpec, labels: np.ndarray) -> ImageDataset:
     """Return the same images, of a subclass too, with other labels (N,) int64."""
     other = copy(dataset)
@@ -150,9 +166,20 @@ def _refuse_unlike_spec(collection: Collection, inspection: Inspection, spec: Im
             f"{collection.where}: the run expects images of {len(spec.class_names)} classes, found images with "
             "captions; use images with class labels, or a run trained on captions"
         )
-    channels = inspection.images[0].shape[0]
+    expected_channels = spec.channels + (len(spec.condition.given) if spec.condition else 0)
     for what, expected, found, way_out in (
-        ("channels", spec.channels, channels, f"use images of {spec.channels} channels"),
+        (
+            "channels",
+            expected_channels,
+            inspection.images[0].shape[0],
+            f"use images of {expected_channels} channels",
+        ),
+        (
+            "channels with those of the condition image",
+            max(expected_channels, spec.stored_channels),
+            inspection.stored_channels,
+            "use condition images as at training",
+        ),
         ("height and width", (spec.height, spec.width), inspection.size, "set data.image_size to the expected size"),
         ("number type", spec.dtype, inspection.dtype, "store the images as they were for training"),
     ):
@@ -267,6 +294,7 @@ def assemble(
         [collection.class_of[row] for row in rows], collection.where, config, spec
     )
     held_out = _held_out(collection, rows, labels, config, split)
+    columns = {name: [values[row] for row in rows] for name, values in collection.columns.items()}
     known_classes = class_names if spec is None else spec.class_names
     learned = ~held_out & _trained_on(labels, known_classes, collection.where, config)
     if not learned.any():
@@ -279,7 +307,11 @@ def assemble(
     if spec is None:
         value_range = _value_range(train, collection, inspection.dtype, config)
         measured_here = not (config.value_range or collection.value_range or inspection.dtype in _FULL_RANGE)
-        spec = ImageSpec(*inspection.size, inspection.images[0].shape[0], class_names, value_range, inspection.dtype)
+        condition = describe(config.condition, inspection.images[0].shape[0], inspection.stored_channels)
+        channels = inspection.images[0].shape[0] - (len(condition.given) if condition else 0)
+        known = {name: [v for v, chosen in zip(columns[name], learned, strict=True) if chosen] for name in columns}
+        attributes = describe_attributes(config.conditions or {}, known, collection.where)
+        spec = ImageSpec(*inspection.size, channels, class_names, value_range, inspection.dtype, condition, attributes)
         if measured_here and spec.dtype.startswith("float"):
             _refuse_latents(collection.where, spec)
     warnings = [*collection.warnings, *warnings, *_range_warnings(inspection.images, train, spec, measured_here)]
@@ -291,10 +323,14 @@ def assemble(
     if not inspection.fits_memory:
         warnings.append("images are decoded at every access: they need more memory than data.memory_limit_gb")
 
+    attributes_of = encode_attributes(spec.attributes, columns, names, collection.where)
+
     def part(mask: np.ndarray) -> ImageDataset:
         assert inspection.store is not None
         chosen = np.flatnonzero(mask)
-        return ImageDataset(spec, inspection.store, rows[chosen], [names[i] for i in chosen], labels[chosen])
+        attributes = None if attributes_of is None else attributes_of[chosen]
+        named = [names[i] for i in chosen]
+        return ImageDataset(spec, inspection.store, rows[chosen], named, labels[chosen], attributes)
 
     skipped = (*inspection.bad, *collection.problems)
     left_out = tuple(names[i] for i in np.flatnonzero(~held_out & ~learned))

@@ -1,7 +1,7 @@
 """Collections, which sources yield: names, class names and a way to read each image."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Collection:
         captions: texts that describe each image, at least one each; ``None`` where the source has none.
         groups: group of each image, such as its patient, that no split may part; ``None``: each image on its own.
         mask: row -> (H, W) bool, true where there is something to be found; ``None`` where the source has none.
+        columns: values of the columns of metadata that the configuration asks for, one an image; None where missing.
+        condition: row -> (C', H, W) image that is given beside the image; raises ``BadImage``.
         held_out: True for images that the source itself keeps for validation; ``None`` if it has no such split.
     """
 
@@ -60,6 +62,8 @@ class Collection:
     groups: tuple[str, ...] | None = None
     mask: Reader | None = None
     held_out: tuple[bool, ...] | None = None
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    condition: Reader | None = None
 
     def take(self, rows: Sequence[int]) -> "Collection":
         """Return the images ``rows`` alone, in that order."""
@@ -68,5 +72,7 @@ class Collection:
         for key in ("names", "class_of", "captions", "groups", "held_out"):
             values = getattr(self, key)
             facts[key] = None if values is None else tuple(values[row] for row in rows)
-        mask = self.mask and partial(_read_chosen, self.mask, rows)
-        return replace(self, read=partial(_read_chosen, self.read, rows), mask=mask, **facts)
+        columns = {name: tuple(values[row] for row in rows) for name, values in self.columns.items()}
+        mask, condition = (one and partial(_read_chosen, one, rows) for one in (self.mask, self.condition))
+        read = partial(_read_chosen, self.read, rows)
+        return replace(self, read=read, mask=mask, condition=condition, columns=columns, **facts)

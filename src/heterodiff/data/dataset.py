@@ -38,11 +38,15 @@ class ImageReader:
     Attributes:
         read: row -> (C, H, W) as stored.
         size: (height, width) to resize to, ``None`` = as stored.
+        condition: row -> condition image (C', H, W), stored behind the channels of the image.
+        given: channels of the image that are its condition; they come last.
     """
 
     read: Callable[[int], np.ndarray]
     size: Size | None
     resize: Literal["crop", "stretch"]
+    condition: Callable[[int], np.ndarray] | None = None
+    given: tuple[int, ...] = ()
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ``BadImage`` if an image of ``shape`` (C, H, W) cannot be brought to the wanted size."""
@@ -52,6 +56,26 @@ class ImageReader:
     def fit(self, image: np.ndarray) -> np.ndarray:
         """Return ``image`` (C, H, W) at the wanted size."""
         return image if self.size is None else resize_image(image, self.size, self.resize)
+
+    def with_condition(self, row: int, image: np.ndarray) -> np.ndarray:
+        """Return ``image`` (C, H, W) of ``row`` with its condition as last channels.
+
+        Raises:
+            BadImage: a condition image that is missing, or of another size or number type; too few channels.
+        """
+        if self.given:
+            if max(self.given) >= len(image):
+                raise BadImage(f"data.condition.channels asks for channel {max(self.given)}, it has {len(image)}")
+            drawn = [channel for channel in range(len(image)) if channel not in self.given]
+            return image[[*drawn, *self.given]]
+        if self.condition is None:
+            return image
+        beside = self.condition(row)
+        for what, own, found in (("size", image.shape[1:], beside.shape[1:]), ("type", image.dtype, beside.dtype)):
+            if own != found:
+                shown = ["x".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in (own, found)]
+                raise BadImage(f"its condition image has the {what} {shown[1]}, the image itself {shown[0]}")
+        return np.concatenate([image, beside])
 
 
 @dataclass(frozen=True)
@@ -66,7 +90,7 @@ class LazyStore:
 
     def _read(self, row: int) -> np.ndarray:
         try:
-            image = self.reader.fit(self.reader.read(row))
+            image = self.reader.fit(self.reader.with_condition(row, self.reader.read(row)))
         except BadImage as reason:
             raise DataError(
                 f"{self.where}: {show(self.names[row])} can no longer be read: {reason}; restore the file"
@@ -93,15 +117,23 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         rows: rows of ``store`` that make up this data set.
         names: name of each image (file name relative to the data folder, or index).
         labels: class index of each image, -1 = unlabelled.
+        attributes: (N, A), see :mod:`heterodiff.data.attributes`; None without.
     """
 
     def __init__(
-        self, spec: ImageSpec, store: ImageStore, rows: np.ndarray, names: list[str], labels: np.ndarray
+        self,
+        spec: ImageSpec,
+        store: ImageStore,
+        rows: np.ndarray,
+        names: list[str],
+        labels: np.ndarray,
+        attributes: np.ndarray | None = None,
     ) -> None:
         assert len(rows) == len(names) == len(labels)
         self.spec = spec
         self.names = names
         self.labels = np.asarray(labels, dtype=np.int64)
+        self.attributes = attributes
         self._store = store
         self._rows = np.asarray(rows, dtype=np.int64)
 
@@ -116,7 +148,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         """Return a data set of the images ``indices`` alone."""
         chosen = np.asarray(indices, dtype=np.int64)
         names = [self.names[index] for index in chosen]
-        return type(self)(self.spec, self._store, self._rows[chosen], names, self.labels[chosen])
+        attributes = None if self.attributes is None else self.attributes[chosen]
+        return type(self)(self.spec, self._store, self._rows[chosen], names, self.labels[chosen], attributes)
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (B, C, H, W) float32 in [0, 1] and labels (B,) int64 of ``indices``.
@@ -125,7 +158,20 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
             IndexError: an index is out of range.
             DataError: a file that is decoded on access has become unreadable or has changed.
         """
-        return self.to_images(self.stored(indices)), self.labels_of(indices)
+        images = self.to_images(self.stored(indices))
+        return (images if self.spec.condition is None else images[:, : self.spec.channels]), self.labels_of(indices)
+
+    def inputs(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what training sees: images with stored condition images behind their channels, and conditions."""
+        return self.to_images(self.stored(indices)), self.conditions_of(indices)
+
+    def conditions_of(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return labels (B,) int64, or with attributes (B, 1 + A) float32: the label, then the attributes."""
+        labels = self.labels_of(indices)
+        if self.attributes is None:
+            return labels
+        attributes = torch.from_numpy(self.attributes[np.asarray(indices, dtype=np.int64)])
+        return torch.cat([labels[:, None].float(), attributes], dim=1)
 
     def stored(self, indices: Sequence[int]) -> torch.Tensor:
         """Return images (B, C, H, W) of ``indices`` with their stored values: as bytes, or else as floats.

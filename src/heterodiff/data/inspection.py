@@ -39,7 +39,8 @@ class Measured:
 class Inspection:
     """Result of the pass; ``images`` in row order, all with the channels and number type of the first.
 
-    ``kinds`` counts all images that could be decoded by their channels and number type.
+    ``kinds`` counts all images that could be decoded by their channels and number type; ``stored_channels`` includes
+    those of a condition image.
     """
 
     images: tuple[Measured, ...]
@@ -49,6 +50,7 @@ class Inspection:
     size: tuple[int, int]
     store: ImageStore | None
     fits_memory: bool
+    stored_channels: int = 0
 
     @property
     def dtypes(self) -> Counter[str]:
@@ -69,12 +71,14 @@ class _Inspector:
 
     def __init__(self, collection: Collection, config: DataConfig, keep: bool, moments: bool) -> None:
         self.collection = collection
-        self.reader = ImageReader(collection.read, config.image_size, config.resize)
+        given = config.condition.channels or () if config.condition else ()
+        self.reader = ImageReader(collection.read, config.image_size, config.resize, collection.condition, given)
         self.config = config
         self.keep = keep
         self.moments = moments
         self.fits = False
         self.first: tuple[str, np.dtype, tuple[int, ...]] | None = None
+        self.channels = 0
         self.first_bytes = 0
         self.kept: np.ndarray | None = None
         self.kinds: Counter[tuple[int, str]] = Counter()
@@ -87,41 +91,51 @@ class _Inspector:
 
     def trust(self, names: Container[str], spec: ImageSpec) -> None:
         """Take images ``names`` for images of ``spec`` without reading them, unless all are to be kept in memory."""
-        shape, dtype = (spec.channels, spec.height, spec.width), np.dtype(spec.dtype)
-        as_configured = self.config.image_size in (None, shape[1:]) and self.config.channels in (None, spec.channels)
+        shape, dtype = (spec.stored_channels, spec.height, spec.width), np.dtype(spec.dtype)
+        channels = spec.channels + len(self.reader.given)
+        as_configured = self.config.image_size in (None, shape[1:]) and self.config.channels in (None, channels)
         if as_configured and not self._fits_memory(shape, dtype):
             self.trusted, self.spec, self.first = names, spec, (self.collection.names[0], dtype, shape)
+            self.channels = channels
 
     def _refuse_unlike_first(self, image: np.ndarray) -> None:
         channels, source = self.config.channels, "data.channels is"
         if channels is None and self.first is not None:
-            channels, source = self.first[2][0], f"the first image ({self.first[0]}) has"
+            channels, source = self.channels, f"the first image ({self.first[0]}) has"
         if channels is not None and image.shape[0] != channels:
             found = "1 channel" if image.shape[0] == 1 else f"{image.shape[0]} channels"
             raise BadImage(f"{found}, {source} {channels}")
         if self.first is not None and image.dtype != self.first[1]:
             raise BadImage(f"values of type {image.dtype}, the first image ({self.first[0]}) has {self.first[1]}")
 
+    def _refuse_other_condition(self, image: np.ndarray, complete: np.ndarray) -> None:
+        if self.first is not None and len(complete) != self.first[2][0]:
+            found, expected = len(complete) - len(image), self.first[2][0] - self.channels
+            raise BadImage(f"its condition image has {found} channels, that of the first image has {expected}")
+
     def measure(self, row: int) -> Measured | DataFinding:
         """Read ``row`` once: check, measure and keep it."""
         name = self.collection.names[row]
         if self.spec is not None and name in self.trusted:
-            return Measured(row, (self.spec.channels, self.spec.height, self.spec.width), *self.spec.value_range)
+            return Measured(row, (self.channels, self.spec.height, self.spec.width), *self.spec.value_range)
         try:
             image = self.collection.read(row)
             self.kinds[image.shape[0], image.dtype.name] += 1
             self._refuse_unlike_first(image)
             self.reader.check_shape(image.shape)
+            complete = self.reader.with_condition(row, image)
+            self._refuse_other_condition(image, complete)
         except BadImage as reason:
             return DataFinding(name, str(reason))
         if self.first is None:
-            fitted = self.reader.fit(image)
-            self.first, self.first_bytes = (name, fitted.dtype, fitted.shape), image.nbytes
+            fitted = self.reader.fit(complete)
+            self.first, self.first_bytes = (name, fitted.dtype, fitted.shape), complete.nbytes
+            self.channels = len(image)
             self.fits = self._fits_memory(fitted.shape, fitted.dtype)
             if self.keep and self.fits:
                 self.kept = np.empty((len(self.collection.names), *fitted.shape), fitted.dtype)
         if self.kept is not None:
-            fitted = self.reader.fit(image)
+            fitted = self.reader.fit(complete)
             if fitted.shape == self.kept.shape[1:]:  # otherwise sizes differ, which the caller reports for all
                 self.kept[row] = fitted
         low, high = float(image.min()), float(image.max())
@@ -186,5 +200,5 @@ def inspect_images(
     lazy = LazyStore(inspector.reader, collection.names, collection.where, shape, dtype)
     store = lazy if inspector.kept is None else MemoryStore(inspector.kept)
     return Inspection(
-        tuple(images), tuple(bad), inspector.kinds, dtype.name, (shape[1], shape[2]), store, inspector.fits
+        tuple(images), tuple(bad), inspector.kinds, dtype.name, (shape[1], shape[2]), store, inspector.fits, shape[0]
     )

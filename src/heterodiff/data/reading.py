@@ -1,6 +1,7 @@
 """Reading image files as the images of a run were read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,11 @@ from heterodiff.errors import DataError
 
 
 def read_image(
-    path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"], background: str = BACKGROUND
+    path: str | Path, spec: ImageSpec, resize: Literal["crop", "stretch"] | None, background: str = BACKGROUND
 ) -> torch.Tensor:
     """Return the image file ``path`` as (C, H, W) in [0, 1], resized and scaled to ``spec``, over ``background``.
+
+    With ``resize=None`` it keeps its size.
 
     Raises:
         DataError: a file that is missing, cannot be decoded, or holds another number of channels or number type.
@@ -33,7 +36,7 @@ def read_image(
             raise BadImage(
                 f"{image.shape[0]} channels of {image.dtype}; the run was trained on {spec.channels} of {spec.dtype}"
             )
-        fitted = resize_image(image, (spec.height, spec.width), resize)
+        fitted = image if resize is None else resize_image(image, (spec.height, spec.width), resize)
     except BadImage as reason:
         raise DataError(f"{name}: {reason}") from None
     low, high = spec.value_range
@@ -73,3 +76,31 @@ def read_images(
 ) -> torch.Tensor:
     """Return image files as (B, C, H, W), see :func:`read_image`."""
     return torch.stack([read_image(path, spec, resize, background) for path in paths])
+
+
+def read_condition(
+    path: str | Path, spec: ImageSpec, whole: bool, resize: Literal["crop", "stretch"], background: str = BACKGROUND
+) -> torch.Tensor:
+    """Return the condition image in file ``path`` as (1, C', h, w) in [0, 1], for a run with images as conditions.
+
+    Args:
+        whole: whether the file is a whole image, of which conditions are made; then this is what is returned.
+
+    Raises:
+        DataError: a file that is missing, cannot be decoded, or holds other channels than in training.
+    """
+    condition = spec.condition
+    assert condition is not None
+    if condition.kind == "mask" and not whole:
+        return read_mask(path, path, replace(spec, channels=1), resize)
+    every = spec.channels + len(condition.given)
+    channels = every if whole or (condition.given and _channels(path) == every) else condition.channels
+    kept = condition.factor > 1 and not whole  # a low resolution has a size of its own
+    return read_image(path, replace(spec, channels=channels), None if kept else resize, background)[None]
+
+
+def _channels(path: str | Path) -> int | None:
+    try:
+        return len(decode_file(Path(path).expanduser(), None))
+    except (BadImage, OSError):
+        return None  # reading it properly says why

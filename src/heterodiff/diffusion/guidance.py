@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def null_labels(labels: Tensor) -> Tensor:
 
 
 def join_conditions(first: Any, second: Any) -> Any:
-    """Concatenate two conditions along the batch: tensors, or mappings and sequences of them."""
+    """Concatenate two conditions along the batch: tensors, or mappings, sequences and dataclasses of them."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     if isinstance(first, Mapping):
@@ -29,6 +30,8 @@ def join_conditions(first: Any, second: Any) -> Any:
         return type(first)(join_conditions(one, other) for one, other in zip(first, second, strict=True))
     if first is None and second is None:
         return None
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{k: join_conditions(value, getattr(second, k)) for k, value in vars(first).items()})
     raise TypeError(f"cannot batch conditions of type {type(first).__name__}")
 
 

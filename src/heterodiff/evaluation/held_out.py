@@ -46,11 +46,25 @@ def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> He
         DataError: nothing usable at ``path``, images of other channels or number type than the run's, or classes
             that it does not know.
     """
+    found, record = held_out_set(run, data, path)
+    images, labels = images_of(found)
+    record["n"] = len(images)
+    if path is not None and (seen := count_seen(images, data.train)):
+        record["notes"].append(
+            f"{seen:,} of {len(images):,} images at {path} are training images too: they are not held out"
+        )
+    return HeldOut(images, labels, record)
+
+
+def held_out_set(run: Path, data: LoadedData, path: Path | None = None) -> tuple[ImageDataset, dict[str, Any]]:
+    """Return the images of :func:`held_out_images` as a data set, and the record of where they come from.
+
+    Raises as :func:`held_out_images`.
+    """
     config = image_config(run)
     if path is None:
-        images, labels = images_of(data.val)
-        record = {"path": str(config.path or config.source), "part": "validation split", "n": len(images), "notes": []}
-        return HeldOut(images, labels, record)
+        source = str(config.path or config.source)
+        return data.val, {"path": source, "part": "validation split", "n": len(data.val), "notes": []}
     if not path.expanduser().exists():
         raise DataError(f"{path}: no such folder or npz file; correct --data")
     spec = data.spec
@@ -59,17 +73,13 @@ def held_out_images(run: Path, data: LoadedData, path: Path | None = None) -> He
             "source": "images",
             "path": path,
             "image_size": (spec.height, spec.width),
-            "channels": spec.channels,
+            "channels": spec.channels + (len(spec.condition.given) if spec.condition else 0),
             "val_fraction": 0.0,
         }
     )
     loaded = load_data(unseen, spec=spec)
-    images, labels = images_of(loaded.train)
     notes = list(loaded.warnings)
-    seen = count_seen(images, data.train)
-    if seen:
-        notes.append(f"{seen:,} of {len(images):,} images at {path} are training images too: they are not held out")
-    return HeldOut(images, labels, {"path": str(path), "part": "all", "n": len(images), "notes": notes})
+    return loaded.train, {"path": str(path), "part": "all", "n": len(loaded.train), "notes": notes}
 
 
 def images_of(data: ImageDataset) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from heterodiff.errors import ConfigError
 from heterodiff.models.blocks import recomputed, timestep_embedding
-from heterodiff.models.conditioning import zero_rows
+from heterodiff.models.conditioning import AttributeEmbedding, zero_rows
 from heterodiff.models.defaults import NORM_GROUPS
 
 
@@ -95,6 +95,8 @@ class Backbone(ModelMixin, ConfigMixin):
             direct = c.class_embedding == "direct"
             self.label_emb = nn.Embedding(c.num_classes, embedding_dim if direct else c.model_channels)
             self.class_emb = None if direct else embedding_mlp(c.model_channels, embedding_dim)
+        attributes = c.get("attributes")
+        self.attribute_emb = AttributeEmbedding(attributes, embedding_dim) if attributes else None
         return embedding_dim
 
     def _widths(self) -> list[int]:
@@ -190,6 +192,21 @@ class Backbone(ModelMixin, ConfigMixin):
             raise ConfigError(f"condition: expected shape ({batch}, {width}), found {tuple(condition.shape)}")
         return self._embedded(condition.ne(0).any(dim=1), lambda: self.condition_emb(condition.to(self.dtype)))
 
+    def attribute_condition(self, attributes: Tensor | None, batch: int) -> Tensor | None:
+        """c (B, E) of ``attributes`` (B, A), exactly zero in rows without any; None if no row has one.
+
+        Raises:
+            ConfigError: attributes for a network that takes none, or of a wrong shape.
+        """
+        if attributes is None:
+            return None
+        expected = len(self.config.get("attributes") or ())
+        if self.attribute_emb is None:
+            raise ConfigError("attributes given, but this network was built without any (attributes=None)")
+        if attributes.shape != (batch, expected):
+            raise ConfigError(f"attributes: expected shape ({batch}, {expected}), found {tuple(attributes.shape)}")
+        return self.attribute_emb(attributes)
+
     def _embedded(self, given: Tensor, embed: Callable[[], Tensor]) -> Tensor | None:
         """Result of ``embed``, zero where ``given`` (B,) is False; None if memory is optimized and no row is given."""
         if not self.memory_optimization:
@@ -212,6 +229,7 @@ class Backbone(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
         condition: Tensor | None = None,
+        attributes: Tensor | None = None,
     ) -> UNetOutput | tuple[Tensor]:
         """Predict from noisy images or latents.
 
@@ -220,6 +238,7 @@ class Backbone(ModelMixin, ConfigMixin):
             timestep: (B,), (1,) or a number; fractions are allowed.
             class_labels: (B,) integers, -1 for rows without a condition; None if no row has one.
             condition: (B, condition_dim), zeros in rows without a condition; None if no row has one.
+            attributes: (B, A), class indices and standardised numbers, NaN where missing; None if no row has any.
 
         Returns:
             ``UNetOutput`` with ``sample`` (B, out_channels, H, W), or a tuple of it.
@@ -234,6 +253,8 @@ class Backbone(ModelMixin, ConfigMixin):
         condition = self._whitened(condition)
         of_class, of_vector = self.class_condition(class_labels, batch), self.vector_condition(condition, batch)
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
+        if (of_attributes := self.attribute_condition(attributes, batch)) is not None:
+            c = of_attributes if c is None else c + of_attributes
         embedding = F.silu(embedding if c is None else embedding + c)  # once for all blocks
         h = F.pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()

@@ -1,11 +1,13 @@
 """Conditions: rows without one, and the condition tokens of the attention blocks in closed form."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 NO_CLASS = -1
@@ -16,6 +18,88 @@ def drop_condition(labels: Tensor, probability: float, generator: torch.Generato
     """Replace labels (B,) by -1 with ``probability`` each (classifier-free guidance, Ho & Salimans 2022)."""
     keep = torch.rand(labels.shape, device=labels.device, generator=generator) >= probability
     return torch.where(keep, labels, NO_CLASS)
+
+
+class AttributeEmbedding(nn.Module):
+    """Embedding of several attributes: the sum of those that are given.
+
+    Numbers pass through sines and cosines of several frequencies (Tancik et al. 2020) and a small network, so that
+    values that lie close together can be told apart.
+
+    Args:
+        attributes: number of classes of each; 0 for a number.
+        width: of the embedding.
+    """
+
+    FREQUENCIES = 6
+
+    def __init__(self, attributes: Sequence[int], width: int):
+        super().__init__()
+        self.each = nn.ModuleList(
+            nn.Embedding(classes, width)
+            if classes
+            else nn.Sequential(nn.Linear(2 * self.FREQUENCIES + 1, width), nn.SiLU(), nn.Linear(width, width))
+            for classes in attributes
+        )
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Embed values (B, A), class indices and standardised numbers, NaN where missing; returns (B, width).
+
+        Rows without any are zero.
+        """
+        given, values = ~values.isnan(), values.nan_to_num()
+        found = [torch.where(given[:, [k]], self._one(k, values[:, k]), 0) for k in range(len(self.each))]
+        return torch.stack(found).sum(dim=0)
+
+    def _one(self, place: int, values: Tensor) -> Tensor:
+        one = self.each[place]
+        if isinstance(one, nn.Embedding):
+            return one(values.long())
+        angles = values[:, None] * (math.pi / 4 * 2.0 ** torch.arange(self.FREQUENCIES, device=values.device) / 2)
+        features = torch.cat([values[:, None], angles.sin(), angles.cos()], dim=1)
+        return one(features.to(next(one.parameters()).dtype))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that a denoiser of images is given beside the noise, each None for none.
+
+    Attributes:
+        labels: classes (B,), -1 for rows without one.
+        attributes: (B, A), see :class:`AttributeEmbedding`.
+        image: maps of condition images (B, k, h, w), zero in rows without one.
+    """
+
+    labels: Tensor | None = None
+    attributes: Tensor | None = None
+    image: Tensor | None = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        return Conditions(**{k: None if v is None else change(v) for k, v in vars(self).items()})
+
+    def rows(self, part: slice) -> "Conditions":
+        """Return the conditions of the images in ``part``."""
+        return self._each(lambda value: value[part])
+
+    def to(self, device: torch.device) -> "Conditions":
+        """Return a copy on ``device``."""
+        return self._each(lambda value: value.to(device))
+
+    def none(self) -> "Conditions":
+        """Return the condition "none" of the same kinds."""
+        empty = {"labels": NO_CLASS, "attributes": math.nan, "image": 0.0}
+        return Conditions(**{k: None if v is None else torch.full_like(v, empty[k]) for k, v in vars(self).items()})
+
+    def any(self) -> bool:
+        """Return whether any image has any condition; for conditions on the CPU."""
+        attributes = self.attributes is not None and not bool(self.attributes.isnan().all())
+        return self.image is not None or attributes or (self.labels is not None and bool((self.labels >= 0).any()))
+
+    def call(self, network: Callable[..., Any], z: Tensor, time: Tensor) -> Tensor:
+        """Call the denoiser at z (B, C, h, w) and network times (B,), in training and in sampling."""
+        more = {} if self.attributes is None else {"attributes": self.attributes}
+        sample = z if self.image is None else torch.cat([z, self.image.to(z)], dim=1)
+        return network(sample, time, class_labels=self.labels, **more).sample
 
 
 def zero_rows(c: Tensor, given: Tensor, zero_threshold: float | None) -> Tensor:

@@ -117,6 +117,7 @@ class HAEUNet(Backbone):
         condition_dim: width of a condition vector, for example a text embedding, in place of the class; None for none.
         mid_attention: attention between the residual blocks of the coarsest level.
         norm_groups: groups of the norms, a divisor of 32; default: as the variant.
+        attributes: number of classes of each further condition, 0 for one that is a number; None for none.
         patch_size: patch side in pixels; each patch becomes the channels of one position, so that everything between
             the first and the last convolution costs patch_size^2 times less.
 
@@ -162,6 +163,7 @@ class HAEUNet(Backbone):
         patch_size: int = 1,
         mid_attention: bool | None = None,
         norm_groups: int | None = None,
+        attributes: Sequence[int] | None = None,
     ):
         super().__init__()
         if variant not in VARIANTS:
@@ -246,7 +248,7 @@ class HAEUNet(Backbone):
         pattern = PatternSpec(c.attention_pattern, c.sparsity, c.max_keys, c.pattern_seed)
         spec = VARIANTS[c.variant] if c.use_hae else VARIANTS["unet"]
         widths = self._widths()
-        conditional = c.num_classes is not None or c.condition_dim is not None
+        conditional = c.num_classes is not None or c.condition_dim is not None or bool(c.attributes)
         token_dim = embedding_dim if conditional and c.condition_tokens != "none" else None
         res = partial(
             ResBlock,

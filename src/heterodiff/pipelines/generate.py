@@ -1,6 +1,7 @@
 """Drawing images from a trained class-conditional model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from heterodiff.diffusion.anomaly import noising_timesteps
 from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.sampling import draw_noise, sample
 from heterodiff.errors import ConfigError, nearest_name
-from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.models.conditioning import NO_CLASS, Conditions
 from heterodiff.models.unet import HAEUNet, check_size
+from heterodiff.pipelines.conditions import conditions_of, translate
 from heterodiff.pipelines.drawing import Callback, DrawingPipeline, check_output_type, to_output
 from heterodiff.pipelines.editing import RESAMPLES, STRENGTH, first_timestep, inpaint, known_latents, noised
 from heterodiff.run_folder import RunFolder
@@ -103,6 +105,9 @@ class GenerationPipeline(DrawingPipeline):
         guidance_interval: tuple[float, float] | None = None,
         dynamic_threshold: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        condition_images: Tensor | None = None,
+        conditions: Mapping[str, Any] | Tensor | None = None,
+        guide: Sequence[str] | None = None,
         size: int | tuple[int, int] | None = None,
         batch_size: int = 100,
         output_type: str = "pt",
@@ -123,7 +128,12 @@ class GenerationPipeline(DrawingPipeline):
             timesteps: explicit training timesteps, descending, instead of num_inference_steps.
             generator: one for all images, or a list of one an image; with a list, an image does not depend on
                 which others are drawn with it.
-            size: (height, width) of the images, or a number for both; default: that of the training images.
+            condition_images: (B, C', H, W) in [0, 1], for runs with ``data.condition``; default: no condition.
+            conditions: value of each column of ``data.conditions``, one for all images or a sequence of one an image;
+                columns that are left out, and None, are no condition. Or (B, A) as networks see them, NaN for none.
+            guide: guide by these columns alone; default: by the class and all conditions together.
+            size: (height, width) of the images, or a number for both; default: that of the condition images, or of the
+                training images.
             batch_size: number of images to draw at once.
             output_type: ``"pt"`` for a tensor (B, C, H, W) in [0, 1], ``"np"`` for an array (B, H, W, C),
                 ``"pil"`` for pictures.
@@ -145,6 +155,7 @@ class GenerationPipeline(DrawingPipeline):
             raise ConfigError(f"{len(labels)} images in batches of {batch_size}: expected at least one of each")
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ConfigError(f"{len(generator)} generators for {len(labels)} images: expected one an image")
+        given, null = conditions_of(self, labels, condition_images, conditions, guide)
         if dynamic_threshold is not None:
             self._check_dynamic_threshold(dynamic_threshold, sampler)
         settings = self.sampling_settings(
@@ -153,14 +164,16 @@ class GenerationPipeline(DrawingPipeline):
             guidance_interval=guidance_interval,
             dynamic_threshold=dynamic_threshold,
         )
+        if size is None and condition_images is not None:
+            size = (condition_images.shape[2], condition_images.shape[3])
         latent_size = self._latent_size(_pair(size) if size is not None else self.image_size)
         parts: list[Tensor] = []
         for start in range(0, len(labels), batch_size):
             if self.interrupt:
                 break
             rows = slice(start, start + batch_size)
-            some = labels[rows].to(self.device)
-            unconditional = bool((labels[rows] < 0).all()) and settings.guidance_scale >= 0
+            some = given.rows(rows).to(self.device)
+            unconditional = not given.rows(rows).any() and settings.guidance_scale >= 0
             with self.progress_bar(total=1) as bar:
 
                 def progress(total: int, bar: Any = bar) -> None:
@@ -169,8 +182,8 @@ class GenerationPipeline(DrawingPipeline):
 
                 z = self.draw_latents(
                     some,
-                    null_labels(some),
-                    (len(some), self.unet.config.in_channels, *latent_size),
+                    null.rows(rows).to(self.device),
+                    (len(labels[rows]), self.latent_channels, *latent_size),
                     generator[rows] if isinstance(generator, list) else generator,
                     # Both branches of guidance would be the same.
                     settings.model_copy(update={"guidance_scale": 1.0}) if unconditional else settings,
@@ -181,6 +194,26 @@ class GenerationPipeline(DrawingPipeline):
                 )
             parts.append(self.codec.decode(z).cpu())
         return to_output(torch.cat(parts), output_type, return_dict)
+
+    def translate(
+        self, images: Tensor, class_labels: Labels | None = None, num_images: int = 1, **options: Any
+    ) -> Tensor:
+        """Draw images of condition images, for runs with ``data.condition``.
+
+        Args:
+            images: (B, C', h, w) in [0, 1]; for super-resolution, smaller than what is drawn by the factor.
+            class_labels: one for each condition image, or one for all.
+            num_images: drawn of each.
+            **options: ``ready=False`` for whole images, of which conditions are made as in training; others as of
+                :meth:`__call__`.
+
+        Returns:
+            (B, num_images, C, H, W) in [0, 1].
+
+        Raises:
+            ConfigError: a run without such a condition, images of other channels or sizes.
+        """
+        return translate(self, images, class_labels, num_images, **options)
 
     @torch.no_grad()
     def edit(
@@ -281,11 +314,21 @@ class GenerationPipeline(DrawingPipeline):
             what = f"the single value {found[0]:g}" if len(found) == 1 else f"{len(found)} different values"
             raise ConfigError(f"mask of {what}: expected 1 where to draw anew, 0 where pixels stay")
 
-    def predict(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """See :meth:`DrawingPipeline.predict`; the condition is class labels (B,), ignored by a network without."""
-        labels = condition if self.unet.config.num_classes is not None else None
-        output = self.unet(z.to(self.unet.dtype), time, class_labels=labels).sample
+    def predict(self, z: Tensor, time: Tensor, condition: Conditions | Tensor) -> Tensor:
+        """See :meth:`DrawingPipeline.predict`; the condition is :class:`Conditions`, or class labels (B,) alone."""
+        given = condition if isinstance(condition, Conditions) else Conditions(condition)
+        if self.unet.config.num_classes is None:
+            given = replace(given, labels=None)
+        if given.image is None and (channels := self.unet.config.in_channels - z.shape[1]):
+            given = replace(given, image=z.new_zeros(len(z), channels, *z.shape[2:]))
+        output = given.call(self.unet, z.to(self.unet.dtype), time)
         return output.to(torch.float32, copy=True)  # a CUDA graph writes its next output to the same memory
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of what is drawn: those that the network takes, less those of condition images."""
+        count: int = self.unet.config.in_channels
+        return count - (self.spec.condition_channels(self.codec.factor) if self.spec else 0)
 
     def _check_dynamic_threshold(self, quantile: float, sampler: str | None) -> None:
         if not 0 < quantile <= 1:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.conditions import split_condition
+from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.pictures import image_grid, save_image, to_pil
+from heterodiff.pipelines.conditions import pictured
 from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.output_folder import writing
@@ -19,6 +22,7 @@ from heterodiff.pipelines.sharing import team
 
 GRID_FILE = "grid.png"
 MAX_GRID_IMAGES = 400
+PREVIEWED = 8
 UNSAFE = re.compile(r"[^\w.+-]+")  # characters of class names that stay out of file names
 
 
@@ -124,6 +128,63 @@ def save_edited(
         grid = image_grid(together, [*titles, *map(str, range(1, len(edited) + 1))][: len(together)])
         grid.save(folder / GRID_FILE)
     return [*written, folder / GRID_FILE]
+
+
+def save_translated(
+    conditions: Sequence[Tensor], drawn: Sequence[Tensor], names: Sequence[str], folder: Path, spec: ImageSpec | None
+) -> list[Path]:
+    """Write the images drawn of each condition as ``<name>_<k>``, and a grid of each condition with its images.
+
+    Args:
+        conditions: (C', h, w) each.
+        drawn: (n, C, H, W) of each.
+        names: of the files.
+
+    Raises as :func:`save_images`.
+    """
+    safe = [UNSAFE.sub("_", name) for name in names]
+    unique = [name if safe.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(safe)]
+    images = [image for each in drawn for image in each]
+    written: list[Path] = []
+    for name, each in zip(unique, drawn, strict=True):  # low resolutions may differ in size, and so do their images
+        own = [f"{name}_{k:04d}" for k in range(len(each))]
+        written += save_images(each, own, own, folder, spec)
+    shown, titles = [], []
+    largest = max((image.shape[1:] for image in images), key=lambda size: size[0] * size[1])
+    for name, condition, each in zip(names, conditions, drawn, strict=True):
+        shown += [fitted(image, largest) for image in (pictured(condition[None], each.shape[1])[0], *each)]
+        titles += [name, *map(str, range(1, len(each) + 1))]
+    with writing(folder):
+        grid = image_grid(torch.stack(shown)[:MAX_GRID_IMAGES], titles[:MAX_GRID_IMAGES], columns=1 + len(drawn[0]))
+        grid.save(folder / GRID_FILE)
+    return [*written, folder / GRID_FILE]
+
+
+def conditioned_grid(pipeline: GenerationPipeline, data: ImageDataset, seed: int) -> Image:
+    """Draw an image of the conditions of each of some images of ``data``; a line of the picture each.
+
+    Lines hold the condition image, if there is one, the image drawn, and the true one.
+    """
+    rows = torch.linspace(0, len(data) - 1, min(PREVIEWED, len(data))).long().tolist()
+    inputs, labels = data.inputs(rows)
+    images, conditions = split_condition(inputs, data.spec)
+    drawn = pipeline(
+        data.labels_of(rows),
+        condition_images=conditions,
+        conditions=labels[:, 1:] if data.spec.attributes else None,
+        generator=seeded_generators(seed, len(rows)),
+    ).images
+    assert isinstance(drawn, Tensor)
+    lines = {"drawn": drawn, "true": images}
+    if conditions is not None:
+        lines = {"condition": pictured(conditions, images.shape[1]), **lines}
+    titles = [name for name in lines for _ in rows]
+    return image_grid(torch.cat(list(lines.values())), titles, columns=len(rows))
+
+
+def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return an image (C, h, w) at ``size``, its pixels repeated, for a picture."""
+    return torch.nn.functional.interpolate(image[None], size)[0]
 
 
 def write_images(

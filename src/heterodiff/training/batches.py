@@ -41,7 +41,7 @@ class Batch:
     Attributes:
         stored: images (B, C, H, W) as :meth:`ImageDataset.stored` gives them, augmented; None if all images are on the
             device already.
-        labels: (B,).
+        labels: (B,), or with attributes (B, 1 + A), see :meth:`ImageDataset.conditions_of`.
         indices: of the images in the data set.
         seeds: of their augmentation.
     """
@@ -123,4 +123,4 @@ class StepBatches(Dataset[Batch | DataError]):
         offset = step * self.order.batch_size + self.share.start
         seeds = [derive_seed(self.seed, Stream.AUGMENT, offset + i) for i in range(len(indices))]
         stored = augment(self.data.stored(indices), seeds, self.config) if self.with_images else None
-        return Batch(stored, self.data.labels_of(indices), indices, seeds)
+        return Batch(stored, self.data.conditions_of(indices), indices, seeds)

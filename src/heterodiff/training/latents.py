@@ -9,7 +9,7 @@ from torch import Tensor
 from heterodiff.codecs.make import load_saved_codec
 from heterodiff.codecs.scaling import LatentCodec, check_scale, measure
 from heterodiff.config import RunConfig
-from heterodiff.data.assemble import with_captions, without_captions
+from heterodiff.data.assemble import with_attributes, with_captions, without_captions
 from heterodiff.data.sources import LoadedData
 from heterodiff.errors import DataError
 from heterodiff.latents.encode import encode_data
@@ -27,9 +27,10 @@ MEASURED_BATCH = 32
 def stored_latents(config: RunConfig) -> LoadedData | None:
     """Return the latents that a run encoded into its folder when it began; None if it has none.
 
-    Only those of a run that has begun are known to be of its images; others are compared when it begins.
+    Only those of a run that has begun are known to be of its images; others are compared when it begins. They lack the
+    columns of ``data.conditions``, for which the images are read once more.
     """
-    if config.output is None or not _caches(config):
+    if config.output is None or not config.caches_latents or config.data.conditions:
         return None
     run = RunFolder(config.output)
     if not run.has_config or not (run.latents / INDEX_FILE).is_file():
@@ -53,7 +54,7 @@ def prepare_latents(
     codec = recipe.codec
     if not isinstance(codec, LatentCodec):
         return data
-    if data.latents is None and _caches(config):
+    if data.latents is None and config.caches_latents:
         assert config.output is not None
         plain, captions = without_captions(data) if data.captions else (data, None)
         folder = encode_data(
@@ -70,15 +71,12 @@ def prepare_latents(
         data = load_latents(folder, config.data.memory_limit_gb)
         if captions is not None:
             data = with_captions(data, captions)
+        data = with_attributes(data, plain)
     mean, std = _statistics(codec, data, recipe)
     if config.codec.statistics == "measured":
         codec.set_statistics(mean, std)
     check_scale(codec, mean, std)
     return data
-
-
-def _caches(config: RunConfig) -> bool:
-    return config.codec.kind != "pixels" and config.codec.cache and config.data.source != "latents"
 
 
 def _statistics(codec: LatentCodec, data: LoadedData, recipe: "DiffusionRecipe") -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ class Trainer:
         chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
         size = max(1, self.config.training.batch_size // self.config.training.accumulation_steps)
         for start in range(0, count, size):
-            images, labels = data.batch(chosen[start : start + size])
+            images, labels = data.inputs(chosen[start : start + size])
             yield self._inputs(images.to(self.device)), labels
 
     def _evaluate(self, journal: Journal, request: StopRequest, if_missing: bool = False) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LoadedData, assemble, refuse_problems, with_captions
+from heterodiff.data.attributes import with_columns
 from heterodiff.data.collection import Collection
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.data.findings import show
 from heterodiff.data.inspection import Inspection, inspect_images
+from heterodiff.data.sources.beside import with_condition
 from heterodiff.data.split import draw_group_split, saved_test, split_names
 from heterodiff.errors import DataError, unknown_name
 from heterodiff.lazy import loaded
@@ -83,7 +85,7 @@ def open_source(config: DataConfig) -> Collection:
             f"data.source=latents ({config.path}): these are stored latents, not images; here the images they were "
             "encoded from are needed: set data.source and data.path to those"
         )
-    collection: Collection = _open(config)
+    collection: Collection = with_condition(with_columns(_open(config), config), config)
     if config.path is None or _SOURCES[config.source][1]:
         return collection
     unused = f"data.path is not used by data.source '{config.source}'"

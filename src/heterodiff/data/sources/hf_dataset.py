@@ -115,6 +115,11 @@ def _collected(path: Path, parts: dict[str, Any], column: str, config: DataConfi
     wrong = {problem.name for problem in problems}
     sound = [place for place, name in enumerate(names) if name not in wrong]
     captioned = bool(sound) and all(texts[place] for place in sound)
+    columns = {
+        name: tuple(value for part in parts.values() for value in part[name])
+        for name in config.columns
+        if name in next(iter(parts.values())).features
+    }
     collection = Collection(
         where=str(path),
         names=names,
@@ -124,6 +129,7 @@ def _collected(path: Path, parts: dict[str, Any], column: str, config: DataConfi
         warnings=warnings,
         captions=tuple(tuple(dict.fromkeys(captions)) for captions in texts) if captioned else None,
         held_out=held_out if any(held_out) else None,
+        columns=columns,
     )
     return collection.take(sound) if wrong else collection
 

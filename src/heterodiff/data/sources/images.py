@@ -10,7 +10,7 @@ from heterodiff.data.collection import Collection, read_array, read_file
 from heterodiff.data.decoding import SUFFIXES, array_names, opened_npz, read_member
 from heterodiff.data.decoding.layout import channel_axis
 from heterodiff.data.findings import BadImage
-from heterodiff.data.sources.metadata import find_metadata, read_metadata
+from heterodiff.data.sources.metadata import find_metadata, has_column, read_columns, read_metadata
 from heterodiff.data.sources.scan import FolderScan, scan_folder
 from heterodiff.errors import DataError
 
@@ -37,6 +37,8 @@ def open_images(config: DataConfig) -> Collection:
 def _open_folder(root: Path, config: DataConfig) -> Collection:
     labelled = config.labels != "none"
     metadata = find_metadata(root)
+    if metadata and config.columns and config.labels == "auto":  # the columns may be all that there is
+        labelled = has_column(metadata, "label")
     class_of: dict[str, str | None]
     class_of, problems = read_metadata(metadata, labelled) if metadata else ({}, [])
     scan = scan_folder(root)
@@ -59,6 +61,7 @@ def _open_folder(root: Path, config: DataConfig) -> Collection:
         unreadable=scan.unreadable,
         problems=tuple(problems),
         warnings=tuple(warnings),
+        columns=read_columns(metadata, names) if metadata and config.columns else {},
     )
 
 
@@ -85,6 +88,7 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
             raise BadImage(f"{reason}: raise data.memory_limit_gb or save one npy file per image") from None
         label_key = next((key for key in ("label", "labels") if key in there), None)
         labels = read_member(archive, label_key, MAX_LABELS_BYTES) if label_key else None
+        columns = {key: read_member(archive, key, MAX_LABELS_BYTES) for key in config.columns if key in there}
         if images.ndim not in (3, 4) or images.dtype.kind not in "buif" or 0 in images.shape:
             raise BadImage(
                 f"'{key}' has shape {images.shape} and type {images.dtype}; expected numbers of shape (N, H, W), "
@@ -96,7 +100,14 @@ def _open_npz(path: Path, config: DataConfig) -> Collection:
             images = np.moveaxis(images, 1 + channel_axis(images.shape[1:], config.channels), 1)
     names = tuple(str(index) for index in range(len(images)))
     class_of = _npz_classes(path, labels, len(images)) if config.labels != "none" else (None,) * len(images)
-    return Collection(str(path), names, class_of, partial(read_array, images))
+    for column, values in columns.items():
+        if values.shape != (len(images),) or values.dtype.kind not in "buifU":
+            raise DataError(
+                f"{path}: '{column}' has shape {values.shape} and type {values.dtype}; expected ({len(images)},) "
+                "numbers or texts, one for each image"
+            )
+    of_images = {key: tuple(values.tolist()) for key, values in columns.items()}
+    return Collection(str(path), names, class_of, partial(read_array, images), columns=of_images)
 
 
 def _npz_classes(path: Path, labels: np.ndarray | None, count: int) -> tuple[str | None, ...]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -125,6 +125,23 @@ def class_name(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError(f"label {value!r:.60} is neither text nor an integer")
     return str(value).strip() or None
+
+
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Read all columns but the names and labels of the files ``names``; None where a row lacks one."""
+    rows = {
+        PurePosixPath(row["file_name"]).as_posix(): row
+        for _, row in table_rows(path, read_text(path), ["file_name"], "")
+        if isinstance(row, dict) and isinstance(row["file_name"], str)
+    }
+    there = dict.fromkeys(str(key) for row in rows.values() for key in row if key not in (None, "file_name", "label"))
+    return {name: tuple(rows[file].get(name) for file in names) for name in there}
+
+
+def has_column(path: Path, column: str) -> bool:
+    """Return whether the first row of a table has ``column``."""
+    first = next(iter(table_rows(path, read_text(path), [], "")), None)
+    return first is not None and isinstance(first[1], dict) and column in first[1]
 
 
 def read_metadata(path: Path, with_labels: bool) -> tuple[dict[str, str | None], list[DataFinding]]:

@@ -1,5 +1,6 @@
 """The built-in source ``microdoppler``: simulated radar spectrograms of six kinds of moving targets."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -7,7 +8,15 @@ import numpy as np
 from heterodiff.config import DataConfig, MicrodopplerConfig
 from heterodiff.data.collection import Collection
 from heterodiff.simulators import drawn_size, random_state
-from heterodiff.simulators.microdoppler.recording import CLASSES, Facts, axes, highest_doppler, observe, simulate
+from heterodiff.simulators.microdoppler.recording import (
+    CLASSES,
+    Facts,
+    axes,
+    draw_view,
+    highest_doppler,
+    observe,
+    simulate,
+)
 
 __all__ = ["CLASSES", "Facts", "axes", "open_microdoppler", "random_state", "simulate"]
 
@@ -17,6 +26,22 @@ MIN_SIDE = 16
 def _draw(config: MicrodopplerConfig, height: int, width: int, row: int) -> np.ndarray:
     index, picture = divmod(row, config.images_per_class)
     return simulate(CLASSES[index], random_state(config.seed, index, picture), config, height, width)[0][None]
+
+
+def _columns(config: MicrodopplerConfig, wanted: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Speed in m/s, and aspect and elevation in degrees, of every picture, as far as they are ``wanted``."""
+    if not wanted:
+        return {}
+    drawn = [
+        draw_view(name, random_state(config.seed, number, picture), config)
+        for number, name in enumerate(CLASSES)
+        for picture in range(config.images_per_class)
+    ]
+    return {
+        "speed_m_s": tuple(float(view.speed_m_s) for view, _, _ in drawn),
+        "aspect_deg": tuple(float(aspect) for _, aspect, _ in drawn),
+        "elevation_deg": tuple(float(elevation) for _, _, elevation in drawn),
+    }
 
 
 def _aliasing_warnings(settings: MicrodopplerConfig) -> tuple[str, ...]:
@@ -53,4 +78,5 @@ def open_microdoppler(config: DataConfig) -> Collection:
         read=partial(_draw, settings, height, width),
         value_range=(-settings.dynamic_range_db, 0.0),
         warnings=_aliasing_warnings(settings),
+        columns=_columns(settings, config.columns),
     )

@@ -120,7 +120,7 @@ def axes(class_name: str, config: MicrodopplerConfig, height: int, width: int) -
     return observation.doppler_hz, observation.column_times
 
 
-def _draw_view(class_name: str, rng: np.random.RandomState, config: MicrodopplerConfig) -> tuple[View, float, float]:
+def draw_view(class_name: str, rng: np.random.RandomState, config: MicrodopplerConfig) -> tuple[View, float, float]:
     """Draw speed, aspect and elevation; return the view and the two angles in degrees."""
     speed = rng.uniform(*getattr(config.speeds_m_s, class_name))
     aspect = rng.uniform(*config.aspect_deg)
@@ -150,7 +150,7 @@ def simulate(
     """
     target = _target(class_name)
     observation = observe(class_name, config, height, width)
-    view, aspect, elevation = _draw_view(class_name, rng, config)
+    view, aspect, elevation = draw_view(class_name, rng, config)
     snr = rng.uniform(*config.snr_db)
     echo = target.echo(rng, view, observation.times)
     signal = add_noise(baseband(echo.ranges_m, echo.amplitudes, view.wavelength_m), snr, rng)

@@ -13,23 +13,25 @@ from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.dataset import ImageSpec
+from heterodiff.data.conditions import split_condition, to_maps
+from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.devices import send
 from heterodiff.diffusion.objective import DiffusionObjective
 from heterodiff.diffusion.samplers import make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
-from heterodiff.models.conditioning import NO_CLASS
+from heterodiff.models.conditioning import NO_CLASS, Conditions
 from heterodiff.models.defaults import FILM_CHANNEL_MULT, LEAN_NORM_GROUPS, MODEL_CHANNELS, NUM_HEADS, default_levels
 from heterodiff.models.unet import check_size
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.pipelines.image_files import conditioned_grid
 from heterodiff.tasks import task_of
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
-from heterodiff.training.recipes.base import Draws, Losses, Recipe
+from heterodiff.training.recipes.base import Draws, Losses, Recipe, shown_images
 from heterodiff.training.recipes.initial import start_from
 
 HAE_KEYS = (
@@ -62,6 +64,7 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     with_text = "text" in task_of(config).sections
     # Beside the latents: the text's prior over the map and, but for joint training, over its features.
     prior_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
+    of_condition = spec.condition_channels(spec.height // height)
     common = {
         "condition_dim": config.text.embedding_dim if with_text else None,
         "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
@@ -84,8 +87,9 @@ def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
     check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
     return common | {
         "sample_size": (height, width),
-        "in_channels": channels + prior_channels,
+        "in_channels": channels + prior_channels + of_condition,
         "num_classes": len(spec.class_names) or None,
+        "attributes": [len(attribute.classes) for attribute in spec.attributes] or None,
         "channel_mult": channel_mult,
         "num_heads": m.num_heads,
         "norm_groups": m.norm_groups,
@@ -103,6 +107,7 @@ class DiffusionDraws(Draws):
     drop: Tensor
     latent_noise: Tensor | None = None  # of the draw from the codec's posterior
     choice: Tensor | None = None  # among an image's captions
+    drop_each: Tensor | None = None  # (B, A), where an attribute alone is dropped
 
 
 def make_objective(config: RunConfig) -> DiffusionObjective:
@@ -127,6 +132,9 @@ class DiffusionRecipe(Recipe):
         ConfigError: no network can be built for these images.
         CheckpointError: the codec's VAE cannot be loaded.
     """
+
+    shown: ImageDataset | None = None
+    """Images whose conditions a preview shows."""
 
     def __init__(self, config: RunConfig, spec: ImageSpec):
         self.config, self.spec = config, spec
@@ -153,8 +161,10 @@ class DiffusionRecipe(Recipe):
         return prepare_latents(config, self, data, hosts, quiet), notes
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The codec's posterior of images (B, C, H, W) in [0, 1]."""
-        return self.codec.posterior(images)
+        """The codec's posterior of images (B, C, H, W) in [0, 1], then the maps of their condition images."""
+        images, condition = split_condition(images, self.spec)
+        posterior = self.codec.posterior(images)
+        return posterior if condition is None else torch.cat([posterior, to_maps(condition, self.codec.factor)], dim=1)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> DiffusionDraws:
         t, weights = self.timesteps.sample(batch_size, generator)
@@ -164,28 +174,44 @@ class DiffusionRecipe(Recipe):
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
             latent_noise = torch.randn(shape, generator=generator, device=device)
-        return DiffusionDraws(t, weights, noise, drop, latent_noise)
+        drop_each = None
+        if self.spec.attributes:
+            each = torch.rand(batch_size, len(self.spec.attributes), generator=generator, device=device)
+            drop_each = each < self.config.diffusion.p_uncond
+        return DiffusionDraws(t, weights, noise, drop, latent_noise, drop_each=drop_each)
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws) -> Losses:
         """Weighted losses of a batch.
 
         Args:
             network: ``self.model``, possibly wrapped.
-            inputs: posteriors of the codec; labels: (B,), -1 for none.
+            inputs: as :meth:`prepare` makes them, or stored posteriors.
+            labels: (B,), -1 for none, or with attributes (B, 1 + A).
         """
-        z = self.codec.draw(inputs, draws.latent_noise)
-        model_call = self.conditioned(network, labels, draws)
+        count = self.spec.condition_channels(self.codec.factor)
+        posterior, maps = inputs.split([inputs.shape[1] - count, count], dim=1)
+        z = self.codec.draw(posterior, draws.latent_noise)
+        model_call = self.conditioned(network, labels, draws, maps if count else None)
         losses, parts = self.objective.losses(model_call, z, draws.t, draws.noise)
         return Losses(losses * draws.weights, parts)
 
     def conditioned(
-        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws
+        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws, maps: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """(z, time) -> prediction, conditioned on ``labels`` (B,) but where ``draws`` drop the condition."""
-        if not self.spec.class_names:
-            return lambda z, time: network(z, time, class_labels=None).sample
-        classes = send(labels, draws.drop.device).masked_fill(draws.drop, NO_CLASS)
-        return lambda z, time: network(z, time, class_labels=classes).sample
+        """(z, time) -> prediction, conditioned on ``labels`` and ``maps`` but where ``draws`` drop the condition."""
+        found = Conditions()
+        if self.spec.class_names or self.spec.attributes:
+            labels = send(labels, draws.drop.device)
+        if self.spec.attributes:
+            assert draws.drop_each is not None
+            dropped = draws.drop[:, None] | draws.drop_each
+            found = replace(found, attributes=labels[:, 1:].masked_fill(dropped, torch.nan))
+            labels = labels[:, 0].long()
+        if self.spec.class_names:
+            found = replace(found, labels=labels.masked_fill(draws.drop, NO_CLASS))
+        if maps is not None:
+            found = replace(found, image=torch.where(draws.drop[:, None, None, None], 0, maps))
+        return lambda z, time: found.call(network, z, time)
 
     def observe(self, draws: DiffusionDraws, losses: Tensor, left_out: Tensor) -> None:
         if self.timesteps.learns:
@@ -222,7 +248,9 @@ class DiffusionRecipe(Recipe):
         return self.pipeline()(num_images=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
 
     def preview(self, seed: int) -> Image:
-        """A labelled grid of samples, one row per class."""
+        """A labelled grid of samples, one row per class; or held-out condition images, what is drawn of them, truth."""
+        if self.shown is not None and (self.spec.condition or self.spec.attributes):
+            return conditioned_grid(self.pipeline(), self.shown, seed)
         names = self.spec.class_names[:PREVIEW_CLASSES]
         rows = list(range(len(names))) if names else [NO_CLASS] * 4
         columns = PREVIEW_COLUMNS if self.spec.height * self.spec.width <= 32 * 32 else PREVIEW_COLUMNS_LARGE
@@ -249,7 +277,9 @@ def build(config: RunConfig, data: LoadedData) -> DiffusionRecipe:
     if data.latents is not None and config.codec.kind != "kl-vae":
         vae = data.latents.vae_path
         raise ConfigError(f"data.source=latents needs the VAE they come from: set codec.kind=kl-vae codec.path={vae}")
-    return DiffusionRecipe(config, data.spec)
+    recipe = DiffusionRecipe(config, data.spec)
+    recipe.shown = shown_images(data)
+    return recipe
 
 
 def doubts(config: RunConfig, data: LoadedData) -> list[str]:

@@ -97,7 +97,7 @@ class TextImageRecipe(DiffusionRecipe):
         return replace(draws, choice=torch.rand(batch_size, generator=generator, device=device))
 
     def conditioned(
-        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws
+        self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws, maps: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(z, time) -> prediction, conditioned on a caption of each image but where ``draws`` drop it."""
         tokens = self.captions.tokens(self.captions.rows(labels, draws.choice), labels=labels)
