@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL.Image import Image
 from torch import Tensor
 
+from heterodiff.codecs.base import Codec
 from heterodiff.config import SamplingConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.denoiser import Denoiser
@@ -53,8 +54,12 @@ class DrawingPipeline(DiffusionPipeline):
         defaults: sampling settings of calls that give none.
         spec: size, classes, value range and number type of the training images; None where unknown.
         interrupt: set to True by a callback to stop after the present step.
+        codec: the space in which the network denoises.
+        condition_name: what images are drawn of, ``class`` or ``prompt``.
     """
 
+    codec: Codec
+    condition_name: str
     _callback_tensor_inputs = ["latents"]
     interrupt = False
 

@@ -165,6 +165,11 @@ def load_text_image(
     return _load_for("caption", run, reason, device, compile, dtype)
 
 
+def load_editing(run: str | Path, device: Device | None = None, dtype: DType | None = None) -> Any:
+    """Load a run whose pipeline edits images, see :func:`load`; raises RunError for other runs, too."""
+    return _load_for("edit", run, None, device, False, dtype)
+
+
 def load_reconstruction(run: str | Path, device: Device | None = None) -> ReconstructionPipeline:
     """Load a run of recipe ``vae``, see :func:`load`; raises RunError for other runs, too."""
     return _load_for("encode", run, "expected a run of recipe vae, found one that draws images", device)
