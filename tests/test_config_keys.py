@@ -57,6 +57,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "model.num_heads": (8, TEXTS, {"model.num_head_channels": 32}),
     "diffusion.prediction": ("epsilon", TEXTS, {"recipe": "alignment"}),
     "diffusion.schedule": ("linear", {"diffusion.prediction": "v"}, FLOW),
+    "diffusion.noise": ("simplex", {}, LATENT),
     "diffusion.snr_gamma": (3, {"diffusion.weighting": "min-snr"}, {}),
     "diffusion.p_uncond": (0.2, TEXTS, {"data.labels": "none"}),
     "sampling.guidance_scale": (3, {}, {"data.source": "shapes"}),

@@ -207,6 +207,13 @@ READERS = (
     _with("diffusion.schedule", "diffusion.prediction", "epsilon", "v", "sample"),
     _with("diffusion.snr_gamma", "diffusion.weighting", "min-snr"),
     Reader(
+        "diffusion.noise",
+        "where pixels are denoised, as simplex noise is made of shapes in images",
+        "recipe codec.kind",
+        lambda run: _in_task("diffusion")(run) and _on_pixels(run),
+        always=True,
+    ),
+    Reader(
         "diffusion.p_uncond sampling.guidance_scale sampling.guidance_interval",
         "by runs with a condition: classes, or the texts of recipe text-image",
         "recipe data.source data.labels",

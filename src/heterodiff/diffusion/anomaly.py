@@ -71,7 +71,7 @@ def label_difference(
         healthy: condition of B rows.
         unhealthy: one condition of B rows for each class that is not healthy; the mean of their predictions counts.
         timesteps: strictly decreasing; each takes one network call and one for each unhealthy class.
-        noise: returns (B, C, H, W) standard normal, anew for each timestep.
+        noise: returns noise (B, C, H, W) as of the training, anew for each timestep.
 
     Raises:
         ConfigError: timesteps outside the schedule or not decreasing.
@@ -214,7 +214,7 @@ def partial_noising(
     AnoDDPM (Wyatt et al. 2022), for models that were trained on healthy images alone.
 
     Args:
-        noise: (B, C, H, W) standard normal, on which the difference depends.
+        noise: (B, C, H, W) as of the training, on which the difference depends.
         channels, progress: as :func:`forward_process`.
     """
     x, start = x.float(), max(timesteps)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from heterodiff.config import SamplingConfig
 from heterodiff.diffusion.anomaly import noising_timesteps
 from heterodiff.diffusion.denoiser import Denoiser
-from heterodiff.diffusion.samplers import check_timesteps
-from heterodiff.diffusion.sampling import Generators, draw_noise, sample
-from heterodiff.diffusion.thresholding import limit_x0
+from heterodiff.diffusion.noise import Generators
+from heterodiff.diffusion.prediction import limit_x0
+from heterodiff.diffusion.samplers import check_noise, check_timesteps
+from heterodiff.diffusion.sampling import sample
 from heterodiff.errors import ConfigError
 from heterodiff.pipelines.drawing import DrawingPipeline
 
@@ -51,15 +52,17 @@ def edit_images(
     bound = pipeline.denoiser.guided(condition, null_condition, settings.guidance_scale, settings.guidance_interval)
     codec = pipeline.codec
     x0 = codec.draw(codec.posterior(images.to(pipeline.device)), None)
-    draw = partial(draw_noise, x0.shape, generator, pipeline.device)
+    draw = partial(pipeline.draw_noise, x0.shape, generator)
     trained = bound.schedule.num_train_timesteps
     if mask is None:
+        sampler = sampler or settings.sampler
+        check_noise(sampler, pipeline.noise)
         first = first_timestep(STRENGTH if strength is None else strength, trained)
         steps = noising_timesteps(first + 1, max(1, round(settings.num_inference_steps * (first + 1) / trained)))
         z = sample(
             *bound,
             z_start=noised(x0, draw(), bound, steps[0]),
-            sampler=sampler or settings.sampler,
+            sampler=sampler,
             timesteps=steps,
             generator=generator,
             learned_variance=pipeline.unet.config.out_channels == 2 * x0.shape[1],
@@ -140,7 +143,7 @@ def inpaint(
         x0: (B, C, H, W) clean images or latents; what is unknown of them has no effect.
         known: (B, 1, H, W), 1 where it is known and 0 elsewhere.
         timesteps: strictly decreasing training timesteps; the first one should be the last of training.
-        draw: returns (B, C, H, W) standard normal, anew at each call.
+        draw: returns noise (B, C, H, W) as of the training, anew at each call.
         resamples: times that each step is taken.
         clip_sample: clip predicted clean images to [-1, 1].
         after_step: called after each network call as (calls done, calls in all).

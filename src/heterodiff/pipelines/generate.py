@@ -11,6 +11,7 @@ from torch import Tensor
 from heterodiff.codecs.base import Codec, PixelCodec
 from heterodiff.codecs.kl_vae import KLVAECodec, latent_shape
 from heterodiff.diffusion.guidance import null_labels
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.models.unet import HAEUNet, check_size
@@ -30,7 +31,7 @@ class GenerationPipeline(DrawingPipeline):
             kind also draws.
         vae: for a denoiser of latents, the AutoencoderKL that they come from, with their mean and std.
         id2label: names of the classes by index.
-        sampling, image_spec, draws_with_scheduler: attributes as ``save_pretrained`` keeps them.
+        sampling, image_spec, draws_with_scheduler, noise: attributes as ``save_pretrained`` keeps them.
     """
 
     _optional_components = ["vae"]
@@ -45,18 +46,22 @@ class GenerationPipeline(DrawingPipeline):
         sampling: dict | None = None,
         image_spec: dict | None = None,
         draws_with_scheduler: bool = False,
+        noise: str = "gaussian",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.codec: Codec = PixelCodec() if vae is None else KLVAECodec(vae)
         self._take_settings(sampling, image_spec, draws_with_scheduler)
+        find_noise(noise)
+        self.noise = noise
         names = id2label or {}  # JSON keeps the indices as texts
         self.class_names: tuple[str, ...] = tuple(str(names[key]) for key in sorted(names, key=int))
         height, width = _pair(unet.config.sample_size)
         self.image_size = (height * self.codec.factor, width * self.codec.factor)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "id2label": {str(k): name for k, name in enumerate(self.class_names)}}
+        names = {str(k): name for k, name in enumerate(self.class_names)}
+        return {**super()._settings(), "id2label": names, "noise": self.noise}
 
     def read_run(self, folder: Path) -> None:
         super().read_run(folder)

@@ -21,7 +21,6 @@ from heterodiff.diffusion.anomaly import (
     partial_noising,
 )
 from heterodiff.diffusion.guidance import null_labels
-from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.errors import ConfigError
 from heterodiff.pipelines.anomalies import masks as anomaly_masks
 from heterodiff.pipelines.anomalies.label_weights import LabelWeights, intensity_planes, planes_of
@@ -131,13 +130,13 @@ class Segmenter:
         none = null_labels(healthy)
         options: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
-            noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
+            noise = self.pipeline.draw_noise(x.shape, seeded_generators(settings.seed, len(x), first))
             found = partial_noising(*self.denoiser, x, none, self.timesteps, noise=noise, **options)
         elif self.by_labels:
             generators = seeded_generators(settings.seed, len(x), first)
             others = [k for k in range(len(self.pipeline.class_names)) if k != self.healthy]
             unhealthy = [torch.full_like(healthy, k) for k in others]
-            options["noise"] = partial(draw_noise, x.shape, generators, x.device)
+            options["noise"] = partial(self.pipeline.draw_noise, x.shape, generators)
             found = label_difference(*self.denoiser, x, healthy, unhealthy, self.timesteps, **options)
             shown = planes_of(found.maps.cpu().numpy(), images.cpu().numpy(), self.channels, settings.smoothing)
             return AnomalyMaps(torch.from_numpy(shown), found.divergence.cpu(), found.score.cpu(), found.calls.cpu())

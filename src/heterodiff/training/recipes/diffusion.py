@@ -15,8 +15,9 @@ from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.devices import send
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.diffusion.objective import DiffusionObjective
-from heterodiff.diffusion.samplers import make_sampler
+from heterodiff.diffusion.samplers import check_noise, make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
@@ -113,6 +114,7 @@ def make_objective(config: RunConfig) -> DiffusionObjective:
     """
     schedule = NoiseSchedule.from_config(config.diffusion)
     make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)
+    check_noise(config.sampling.sampler, config.diffusion.noise)
     return DiffusionObjective(config.diffusion, schedule)
 
 
@@ -159,7 +161,7 @@ class DiffusionRecipe(Recipe):
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> DiffusionDraws:
         t, weights = self.timesteps.sample(batch_size, generator)
         shape = (batch_size, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=device)
+        noise = find_noise(self.config.diffusion.noise).draw(shape, generator, device)
         drop = torch.rand(batch_size, generator=generator, device=device) < self.config.diffusion.p_uncond
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
@@ -211,7 +213,7 @@ class DiffusionRecipe(Recipe):
     def pipeline(self) -> Any:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
-        pipeline = GenerationPipeline(self.model, scheduler, vae)
+        pipeline = GenerationPipeline(self.model, scheduler, vae, noise=self.config.diffusion.noise)
         pipeline.defaults, pipeline.spec = self.config.sampling, self.spec
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
