@@ -124,6 +124,26 @@ VAE = Task(
     report="heterodiff.report.vae:sections",
     scattered=False,
 )
+CLASSIFIER = Task(
+    recipe="classifier",
+    sections=("model", "diffusion"),
+    pipeline="ClassifierPipeline",
+    load="heterodiff.pipelines.load:read_classifier",
+    try_out="heterodiff.pipelines.classify:try_out",
+    commands=("classify",),
+    no_classes="classifies noisy images, but draws none; let it guide a denoiser that finds anomalies: "
+    "segmentation.method=classifier-guidance segmentation.classifier={run}",
+    build="heterodiff.training.recipes.classifier:build",
+    memory="heterodiff.training.preflight.memory_costs:CLASSIFIER",
+    evaluate="heterodiff.evaluation.noisy_classes:evaluate",
+    next_steps=(
+        "heterodiff evaluate {run}",
+        "heterodiff train CONFIG.yaml segmentation.method=classifier-guidance segmentation.classifier={run}",
+    ),
+    metrics="heterodiff.report.noisy_classes:metrics",
+    cards="heterodiff.report.noisy_classes:cards",
+    report="heterodiff.report.noisy_classes:sections",
+)
 ALIGNMENT = Task(
     recipe="alignment",
     sections=("text", "alignment"),
@@ -174,6 +194,7 @@ TASKS: dict[str, Task] = {
     "class-images": CLASS_IMAGES,
     "anomalies": ANOMALIES,
     "vae": VAE,
+    "classifier": CLASSIFIER,
     "alignment": ALIGNMENT,
     "text-image": TEXT_IMAGE,
     "text-image-joint": JOINT,

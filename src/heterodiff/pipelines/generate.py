@@ -14,7 +14,8 @@ from heterodiff.diffusion.guidance import null_labels
 from heterodiff.diffusion.noise import find_noise
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.unet import HAEUNet, check_size
+from heterodiff.models.defaults import check_size
+from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.drawing import Callback, DrawingPipeline, check_output_type, to_output
 from heterodiff.pipelines.editing import RESAMPLES, edit_images
 from heterodiff.run_folder import RunFolder

@@ -22,8 +22,14 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, LEAN_NORM_GROUPS, MODEL_CHANNELS, NUM_HEADS, default_levels
-from heterodiff.models.unet import check_size
+from heterodiff.models.defaults import (
+    FILM_CHANNEL_MULT,
+    LEAN_NORM_GROUPS,
+    MODEL_CHANNELS,
+    NUM_HEADS,
+    check_size,
+    default_levels,
+)
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
