@@ -9,8 +9,18 @@ from torch import Tensor, nn
 from heterodiff.models.unet import HAEUNet
 
 
+class MeanAndMaximum(nn.Module):
+    """Mean and maximum of each channel over the positions: (B, C, H, W) -> (B, 2C).
+
+    The map is taken before it is normalised: a norm of few channels would take their means away.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
+
+
 class NoisyClassifier(HAEUNet):
-    """Log odds of classes from noisy images and their time: the encoder of a variant, and the mean over positions.
+    """Log odds of classes from noisy images and their time: the encoder of a variant, pooled over positions.
 
     Dhariwal & Nichol 2021, section 4.2 and appendix H; there the positions are pooled by attention. Arguments are those
     of :class:`heterodiff.models.unet.HAEUNet` without a condition; ``out_channels`` is the number of classes.
@@ -18,8 +28,9 @@ class NoisyClassifier(HAEUNet):
 
     has_decoder = False
 
-    def _last_layers(self, channels: int) -> list[nn.Module]:
-        return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, self.config.out_channels)]
+    def _make_out(self, channels: int) -> nn.Module:
+        hidden, classes = nn.Linear(2 * channels, channels), nn.Linear(channels, self.config.out_channels)
+        return nn.Sequential(MeanAndMaximum(), nn.LayerNorm(2 * channels), hidden, nn.SiLU(), classes)
 
     def forward(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:  # type: ignore[override]
         """Return log odds (B, classes), float32.

@@ -311,12 +311,13 @@ class HAEUNet(Backbone):
                         stage.append(hybrid(channels, spec.hybrid))
                     stage.append(resample(channels, "up"))
                 self.output_blocks.append(Stage(*stage))
-        self.out = FusedSequential(GroupNorm32(channels), make_activation(c.activation), *self._last_layers(channels))
+        self.out = self._make_out(channels)
 
-    def _last_layers(self, channels: int) -> list[nn.Module]:
-        """Layers after the last norm and activation."""
+    def _make_out(self, channels: int) -> nn.Module:
+        """Layers after the last block, which has ``channels``."""
         c = self.config
-        return [zero_(conv3x3(channels, (c.out_channels or c.in_channels) * c.patch_size**2))]
+        last = zero_(conv3x3(channels, (c.out_channels or c.in_channels) * c.patch_size**2))
+        return FusedSequential(GroupNorm32(channels), make_activation(c.activation), last)
 
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
         """Iterate over the sparse attention of each hybrid block."""
