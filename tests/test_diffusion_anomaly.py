@@ -11,10 +11,17 @@ from torch import Tensor
 
 import heterodiff as hd
 from heterodiff.config import DiffusionConfig
-from heterodiff.diffusion.anomaly import AnomalyMaps, ddib, forward_process, noising_timesteps, partial_noising
+from heterodiff.diffusion.anomaly import (
+    AnomalyMaps,
+    classifier_guidance,
+    ddib,
+    forward_process,
+    noising_timesteps,
+    partial_noising,
+)
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError
-from tests.oracles.anomaly import literal_forward_process
+from tests.oracles.anomaly import literal_classifier_guidance, literal_forward_process
 
 SCHEDULE = NoiseSchedule.from_config(DiffusionConfig(schedule="linear"))
 COUNT, CHANNELS, SIDE = 3, 2, 8
@@ -59,6 +66,36 @@ def test_every_step_agrees_with_the_literal_method(
     assert found.calls.tolist() == [2 * depth] * COUNT
 
 
+@pytest.mark.parametrize(
+    ("depth", "scale", "channels"), [(1, 5.0, None), (20, 0.0, None), (20, 5.0, [1]), (20, 40.0, None)]
+)
+def test_classifier_guidance_agrees_with_the_literal_method(
+    network: Callable[..., Tensor], depth: int, scale: float, channels: list[int] | None
+) -> None:
+    """The classifier is linear in the image, log p = log sigmoid(w.z + b t), so that its gradient is known."""
+    x, weight = pictures(), torch.randn(CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5)) / 20
+
+    def log_healthy(z: Tensor, time: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid((weight * z).sum(dim=(1, 2, 3)) + 0.01 * time)
+
+    def noise_of(z: np.ndarray, t: int) -> np.ndarray:
+        return network(torch.from_numpy(z).float()[None], torch.tensor([float(t)]), NONE[:1])[0].double().numpy()
+
+    def gradient(z: np.ndarray, t: int) -> np.ndarray:
+        w = weight.double().numpy()
+        return w / (1 + np.exp((w * z).sum() + 0.01 * t))
+
+    common = (network, SCHEDULE, "epsilon", x, NONE, range(depth)[::-1])
+    with torch.no_grad():
+        found = classifier_guidance(*common, log_healthy=log_healthy, scale=scale, channels=channels)
+        for k in range(COUNT):
+            expected = literal_classifier_guidance(noise_of, gradient, x[k].double().numpy(), depth, scale)
+            np.testing.assert_allclose(found.maps[k], expected if channels is None else expected[channels], atol=2e-3)
+    assert found.calls.tolist() == [3 * depth] * COUNT
+    with pytest.raises(ConfigError, match="classifier_scale -1: expected 0 or more"):
+        classifier_guidance(*common, log_healthy=log_healthy, scale=-1)
+
+
 # --- a healthy distribution that is known ------------------------------------------------------------
 
 MEAN = torch.linspace(-0.5, 0.5, SIDE).expand(CHANNELS, SIDE, SIDE)
@@ -73,6 +110,15 @@ def gaussian(z: Tensor, time: Tensor, labels: Tensor) -> Tensor:
     spread[labels != 0, :, :, : SIDE // 2] = 0.7
     variance = (alpha * spread).square() + sigma.square()
     return sigma * (z - alpha * MEAN) / variance
+
+
+def log_healthy(z: Tensor, time: Tensor) -> Tensor:
+    """Log odds of healthy against wide: its gradient is the difference of their scores."""
+    sigma, alpha = (table[time.long()].float().view(-1, 1, 1, 1) for table in (SCHEDULE.sigma, SCHEDULE.alpha))
+    wide = torch.full((len(z), 1, SIDE, SIDE), 0.05)
+    wide[..., : SIDE // 2] = 0.7
+    distances = [(z - alpha * MEAN).square() / ((alpha * std).square() + sigma.square()) for std in (wide, 0.05)]
+    return 0.5 * (distances[0] - distances[1]).sum(dim=(1, 2, 3))
 
 
 def with_lesion(strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -95,6 +141,10 @@ def run(method: str, x: Tensor, timesteps: list[int]) -> AnomalyMaps:
             return gaussian(z, time, torch.zeros_like(labels))
 
         return partial_noising(only_healthy, SCHEDULE, "epsilon", x, none, timesteps, noise=noise)
+    if method == "classifier-guidance":
+        return classifier_guidance(
+            gaussian, SCHEDULE, "epsilon", x, none, timesteps, log_healthy=log_healthy, scale=2.0
+        )
     call = {"forward-process": forward_process, "ddib": ddib}[method]
     return call(gaussian, SCHEDULE, "epsilon", x, healthy, none, timesteps, guidance_scale=2.0)
 
@@ -145,7 +195,14 @@ def test_patience_asks_the_channels_that_count() -> None:
     assert forward_process(*common, patience=3, channels=[1]).calls.tolist() == [8] * COUNT
 
 
-METHODS = ("forward-process", "ddib", "partial-noising")
+METHODS = ("forward-process", "ddib", "partial-noising", "classifier-guidance")
+
+
+def test_the_right_classifier_guides_as_labels_do() -> None:
+    """By Bayes' rule, the gradient of log p(healthy | z) is what classifier-free guidance adds (Ho & Salimans 2022)."""
+    x, _ = with_lesion()
+    by_labels, by_classifier = (run(name, x, noising_timesteps(400, 40)) for name in ("ddib", "classifier-guidance"))
+    torch.testing.assert_close(by_classifier.maps, by_labels.maps, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,7 +261,10 @@ def test_a_batch_is_its_images_one_by_one(method: str) -> None:
     np.testing.assert_allclose(torch.cat([one.maps for one in alone]), together.maps, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "calls"), [("forward-process", 120), ("ddib", 180), ("partial-noising", 60)])
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [("forward-process", 120), ("ddib", 180), ("partial-noising", 60), ("classifier-guidance", 180)],
+)
 def test_calls_are_counted(method: str, calls: int) -> None:
     """Rows that the network really sees, for each image."""
     x, _ = with_lesion()
@@ -216,7 +276,14 @@ def test_calls_are_counted(method: str, calls: int) -> None:
         seen += len(z)
         return gaussian(z, time, labels)
 
-    if method == "partial-noising":
+    def classifier(z: Tensor, time: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(z)
+        return log_healthy(z, time)
+
+    if method == "classifier-guidance":
+        found = classifier_guidance(counting, SCHEDULE, "epsilon", x, NONE, timesteps, log_healthy=classifier)
+    elif method == "partial-noising":
         found = partial_noising(counting, SCHEDULE, "epsilon", x, NONE, timesteps, noise=torch.zeros_like(x))
     else:
         call = {"forward-process": forward_process, "ddib": ddib}[method]

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from heterodiff.diffusion.guidance import guided, guided_denoiser, null_labels
+from heterodiff.config import DiffusionConfig
+from heterodiff.diffusion.guidance import classifier_guided, guided, guided_denoiser, null_labels
+from heterodiff.diffusion.prediction import PREDICTIONS
+from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError
+from tests.oracles.gaussian_mixture import ideal_denoiser, three_blobs
 
 LABELS = torch.tensor([0, 2, 1])
 Z = torch.randn(3, 2, 4, 5)
@@ -77,3 +81,35 @@ def test_default_interval_guides_all_levels():
 def test_mistakes(scale, interval):
     with pytest.raises(ConfigError, match="guidance"):
         guided_denoiser(Model(), LABELS, null_labels(LABELS), scale, 100, interval)
+
+
+@pytest.mark.parametrize("t", [5, 300, 900])
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_guided_by_the_ideal_classifier_a_denoiser_is_that_of_the_class(kind: str, t: int) -> None:
+    """Of a Gaussian mixture, all of p(z), p(y | z) and p(z | y) are known, and scale 1 is Bayes' rule."""
+    config = {"prediction": kind} if kind == "flow" else {"prediction": kind, "schedule": "linear"}
+    schedule, mixture = NoiseSchedule.from_config(DiffusionConfig.model_validate(config)), three_blobs()
+    x0, _ = mixture.draw(50, torch.Generator().manual_seed(0))
+    z = schedule.alpha[t] * x0 + schedule.sigma[t] * torch.randn(x0.shape, dtype=torch.float64)
+    time = torch.full((50,), schedule.time[t].item(), dtype=torch.float64)
+
+    def log_probability(z: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = schedule.at(time[0].double())
+        return mixture.responsibilities(z, alpha.item(), sigma.item())[:, 2].log()
+
+    denoise = ideal_denoiser(mixture, schedule, kind)
+    found = classifier_guided(denoise, schedule, kind, log_probability, 1.0)(z.float(), time.float())
+    of_class = ideal_denoiser(mixture, schedule, kind, torch.full((50,), 2))(z, time)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), of_class, atol=2e-3 if t < 10 else 1e-4, rtol=1e-3)
+    unguided = classifier_guided(denoise, schedule, kind, log_probability, 0.0)(z.float(), time.float())
+    torch.testing.assert_close(unguided.double(), denoise(z, time), atol=2e-3 if t < 10 else 1e-4, rtol=1e-3)
+
+
+def test_variance_channels_are_not_steered() -> None:
+    schedule = NoiseSchedule.from_config(DiffusionConfig())
+    steered = classifier_guided(
+        lambda z, time: torch.cat([z, z.sin()], dim=1), schedule, "v", lambda z, time: z.sum(dim=(1, 2, 3)), 1.0
+    )(Z, TIME)
+    assert torch.equal(steered[:, 2:], Z.sin())
+    assert not torch.allclose(steered[:, :2], Z)

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from heterodiff.diffusion.prediction import PREDICTIONS, target_of, to_x0_eps, x0_sensitivity
-from heterodiff.diffusion.thresholding import dynamic_threshold, limit_x0
+from heterodiff.diffusion.prediction import (
+    PREDICTIONS,
+    dynamic_threshold,
+    limit_x0,
+    target_of,
+    to_x0_eps,
+    x0_sensitivity,
+)
 from heterodiff.errors import ConfigError
 
 LEVELS = [(0.8, 0.6), (0.999, (1 - 0.999**2) ** 0.5), (0.05, (1 - 0.05**2) ** 0.5), (0.3, 0.7), (0.9, 0.1)]

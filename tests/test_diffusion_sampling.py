@@ -7,8 +7,9 @@ from scipy.integrate import solve_ivp
 
 from heterodiff.config import DiffusionConfig
 from heterodiff.diffusion.guidance import guided_denoiser
+from heterodiff.diffusion.noise import gaussian_noise
 from heterodiff.diffusion.samplers import list_samplers, make_sampler
-from heterodiff.diffusion.sampling import draw_noise, sample
+from heterodiff.diffusion.sampling import sample
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError
 from tests.oracles.gaussian_mixture import ideal_denoiser, three_blobs
@@ -46,7 +47,7 @@ def process(prediction, schedule_name="linear", steps=1000):
 
 def draw(prediction, schedule, denoise, count=COUNT, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    noise = draw_noise((count, 2, 1, 1), generator)
+    noise = gaussian_noise((count, 2, 1, 1), generator)
     return sample(denoise, schedule, prediction, noise=noise, generator=generator, **options)
 
 
@@ -139,7 +140,7 @@ def path_tolerance(sampler):
 def test_deterministic_samplers_follow_the_exact_path(prediction, schedule_name):
     """Far sharper than moments, with counter-examples: a wrong schedule, times late by 30 of 1,000."""
     schedule, denoise = process(prediction, schedule_name)
-    noise = draw_noise((60, 2, 1, 1), torch.Generator().manual_seed(0))
+    noise = gaussian_noise((60, 2, 1, 1), torch.Generator().manual_seed(0))
     exact = exact_path_end(noise, schedule, make_sampler("ddim", schedule, 120).steps[0][1])
     mistaken = process("v", "linear" if schedule_name == "cosine" else "cosine")[0]
     for sampler in DETERMINISTIC:
@@ -172,7 +173,7 @@ def test_batch_equals_singles(sampler, prediction):
 
     def run(seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = draw_noise((len(seeds), 2, 1, 1), generators)
+        noise = gaussian_noise((len(seeds), 2, 1, 1), generators)
         return sample(
             denoise, schedule, prediction, noise=noise, generator=generators, sampler=sampler, num_inference_steps=12
         )

@@ -9,7 +9,7 @@ import heterodiff as hd
 from heterodiff.config.file import parse_config
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.models.backbone import Backbone
-from heterodiff.models.comparison import model_table
+from heterodiff.models.profile import model_table
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import NETWORKS, VARIANTS, create_model
 from heterodiff.training.recipes.diffusion import model_arguments

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from heterodiff.errors import ConfigError
-from heterodiff.models.comparison import model_table, print_table
-from heterodiff.models.profile import ModelProfile, count_flops, count_saved_bytes, profile
+from heterodiff.models.profile import ModelProfile, count_flops, count_saved_bytes, model_table, print_table, profile
 from heterodiff.models.variants import VARIANTS, create_model, list_models
 
 COMMON = {"sample_size": 128, "in_channels": 4, "model_channels": 128, "layers_per_block": 2, "num_classes": 2}

@@ -21,6 +21,7 @@ from heterodiff.errors import ConfigError, DataError
 from heterodiff.image_spec import ImageSpec
 from heterodiff.pipelines.editing import inpaint, known_latents
 from heterodiff.training.start import train
+from tests.text_runs import text_config
 from tests.training_runs import tiny_config
 from tests.vae_runs import plain_vae
 
@@ -97,6 +98,13 @@ def latent_run(run: Path) -> Path:
     return run.parent / "latents"
 
 
+@pytest.fixture(scope="module", params=["film-unet", "unet-conv"])
+def text_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    train(text_config(folder / "run", model__variant=request.param), quiet=True)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
 def test_known_pixels_stay_exactly(kind: str, request: pytest.FixtureRequest) -> None:
     pipe = hd.load(request.getfixturevalue("run" if kind == "pixels" else "latent_run"))
@@ -129,6 +137,69 @@ def test_strength_is_how_much_changes(kind: str, sampler: str, request: pytest.F
         changes.append(float((found - unchanged).abs().mean()))
     assert changes[0] < changes[1] < changes[2] or kind == "latents"
     assert changes[0] < 0.05
+
+
+def test_texts_edit_as_classes_do(text_run: Path) -> None:
+    """The prompt changes what is drawn; known pixels stay; the prior is that of the prompt, not of the image."""
+    pipe = hd.load(text_run)
+    images, hole = torch.rand(3, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    hole[..., 4:9, 3:12] = 1
+    outside = (hole == 0).expand_as(images)
+    drawn = {}
+    for prompts in (None, "a red circle", ["a red circle", "a blue square", "a red circle"]):
+        for mask in (hole, None):
+            generators = [torch.Generator().manual_seed(k) for k in range(3)]
+            found = pipe.edit(images, mask, prompts, num_inference_steps=3, guidance_scale=3.0, generator=generators)
+            assert found.shape == images.shape
+            assert torch.isfinite(found).all()
+            if mask is not None:
+                assert torch.equal(found[outside], images[outside])
+                assert not torch.equal(found, images)
+            drawn[str(prompts), mask is None] = found
+    for whole in (False, True):
+        one, each, none = (drawn[key, whole] for key in ("a red circle", str(prompts), "None"))
+        assert torch.equal(one[[0, 2]], each[[0, 2]])
+        assert not torch.equal(one[1], each[1])
+        assert not torch.equal(one, none)
+
+
+def test_editing_texts_is_drawing_where_nothing_is_known(text_run: Path) -> None:
+    """At strength 1 the image hardly counts, and what comes out is what is drawn from the same noise."""
+    pipe = hd.load(text_run)
+    condition = pipe.encode_text("a red circle").expand(2, -1)
+    noise = [torch.Generator().manual_seed(k) for k in range(2)]
+    timesteps = noising_timesteps(1000, 100)
+    settings = pipe.sampling_settings(guidance_scale=2.0)
+    prior, null = pipe.codec.prior(condition), torch.zeros_like(condition)
+    z = pipe.draw_latents(
+        (condition, prior),
+        (null, pipe.codec.prior(null)),
+        (2, 6, 4, 4),
+        noise,
+        settings,
+        sampler="ddim",
+        timesteps=timesteps,
+        callback=lambda step, t, z: z,
+        progress=lambda total: None,
+    )
+    options = {"strength": 1.0, "num_inference_steps": 100, "guidance_scale": 2.0, "sampler": "ddim"}
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    found = pipe.edit(torch.rand(2, 3, 16, 16), None, "a red circle", generator=generators, **options)
+    assert float((found - pipe.codec.decode(z)).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": torch.rand(2, 1, 16, 16)}, r"this run edits \(B, 3, 16, 16\)"),
+        ({"images": torch.rand(2, 3, 32, 32)}, r"this run edits \(B, 3, 16, 16\)"),
+        ({"prompts": ["one", "two", "three"]}, "3 prompts for 2 images"),
+        ({"mask": torch.zeros(1, 1, 16, 16)}, "mask of the single value 0"),
+    ],
+)
+def test_what_is_no_edit_of_texts(arguments: dict, message: str, text_run: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        hd.load(text_run).edit(**{"images": torch.rand(2, 3, 16, 16), **arguments})
 
 
 WRONG = {
@@ -211,3 +282,24 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "gone.png: no such image file" in capsys.readouterr().err
     with pytest.raises(DataError, match="no such mask"):
         read_mask(tmp_path / "none.png", image, hd.load(run).spec, "crop")
+
+
+def test_command_for_texts(text_run: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = run.parent / "data" / "a" / "0.png"
+    out = ("-n", 2, "--steps", 2, "--out", tmp_path / "out")
+    assert edit(text_run, image, "--prompt", "", *out) == 0  # as an empty prompt of text2image
+    assert "note     an empty text means no condition" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["prompt"] == ""
+    assert len(list((tmp_path / "out").glob("0_*.png"))) == 2
+    for folder, option, own in ((text_run, "class", "prompt"), (run, "prompt", "class")):
+        assert edit(folder, image, f"--{option}", "b") == 1
+        printed = capsys.readouterr().err
+        assert f"--{option} is not for {folder}, which draws images of a {own}; use --{own}" in printed
+        assert printed.count("\n") == 1
+
+
+def test_runs_that_do_not_edit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = run.parent / "data" / "a" / "0.png"
+    train(text_config(tmp_path / "alignment", "alignment"), quiet=True)
+    assert edit(tmp_path / "alignment", image, "--prompt", "b") == 1
+    assert "this run has no denoiser (recipe alignment)" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from heterodiff.data.sources import load_data
 from heterodiff.errors import CheckpointError, ConfigError, DataError, RunError
 from heterodiff.pictures import save_image
 from heterodiff.pipelines.generate import seeded_generators
-from heterodiff.pipelines.text_files import read_usable
+from heterodiff.pipelines.image_files import read_usable
 from heterodiff.pipelines.text_to_image import TextImagePipeline, TextWarning, text_notes
 from heterodiff.text.aligned import load_aligned_networks
 from heterodiff.text.tokenizer import encode_texts, train_tokenizer

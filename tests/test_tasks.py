@@ -43,6 +43,7 @@ def test_all_that_a_row_names_is_there(name: str) -> None:
         ({}, "class-images"),
         ({"data": {"source": "brain-phantom"}}, "anomalies"),
         ({"recipe": "vae", "data": {"source": "brain-phantom"}}, "vae"),
+        ({"recipe": "classifier", "data": {"source": "brain-phantom"}}, "classifier"),
         ({"recipe": "alignment", "data": {"source": "shapes"}}, "alignment"),
         ({"recipe": "text-image", "data": {"source": "shapes"}}, "text-image"),
         ({"recipe": "text-image", "data": {"source": "shapes"}, "alignment": {"joint": True}}, "text-image-joint"),

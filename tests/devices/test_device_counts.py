@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from heterodiff.diffusion.thresholding import dynamic_threshold
+from heterodiff.diffusion.prediction import dynamic_threshold
 from tests.devices import NAME, watched
 from tests.devices.counting import BLOCKING, COPY, FETCH, LAUNCH, WAIT
 
@@ -112,8 +112,8 @@ def test_events_are_found_at_their_line_of_heterodiff() -> None:
             dynamic_threshold(images, 0.9)
         images.sum().item()
     assert counts.launches > 0
-    assert {line.partition(":")[0] for line in counts.lines(LAUNCH)} == {"diffusion/thresholding.py"}
+    assert {line.partition(":")[0] for line in counts.lines(LAUNCH)} == {"diffusion/prediction.py"}
     assert outer.lines(WAIT)["elsewhere"] == 1
     assert outer.launches == counts.launches + 1
-    assert "diffusion/thresholding.py:" in outer.report()
+    assert "diffusion/prediction.py:" in outer.report()
     assert {COPY, BLOCKING} & {kind for kind, _, _ in outer.events} == set()

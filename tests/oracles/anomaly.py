@@ -54,3 +54,36 @@ def literal_forward_process(
         "end": end,
         "cosine": np.dot(h, u) / (np.linalg.norm(h) * np.linalg.norm(u)),
     }
+
+
+def literal_classifier_guidance(
+    noise: Callable[[np.ndarray, int], np.ndarray],
+    gradient: Callable[[np.ndarray, int], np.ndarray],
+    x: np.ndarray,
+    depth: int,
+    scale: float,
+) -> np.ndarray:
+    """Encode and decode as in Wolleb et al. 2022, algorithm 1, every timestep below ``depth`` on the linear schedule.
+
+    Args:
+        noise: (x_t (C, H, W), t) -> predicted noise.
+        gradient: (x_t, t) -> gradient of the log probability of the healthy class.
+
+    Returns:
+        squared difference (C, H, W).
+    """
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    x_t, angle, at = x.copy(), 0.0, 0
+    for t in range(depth):  # z_t is where a DDIM step back would start from, v taken where it ends
+        eps = noise(x_t, at)
+        v = np.sqrt(a[at]) * eps - np.sqrt(1 - a[at]) * (x_t - np.sqrt(1 - a[at]) * eps) / np.sqrt(a[at])
+        step = np.arccos(np.sqrt(a[t])) - angle
+        x_t = (x_t + np.sin(step) * v) / np.cos(step)
+        angle, at = angle + step, t
+    for t in range(depth - 1, -1, -1):
+        eps = noise(x_t, t) - scale * np.sqrt(1 - a[t]) * gradient(x_t, t)
+        clean = np.clip((x_t - np.sqrt(1 - a[t]) * eps) / np.sqrt(a[t]), -1, 1)
+        eps = (x_t - np.sqrt(a[t]) * clean) / np.sqrt(1 - a[t])
+        before = a[t - 1] if t > 0 else 1.0
+        x_t = np.sqrt(before) * clean + np.sqrt(1 - before) * eps
+    return (x_t - x) ** 2

@@ -1,4 +1,4 @@
-"""Commands that draw images with a run: sample, text2image."""
+"""Commands that draw images with a run: sample, edit, text2image."""
 
 import sys
 import time
@@ -145,6 +145,9 @@ def edit(
     class_: Annotated[
         str | None, typer.Option("--class", metavar="NAME|INDEX", help="Class of the results; default: none.")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text of the results, of runs with texts; default: none.")
+    ] = None,
     number: Annotated[int, typer.Option("-n", min=1, max=options.MOST_IMAGES, help="Results.")] = 4,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -154,26 +157,33 @@ def edit(
     dtype: options.DType = None,
     out: options.ImagesFolder = None,
 ) -> None:
-    """Change an image with a run of class images: draw its masked part anew, or vary the whole of it."""
+    """Change an image: draw its masked part anew, or vary the whole of it."""
     from heterodiff.data.reading import read_images, read_mask
     from heterodiff.pipelines.generate import seeded_generators
     from heterodiff.pipelines.image_files import save_edited
-    from heterodiff.pipelines.load import load_generation
+    from heterodiff.pipelines.load import load_editing
     from heterodiff.pipelines.output_folder import call_settings, make_output
 
-    pipeline = load_generation(run, device, dtype=dtype)
+    pipeline = load_editing(run, device, dtype)
+    conditions, own_condition = {"class": class_, "prompt": prompt}, pipeline.condition_name
+    for name, value in conditions.items():
+        if value is not None and name != own_condition:
+            raise ConfigError(
+                f"--{name} is not for {run}, which draws images of a {own_condition}; use --{own_condition}"
+            )
     spec, data = _images_of(run, pipeline)
     own = read_images([image], spec, data.resize, data.background)
     hole = None if mask is None else read_mask(mask, image, spec, data.resize)
-    label = None if class_ is None else pipeline.class_index(class_)
-    others: dict[str, Any] = {"image": str(image), "mask": mask and str(mask), "class": class_, "strength": strength}
+    condition = conditions[own_condition]
+    others: dict[str, Any] = {"image": str(image), "mask": mask and str(mask), own_condition: condition}
+    others["strength"] = strength
     asked: dict[str, Any] = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     settings = call_settings("edit", run, pipeline, number=number, **others, **asked)
-    with _drawing(pipeline, number, out, settings) as report:
+    with _drawing(pipeline, number, out, settings) as report, _notes_on_texts():
         images = pipeline.edit(
             own.expand(number, -1, -1, -1),
             hole,
-            label,
+            condition,
             strength=strength,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -212,10 +222,9 @@ def text2image(
 ) -> None:
     """Draw images of prompts with a run of recipe text-image."""
     from heterodiff.pipelines.drawing import explaining_memory
+    from heterodiff.pipelines.image_files import write_pictures
     from heterodiff.pipelines.load import load_text_image
     from heterodiff.pipelines.output_folder import call_settings, make_output
-    from heterodiff.pipelines.text_files import write_pictures
-    from heterodiff.pipelines.text_to_image import text_notes
 
     if direct and (negative, steps, guidance, sampler, candidates) != (None,) * 5:
         raise ConfigError(
@@ -231,25 +240,20 @@ def text2image(
         "candidates": candidates or pipeline.defaults.candidates,
     }
     settings = call_settings("text2image", run, pipeline, prompts=prompts, number=each, **own, **asked)
-    notes: list[str] = []
-    with _drawing(pipeline, count, out, settings) as report:
-        try:
-            with explaining_memory(min(at_once, count), pipeline.device), text_notes() as notes:
-                images = pipeline.generate_from_text(
-                    prompts,
-                    each,
-                    not direct,
-                    steps,
-                    guidance,
-                    seed,
-                    negative_prompts=negative,
-                    sampler=sampler,
-                    candidates=candidates,
-                    batch_size=at_once,
-                ).images
-        finally:
-            for note in notes:
-                typer.echo(f"note     {note}", err=True)
+    memory = explaining_memory(min(at_once, count), pipeline.device)
+    with _drawing(pipeline, count, out, settings) as report, _notes_on_texts(), memory:
+        images = pipeline.generate_from_text(
+            prompts,
+            each,
+            not direct,
+            steps,
+            guidance,
+            seed,
+            negative_prompts=negative,
+            sampler=sampler,
+            candidates=candidates,
+            batch_size=at_once,
+        ).images
     report(write_pictures(images, prompts, make_output(run, out, settings), pipeline.spec))
 
 
@@ -263,6 +267,20 @@ def _images_of(run: Path, pipeline: Any) -> tuple[Any, Any]:
             f"{run}: no config.yaml and data.json, which describe how to read images; use a run trained here"
         )
     return pipeline.spec, RunFolder(run).config().data
+
+
+@contextmanager
+def _notes_on_texts() -> Iterator[None]:
+    """Print the warnings about texts, each once, after the pictures are drawn or drawing has failed."""
+    from heterodiff.pipelines.embeddings import text_notes
+
+    notes: list[str] = []
+    try:
+        with text_notes() as notes:
+            yield
+    finally:
+        for note in notes:
+            typer.echo(f"note     {note}", err=True)
 
 
 @contextmanager

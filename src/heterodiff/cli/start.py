@@ -50,7 +50,7 @@ def models(
     key=value sets an argument of the network, for example sample_size=128 model_channels=128 channel_mult=1,1,2,3,4
     """
     from heterodiff.compat.names import parse_overrides, read_arguments
-    from heterodiff.models.comparison import model_table, print_table
+    from heterodiff.models.profile import model_table, print_table
 
     rows = model_table(read_arguments(parse_overrides(overrides or []), {"variant": str}))
     if as_json:

@@ -28,8 +28,8 @@ def caption(
 ) -> None:
     """Write captions of image files with a run of recipe text-image."""
     from heterodiff.data.findings import printable
+    from heterodiff.pipelines.image_files import read_usable
     from heterodiff.pipelines.load import load_text_image
-    from heterodiff.pipelines.text_files import read_usable
 
     pipeline = load_text_image(run, device)
     sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}

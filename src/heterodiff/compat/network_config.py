@@ -6,7 +6,7 @@ from typing import Any, Literal
 from heterodiff.compat.formats import CheckpointFormat
 from heterodiff.compat.inference import Shapes, infer
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
-from heterodiff.models.unet import check_size
+from heterodiff.models.defaults import check_size
 from heterodiff.models.variants import VARIANTS, HybridSpec
 
 IMPORT_ARGUMENTS: dict[str, Any] = {

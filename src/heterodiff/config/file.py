@@ -23,6 +23,8 @@ ADDED_KEYS = {
     ("model", "norm_groups"): NORM_GROUPS,
     ("data", "volumes", "normalization"): "slice",
     ("segmentation", "network_steps"): 0,
+    ("segmentation", "classifier"): None,
+    ("segmentation", "classifier_scale"): 100.0,
 }
 """Keys that earlier runs did not save, and what these runs did."""
 

@@ -145,12 +145,23 @@ READERS = (
         "recipe data.source",
         lambda run: "sample" in task_of(run).commands and run.data.source != "latents",
     ),
-    Reader("model diffusion sampling", DENOISERS, "recipe", _in_task("model")),
+    Reader(
+        "model diffusion",
+        "by recipes diffusion and text-image, which train a denoiser, and classifier",
+        "recipe",
+        _in_task("model"),
+    ),
+    Reader(
+        "sampling diffusion.learn_variance diffusion.weighting diffusion.timestep_sampler diffusion.p_uncond",
+        DENOISERS,
+        "recipe",
+        _in_task("sampling"),
+    ),
     Reader(
         "training.fsdp",
         "by a denoiser that is trained on its own: recipe diffusion, and text-image without alignment.joint",
         "recipe alignment.joint",
-        lambda run: _in_task("model")(run) and not run.alignment.joint,
+        lambda run: _in_task("sampling")(run) and not run.alignment.joint,
     ),
     _with("model.init_from", "recipe", "diffusion"),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
@@ -214,6 +225,13 @@ READERS = (
     _with("diffusion.schedule", "diffusion.prediction", "epsilon", "v", "sample"),
     _with("diffusion.snr_gamma", "diffusion.weighting", "min-snr"),
     Reader(
+        "diffusion.noise",
+        "where pixels are denoised, as simplex noise is made of shapes in images",
+        "recipe codec.kind",
+        lambda run: _in_task("diffusion")(run) and _on_pixels(run),
+        always=True,
+    ),
+    Reader(
         "diffusion.p_uncond sampling.guidance_scale sampling.guidance_interval",
         "by runs with a condition: classes, or the texts of recipe text-image",
         "recipe data.source data.labels",
@@ -231,6 +249,7 @@ READERS = (
         "recipe codec.kind",
         lambda run: "segment" in task_of(run).commands and _on_pixels(run),
     ),
+    _with("segmentation.classifier segmentation.classifier_scale", "segmentation.method", "classifier-guidance"),
     _with("segmentation.patience", "segmentation.method", "forward-process"),
     _with("segmentation.guidance_scale", "segmentation.method", "forward-process", "ddib", note=" (guided by classes)"),
     Reader(
@@ -247,6 +266,7 @@ READERS = (
         "forward-process",
         "ddib",
         "partial-noising",
+        "classifier-guidance",
         note=" (the maps of label-difference are probabilities)",
     ),
 )

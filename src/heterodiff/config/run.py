@@ -25,7 +25,8 @@ class RunConfig(Section):
     recipe: RecipeName = Field(
         "diffusion",
         description="diffusion: images of classes, or without labels; vae: autoencoder for latent diffusion; "
-        "text-image: text to image and image to text; alignment: text-image without the denoiser",
+        "classifier: classes of noisy images, for guidance; text-image: text to image and image to text; alignment: "
+        "text-image without the denoiser",
     )
     output: UserPath | None = Field(
         None, description="run folder; default: `runs/NAME` for a configuration file `NAME.yaml`"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from heterodiff.config.base import BatchSize, NonNegativeInt, PositiveInt, Section, Seed, Timesteps, Width
+from heterodiff.config.base import BatchSize, NonNegativeInt, PositiveInt, Section, Seed, Timesteps, UserPath, Width
 from heterodiff.config.names import SAMPLERS, known_name
 
 
@@ -39,10 +39,17 @@ class SamplingConfig(Section):
 class SegmentationConfig(Section):
     """Anomaly segmentation with a model of healthy and unhealthy images."""
 
-    method: Literal["label-difference", "forward-process", "ddib", "partial-noising"] = Field(
+    method: Literal["label-difference", "forward-process", "ddib", "partial-noising", "classifier-guidance"] = Field(
         "label-difference",
         description="label-difference: predictions for both labels and intensities, weighted as image labels teach; "
-        "forward-process: AnoFPDM; ddib: DDIM encoding, healthy decoding; partial-noising: AnoDDPM, without labels",
+        "forward-process: AnoFPDM; ddib: DDIM encoding, healthy decoding; partial-noising: AnoDDPM, without labels; "
+        "classifier-guidance: DDIM encoding, decoding guided by a classifier (Wolleb et al. 2022)",
+    )
+    classifier: UserPath | None = Field(
+        None, description="classifier-guidance: run of recipe `classifier` on the same images"
+    )
+    classifier_scale: NonNegativeFloat = Field(
+        100.0, description="classifier-guidance: factor of the classifier's gradient; 0: unguided"
     )
     depth: Timesteps | None = Field(
         None,
@@ -88,6 +95,12 @@ class SegmentationConfig(Section):
         "training images and from their labels; 0: none, masks are found by the denoiser",
     )
     seed: Seed = Field(0, description="random seed of the noise and of the segmentation network")
+
+    @model_validator(mode="after")
+    def _has_a_classifier(self) -> "SegmentationConfig":
+        if self.method == "classifier-guidance" and self.classifier is None:
+            raise ValueError("method classifier-guidance needs segmentation.classifier: a run of recipe classifier")
+        return self
 
     @field_validator("smoothing")
     @classmethod

@@ -19,6 +19,11 @@ class DiffusionConfig(Section):
         description="target of the network: noise, v, clean image, or velocity of a rectified flow; epsilon in earlier "
         "runs",
     )
+    noise: Literal["gaussian", "simplex"] = Field(
+        "gaussian",
+        description="noise added to images; simplex: octaves of simplex noise, not Gaussian, which hide shapes rather "
+        "than pixels (AnoDDPM, Wyatt et al. 2022), for `segmentation.method: partial-noising`",
+    )
     learn_variance: bool = Field(False, description="learn the variance of reverse steps, too (Nichol & Dhariwal 2021)")
     weighting: Literal["none", "min-snr"] = Field(
         "none", description="loss weights of noise levels; min-snr: Hang et al. 2023"

@@ -1,11 +1,12 @@
-"""Anomaly maps: where an image differs from what a class-conditional model expects of a healthy one.
+"""Anomaly maps: where an image differs from what a model expects of a healthy one.
 
-Four methods:
+Five methods:
 
-    label-difference  noise the image a little, compare the predictions for unhealthy and for healthy, sign kept
-    forward-process   encode without condition; at each step compare the healthy prediction (AnoFPDM, Che et al. 2025)
-    ddib              encode without condition, decode guided to healthy, compare (Su et al. 2023; Sanchez et al. 2022)
-    partial-noising   noise the image in part, denoise without condition, compare (AnoDDPM, Wyatt et al. 2022)
+    label-difference     noise the image a little, compare the predictions for unhealthy and for healthy, sign kept
+    forward-process      encode without condition, compare healthy predictions on the way (AnoFPDM, Che et al. 2025)
+    ddib                 encode without condition, decode guided to healthy (Su et al. 2023; Sanchez et al. 2022)
+    partial-noising      noise the image in part, denoise without condition, compare (AnoDDPM, Wyatt et al. 2022)
+    classifier-guidance  encode without condition, decode along the gradient of a classifier (Wolleb et al. 2022)
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.diffusion.denoiser import Denoiser
-from heterodiff.diffusion.guidance import ModelCall, join_conditions
+from heterodiff.diffusion.guidance import LogProbability, ModelCall, classifier_guided, join_conditions
 from heterodiff.diffusion.inversion import invert
 from heterodiff.diffusion.samplers import check_timesteps
 from heterodiff.diffusion.sampling import sample
@@ -71,7 +72,7 @@ def label_difference(
         healthy: condition of B rows.
         unhealthy: one condition of B rows for each class that is not healthy; the mean of their predictions counts.
         timesteps: strictly decreasing; each takes one network call and one for each unhealthy class.
-        noise: returns (B, C, H, W) standard normal, anew for each timestep.
+        noise: returns noise (B, C, H, W) as of the training, anew for each timestep.
 
     Raises:
         ConfigError: timesteps outside the schedule or not decreasing.
@@ -197,6 +198,36 @@ def ddib(
 
 
 @torch.no_grad()
+def classifier_guidance(
+    model_call: ModelCall,
+    schedule: NoiseSchedule,
+    prediction: str,
+    x: Tensor,
+    none: Any,
+    timesteps: Sequence[int],
+    *,
+    log_healthy: LogProbability,
+    scale: float = 100.0,
+    channels: Sequence[int] | None = None,
+    progress: Progress = lambda step, total: None,
+) -> AnomalyMaps:
+    """Encode ``x`` without condition, decode it guided to healthy by a classifier, and square the difference.
+
+    Wolleb et al. 2022. The denoiser needs no labels.
+
+    Args:
+        log_healthy: log probability of the healthy class, see
+            :func:`heterodiff.diffusion.guidance.classifier_guided`, as ``scale``.
+        model_call, schedule, prediction, x, none, timesteps, channels, progress: as :func:`forward_process`.
+    """
+    x = x.float()
+    free = Denoiser(model_call, schedule, prediction).guided(none)
+    z = invert(*free, x, timesteps, num_iterations=0)
+    steered = free._replace(network=classifier_guided(*free, log_healthy, scale))
+    return _decoded_maps(x, steered, z, timesteps, channels, progress, 3 * len(timesteps))
+
+
+@torch.no_grad()
 def partial_noising(
     model_call: ModelCall,
     schedule: NoiseSchedule,
@@ -214,7 +245,7 @@ def partial_noising(
     AnoDDPM (Wyatt et al. 2022), for models that were trained on healthy images alone.
 
     Args:
-        noise: (B, C, H, W) standard normal, on which the difference depends.
+        noise: (B, C, H, W) as of the training, on which the difference depends.
         channels, progress: as :func:`forward_process`.
     """
     x, start = x.float(), max(timesteps)

@@ -12,7 +12,8 @@ from diffusers.schedulers import DDPMParallelScheduler
 from torch import Tensor
 
 from heterodiff.diffusion.guidance import Denoise
-from heterodiff.diffusion.sampling import AfterStep, Generators
+from heterodiff.diffusion.noise import Generators
+from heterodiff.diffusion.sampling import AfterStep
 from heterodiff.errors import ConfigError
 
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022), optionally in an interval of noise levels only."""
+"""Classifier-free guidance (Ho & Salimans 2022), in an interval of noise levels if wished; guidance by a classifier."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heterodiff.diffusion.prediction import target_of, to_x0_eps
+from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(z (B, C, H, W), network time (B,) on the CPU, the same in all rows) -> prediction (B, C or 2C, H, W)."""
 ModelCall = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+LEAST_ALPHA = 1e-6
+"""Share of the image from which on a change of the noise is one of the predicted image; a flow begins at 0."""
+LogProbability = Callable[[Tensor, Tensor], Tensor]
+"""(z (B, C, H, W), network time (B,) on its device) -> log p(y | z) (B,), with gradient."""
 
 
 def null_labels(labels: Tensor) -> Tensor:
@@ -90,3 +98,40 @@ def guided_denoiser(
         return guided(model_call, z, on_device, condition, null_condition, scale if inside else 1.0)
 
     return denoise
+
+
+def classifier_guided(
+    denoise: Denoise, schedule: NoiseSchedule, prediction: str, log_probability: LogProbability, scale: float
+) -> Denoise:
+    """Steer a denoiser along the gradient of a classifier's log probability: eps - scale sigma grad log p(y | z).
+
+    Dhariwal & Nichol 2021, algorithm 2, for all kinds of prediction and schedules; variance channels stay as they are.
+    The gradient of a step is not kept, so memory does not grow with the number of steps.
+
+    Args:
+        denoise, schedule, prediction: see :class:`heterodiff.diffusion.denoiser.Denoiser`.
+        log_probability: of z as the network gets it, noised as in training.
+        scale: 1 draws from p(z) p(y | z); more follows the classifier more closely.
+
+    Raises:
+        ConfigError: a negative scale or one that is not finite.
+    """
+    if not 0 <= scale < math.inf:  # NaN as well
+        raise ConfigError(f"classifier_scale {scale}: expected 0 or more and finite; 0 is unguided")
+
+    def steered(z: Tensor, time: Tensor) -> Tensor:
+        output = denoise(z, time).float()
+        levels = schedule.at(time[0].double())
+        alpha, sigma = (level.item() for level in levels)
+        alpha = max(alpha, LEAST_ALPHA)
+        with torch.enable_grad():
+            leaf = z.detach().float().requires_grad_(True)
+            on_device = torch.full((len(z),), float(time[0]), device=z.device)
+            (gradient,) = torch.autograd.grad(log_probability(leaf, on_device).sum(), leaf)
+        channels = z.shape[1]
+        _, eps = to_x0_eps(prediction, output[:, :channels], z, alpha, sigma)
+        eps = eps - scale * sigma * gradient
+        clean = (z - sigma * eps) / alpha
+        return torch.cat([target_of(prediction, clean, eps, alpha, sigma), output[:, channels:]], dim=1)
+
+    return steered

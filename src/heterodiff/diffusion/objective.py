@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from heterodiff.config import DiffusionConfig
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.diffusion.prediction import target_of, to_x0_eps, x0_sensitivity
 from heterodiff.diffusion.schedule import Lookup, NoiseSchedule
 from heterodiff.diffusion.variance import VarianceBound
@@ -33,9 +34,14 @@ class DiffusionObjective:
     VLB_WEIGHT = 0.001
 
     def __init__(self, config: DiffusionConfig, schedule: NoiseSchedule) -> None:
-        """Raise ConfigError if prediction and schedule do not belong together."""
+        """Raise ConfigError if prediction, schedule and noise do not go together."""
         if (config.prediction == "flow") != (schedule.kind == "flow"):
             raise ConfigError(f"prediction '{config.prediction}' cannot be trained on a {schedule.kind} schedule")
+        if config.learn_variance and not find_noise(config.noise).is_gaussian:
+            raise ConfigError(
+                "diffusion.learn_variance=true: its bound is that of Gaussian noise, not of "
+                f"diffusion.noise={config.noise}; leave one of them out"
+            )
         self.config = config
         self.schedule = schedule
         self._bound = VarianceBound(schedule) if config.learn_variance else None
@@ -53,7 +59,7 @@ class DiffusionObjective:
                 with ``learn_variance``: prediction, then variance channels.
             x0: (B, C, H, W) float32 clean images in [-1, 1] or latents of unit scale.
             t: (B,) int64 training timesteps.
-            noise: (B, C, H, W) standard normal.
+            noise: (B, C, H, W) of unit variance.
 
         Returns:
             losses (B,) float32, and detached parts of shape (B,): ``mse`` (unweighted, mean over C, H, W)

@@ -1,4 +1,4 @@
-"""The kinds of prediction of networks, and the conversions between them.
+"""The kinds of prediction of networks, the conversions between them, and keeping clean images in their range.
 
 Every kind is linear in the clean image and the noise, p = c x0 + d eps, and so is z = alpha x0 + sigma eps;
 solving the two equations serves all kinds and all schedules:
@@ -15,6 +15,7 @@ solving the two equations serves all kinds and all schedules:
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from heterodiff.errors import ConfigError, unknown_name
@@ -61,3 +62,31 @@ def x0_sensitivity(kind: str, alpha: Level, sigma: Level) -> Level:
     """Return |d x0 / d prediction| at fixed z: the error of x0 for a unit error of the prediction."""
     c, d = _coefficients(kind, alpha, sigma)
     return abs(sigma / (alpha * d - sigma * c))
+
+
+def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
+    """Clip x0 to [-s, s] and divide by s, where s >= 1 is the quantile of |x0| per image.
+
+    Saharia et al. 2022 (Imagen), section 2.3: keeps contrast under strong guidance, where static clipping
+    saturates.
+
+    Args:
+        x0: (B, C, H, W), data range [-1, 1].
+        quantile: in (0, 1]; 0.995 is usual.
+    """
+    # kthvalue-based interpolation instead of torch.quantile, which refuses more than 2^24 elements.
+    values = x0.detach().abs().flatten(1).float()
+    position = quantile * (values.shape[1] - 1)
+    low = int(position)
+    high = min(low + 1, values.shape[1] - 1)
+    ordered = values.sort(dim=1).values
+    scale = torch.lerp(ordered[:, low], ordered[:, high], position - low)
+    scale = scale.clamp(min=1).to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
+    return x0.clamp(-scale, scale) / scale
+
+
+def limit_x0(x0: Tensor, clip_sample: bool, quantile: float | None) -> Tensor:
+    """Apply dynamic thresholding if ``quantile`` is given, else clip to [-1, 1] if ``clip_sample``."""
+    if quantile is not None:
+        return dynamic_threshold(x0, quantile)
+    return x0.clamp(-1, 1) if clip_sample else x0

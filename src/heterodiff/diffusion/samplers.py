@@ -9,6 +9,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.diffusion.schedule import NoiseSchedule
 from heterodiff.errors import ConfigError, unknown_name
 
@@ -44,6 +45,16 @@ _ROWS = {
 def list_samplers() -> list[str]:
     """Return the names of all samplers."""
     return list(_ROWS)
+
+
+def check_noise(name: str, noise: str) -> None:
+    """Raise ConfigError if the sampler called ``name`` adds Gaussian noise and the training was with another one."""
+    if name in _ROWS and _ROWS[name].stochastic and not find_noise(noise).is_gaussian:
+        others = ", ".join(other for other, row in _ROWS.items() if not row.stochastic)
+        raise ConfigError(
+            f"sampler '{name}' adds Gaussian noise at each step, and the run was trained with {noise} noise; take one "
+            f"of {others}"
+        )
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from heterodiff.diffusion.denoiser import Denoiser
 from heterodiff.diffusion.guidance import Denoise
+from heterodiff.diffusion.noise import Generators
+from heterodiff.diffusion.prediction import limit_x0
 from heterodiff.diffusion.samplers import PreparedSampler, list_samplers, make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule
-from heterodiff.diffusion.thresholding import limit_x0
 
-__all__ = ["draw_noise", "list_samplers", "make_sampler", "sample"]
+__all__ = ["list_samplers", "make_sampler", "sample"]
 
-Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[int, int, Tensor], None]
 AfterStep = Callable[[int, int, Any, Tensor], tuple[Tensor, bool]]
-
-
-def draw_noise(shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
-    """Return standard normal noise (B, C, H, W), float32.
-
-    Args:
-        generator: one for the batch, or a list of B, one per sample: then a batch equals its samples drawn
-            one by one. Generators on the CPU give the same noise on all devices.
-    """
-    return randn_tensor(tuple(shape), generator=generator, device=torch.device(device), dtype=torch.float32)
 
 
 def _unit_z(sampler: PreparedSampler, z: Tensor, index: Tensor) -> Tensor:
@@ -78,7 +67,7 @@ def sample(
     Args:
         denoise, schedule, prediction: a :class:`heterodiff.diffusion.denoiser.Denoiser` with a bound condition:
             ``sample(*denoiser, noise=noise)``.
-        noise: (B, C, H, W) standard normal, see :func:`draw_noise`; or give ``z_start`` instead.
+        noise: (B, C, H, W) of unit variance, see :mod:`heterodiff.diffusion.noise`; or give ``z_start`` instead.
         z_start: (B, C, H, W), z at the first timestep, for example of an inverted image.
         sampler: one of :func:`list_samplers`.
         num_inference_steps, timesteps: see :func:`make_sampler`.

@@ -52,7 +52,7 @@ def calibrate_run(run: Path, device: Device | None = None, dtype: DType | None =
     settings = RunFolder(run).config().segmentation
     segmenter = Segmenter(load_generation(run, device, dtype=dtype or DEFAULT_PRECISION), settings)
     classes = data.spec.class_names
-    alone = settings.method == "partial-noising"  # needs no unhealthy images; unlabelled ones count as healthy
+    alone = not segmenter.needs_labels  # nor unhealthy images; unlabelled ones count as healthy
     if settings.healthy not in classes and (classes or not alone):
         raise RunError(
             f"{run}: calibration needs validation images of class '{settings.healthy}' and others, found classes "

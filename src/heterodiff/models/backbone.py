@@ -222,6 +222,23 @@ class Backbone(ModelMixin, ConfigMixin):
             return "all"
         return "cheap" if self.memory_optimization else "nothing"
 
+    def _time_embedding(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """Embedding (B, E) of times (B,), (1,) or a number."""
+        times = _on_device(timestep, sample.device).reshape(-1).expand(len(sample))
+        embedding: Tensor = self.time_embed(timestep_embedding(times, self.config.model_channels).to(self.dtype))
+        return embedding
+
+    def _encoded(
+        self, sample: Tensor, embedding: Tensor, c: Tensor | None, recompute: Recompute
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Map at the coarsest level, after the middle, and the maps on the way down."""
+        h = F.pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, embedding, c, recompute)
+            skips.append(h)
+        return self.middle_block(h, embedding, c, recompute), skips
+
     def forward(
         self,
         sample: Tensor,
@@ -248,21 +265,15 @@ class Backbone(ModelMixin, ConfigMixin):
         """
         self._check_sample(sample)
         batch = sample.shape[0]
-        timestep = _on_device(timestep, sample.device).reshape(-1).expand(batch)
-        embedding = self.time_embed(timestep_embedding(timestep, self.config.model_channels).to(self.dtype))
+        embedding = self._time_embedding(timestep, sample)
         condition = self._whitened(condition)
         of_class, of_vector = self.class_condition(class_labels, batch), self.vector_condition(condition, batch)
         c = of_class if of_vector is None else of_vector  # a network takes one kind only
         if (of_attributes := self.attribute_condition(attributes, batch)) is not None:
             c = of_attributes if c is None else c + of_attributes
         embedding = F.silu(embedding if c is None else embedding + c)  # once for all blocks
-        h = F.pixel_unshuffle(sample.to(self.dtype), self.patch_size).contiguous(memory_format=torch.channels_last)
         recompute = self._recompute()
-        skips = []
-        for stage in self.input_blocks:
-            h = stage(h, embedding, c, recompute)
-            skips.append(h)
-        h = self.middle_block(h, embedding, c, recompute)
+        h, skips = self._encoded(sample, embedding, c, recompute)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, c, recompute)
         out = self.out(h) if recompute == "nothing" else recomputed(self.out, h)

@@ -1,6 +1,8 @@
-"""Default sizes of the denoisers: the same for ``create_model``, ``heterodiff models`` and a configuration."""
+"""Default sizes of the denoisers, the same for all that builds them, and sizes of images that they take."""
 
 from collections.abc import Sequence
+
+from heterodiff.errors import ConfigError
 
 MODEL_CHANNELS = 64
 LAYERS_PER_BLOCK = 2
@@ -66,3 +68,19 @@ def default_levels(
         factors = (2**level for level in range(len(channel_mult)))
         attention_resolutions = [factor for factor in factors if side / factor <= attention_side]
     return tuple(channel_mult), tuple(attention_resolutions)
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Check that ``factor`` divides height and width.
+
+    Raises:
+        ConfigError: it does not; the message names the nearest sizes.
+    """
+    if height % factor == 0 and width % factor == 0:
+        return
+    nearest = [sorted({max(factor, n // factor * factor), -(-n // factor) * factor}) for n in (height, width)]
+    raise ConfigError(
+        f"image size {height}x{width}: this network needs height and width divisible by {factor}; "
+        f"nearest heights {nearest[0]}, nearest widths {nearest[1]} (data.image_size), or fewer levels "
+        "(model.channel_mult)"
+    )

@@ -30,6 +30,7 @@ from heterodiff.models.defaults import (
     NORM_GROUPS,
     NUM_HEADS,
     SPARSITY,
+    check_size,
     default_levels,
 )
 from heterodiff.models.hybrid import (
@@ -126,6 +127,8 @@ class HAEUNet(Backbone):
 
     Source: Dhariwal & Nichol 2021 (ADM) for the U-Net; Hoogeboom et al. 2023 (simple diffusion) for patches.
     """
+
+    has_decoder = True
 
     @register_to_config
     def __init__(
@@ -298,7 +301,7 @@ class HAEUNet(Backbone):
         middle = [res(channels, channels), *([attention(channels, c.num_heads)] if c.mid_attention else [])]
         self.middle_block = Stage(*middle, res(channels, channels))
         self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+        for level, width in reversed(list(enumerate(widths))) if self.has_decoder else ():
             for i in range(c.layers_per_block + 1):
                 before_up = level > 0 and i == c.layers_per_block
                 stage = layers(
@@ -310,11 +313,13 @@ class HAEUNet(Backbone):
                         stage.append(hybrid(channels, spec.hybrid))
                     stage.append(resample(channels, "up"))
                 self.output_blocks.append(Stage(*stage))
-        self.out = FusedSequential(
-            GroupNorm32(channels),
-            make_activation(c.activation),
-            zero_(conv3x3(channels, (c.out_channels or c.in_channels) * c.patch_size**2)),
-        )
+        self.out = self._make_out(channels)
+
+    def _make_out(self, channels: int) -> nn.Module:
+        """Layers after the last block, which has ``channels``."""
+        c = self.config
+        last = zero_(conv3x3(channels, (c.out_channels or c.in_channels) * c.patch_size**2))
+        return FusedSequential(GroupNorm32(channels), make_activation(c.activation), last)
 
     def sparse_attentions(self) -> Iterator[SparseSelfAttention]:
         """Iterate over the sparse attention of each hybrid block."""
@@ -341,19 +346,3 @@ class HAEUNet(Backbone):
     def _check_sample(self, sample: Tensor) -> None:
         super()._check_sample(sample)
         check_size(sample.shape[2], sample.shape[3], self.factor)
-
-
-def check_size(height: int, width: int, factor: int) -> None:
-    """Check that ``factor`` divides height and width.
-
-    Raises:
-        ConfigError: it does not; the message names the nearest sizes.
-    """
-    if height % factor == 0 and width % factor == 0:
-        return
-    nearest = [sorted({max(factor, n // factor * factor), -(-n // factor) * factor}) for n in (height, width)]
-    raise ConfigError(
-        f"image size {height}x{width}: this network needs height and width divisible by {factor}; "
-        f"nearest heights {nearest[0]}, nearest widths {nearest[1]} (data.image_size), or fewer levels "
-        "(model.channel_mult)"
-    )

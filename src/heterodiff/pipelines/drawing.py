@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL.Image import Image
 from torch import Tensor
 
+from heterodiff.codecs.base import Codec
 from heterodiff.config import SamplingConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.diffusion.denoiser import Denoiser
@@ -22,7 +23,9 @@ from heterodiff.diffusion.diffusers_loop import (
     sample_with_scheduler,
     training_scheduler_of,
 )
-from heterodiff.diffusion.sampling import draw_noise, sample
+from heterodiff.diffusion.noise import Generators, find_noise
+from heterodiff.diffusion.samplers import check_noise
+from heterodiff.diffusion.sampling import sample
 from heterodiff.diffusion.schedule import NoiseSchedule, prediction_of
 from heterodiff.errors import CheckpointError, ConfigError, RunError, is_out_of_memory, unknown_name
 from heterodiff.pictures import to_pil
@@ -53,8 +56,14 @@ class DrawingPipeline(DiffusionPipeline):
         defaults: sampling settings of calls that give none.
         spec: size, classes, value range and number type of the training images; None where unknown.
         interrupt: set to True by a callback to stop after the present step.
+        codec: the space in which the network denoises.
+        condition_name: what images are drawn of, ``class`` or ``prompt``.
+        noise: the noise of the training, one of :data:`heterodiff.diffusion.noise.NOISES`.
     """
 
+    codec: Codec
+    condition_name: str
+    noise = "gaussian"
     _callback_tensor_inputs = ["latents"]
     interrupt = False
 
@@ -127,6 +136,10 @@ class DrawingPipeline(DiffusionPipeline):
         """Return the sampling settings of a call: those given that are not None, else the defaults."""
         return self.defaults.model_copy(update={name: value for name, value in given.items() if value is not None})
 
+    def draw_noise(self, shape: Sequence[int], generator: Generators = None) -> Tensor:
+        """Return noise (B, C, H, W) of unit variance, as the network was trained with."""
+        return find_noise(self.noise).draw(shape, generator, self.device)
+
     def draw_latents(
         self,
         condition: Any,
@@ -147,7 +160,7 @@ class DrawingPipeline(DiffusionPipeline):
             progress: called after each step with the number of steps.
         """
         denoiser = self.denoiser.guided(condition, null_condition, settings.guidance_scale, settings.guidance_interval)
-        noise = draw_noise(shape, generator, self.device)
+        noise = self.draw_noise(shape, generator)
 
         def after_step(number: int, total: int, t: Any, z: Tensor) -> tuple[Tensor, bool]:
             progress(total)
@@ -155,13 +168,20 @@ class DrawingPipeline(DiffusionPipeline):
 
         steps = settings.num_inference_steps
         if self._replaced and sampler is None:
+            if not find_noise(self.noise).is_gaussian:
+                raise ConfigError(
+                    f"scheduler {self.default_sampler}: may add Gaussian noise, and the run was trained with "
+                    f"{self.noise} noise; name a sampler="
+                )
             return sample_with_scheduler(
                 denoiser.network, self.scheduler, noise, steps, timesteps, generator, after_step
             )
+        sampler = sampler or settings.sampler
+        check_noise(sampler, self.noise)
         return sample(
             *denoiser,
             noise=noise,
-            sampler=sampler or settings.sampler,
+            sampler=sampler,
             num_inference_steps=steps,
             timesteps=timesteps,
             generator=generator,

@@ -2,20 +2,100 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from heterodiff.config import SamplingConfig
+from heterodiff.diffusion.anomaly import noising_timesteps
 from heterodiff.diffusion.denoiser import Denoiser
-from heterodiff.diffusion.samplers import check_timesteps
-from heterodiff.diffusion.thresholding import limit_x0
+from heterodiff.diffusion.noise import Generators
+from heterodiff.diffusion.prediction import limit_x0
+from heterodiff.diffusion.samplers import check_noise, check_timesteps
+from heterodiff.diffusion.sampling import sample
 from heterodiff.errors import ConfigError
+from heterodiff.pipelines.drawing import DrawingPipeline
 
 RESAMPLES = 4
 """Times that each step of inpainting is taken: with one, new pixels match those around them in colour only."""
 STRENGTH = 0.6
 """Default share of the noise levels in image to image."""
+
+
+@torch.no_grad()
+def edit_images(
+    pipeline: DrawingPipeline,
+    images: Tensor,
+    mask: Tensor | None,
+    condition: Any,
+    null_condition: Any,
+    settings: SamplingConfig,
+    *,
+    strength: float | None,
+    sampler: str | None,
+    resamples: int,
+    generator: Generators,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """Change ``images`` (B, C, H, W) in [0, 1] that fit the ``pipeline``, whatever its conditions are.
+
+    Args:
+        condition, null_condition: conditions of B rows each, as the pipeline's denoiser takes them.
+        settings: steps and guidance.
+        mask, strength, sampler, resamples, generator, progress: see
+            :meth:`heterodiff.pipelines.generate.GenerationPipeline.edit`, as the result and the errors.
+    """
+    _check_mask(images, mask, strength, sampler)
+    bound = pipeline.denoiser.guided(condition, null_condition, settings.guidance_scale, settings.guidance_interval)
+    codec = pipeline.codec
+    x0 = codec.draw(codec.posterior(images.to(pipeline.device)), None)
+    draw = partial(pipeline.draw_noise, x0.shape, generator)
+    trained = bound.schedule.num_train_timesteps
+    if mask is None:
+        sampler = sampler or settings.sampler
+        check_noise(sampler, pipeline.noise)
+        first = first_timestep(STRENGTH if strength is None else strength, trained)
+        steps = noising_timesteps(first + 1, max(1, round(settings.num_inference_steps * (first + 1) / trained)))
+        z = sample(
+            *bound,
+            z_start=noised(x0, draw(), bound, steps[0]),
+            sampler=sampler,
+            timesteps=steps,
+            generator=generator,
+            learned_variance=pipeline.unet.config.out_channels == 2 * x0.shape[1],
+            clip_sample=codec.clip_sample,
+            callback=lambda step, total, _: progress(step, total),
+        )
+        return codec.decode(z).cpu()
+    known = 1 - mask.to(pipeline.device, torch.float32).expand(len(images), 1, -1, -1)
+    z = inpaint(
+        bound,
+        x0,
+        known_latents(known, (x0.shape[2], x0.shape[3])),
+        noising_timesteps(trained, settings.num_inference_steps),
+        draw,
+        resamples=resamples,
+        clip_sample=codec.clip_sample,
+        after_step=progress,
+    )
+    return torch.where(known.cpu() > 0, images, codec.decode(z).cpu())
+
+
+def _check_mask(images: Tensor, mask: Tensor | None, strength: float | None, sampler: str | None) -> None:
+    if mask is None:
+        return
+    if strength is not None or sampler is not None:
+        raise ConfigError("strength and sampler are for image to image; leave them out, or the mask")
+    size = images.shape[2:]
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != size or len(mask) not in (1, len(images)):
+        raise ConfigError(f"mask {tuple(mask.shape)}: expected ({len(images)}, 1, {size[0]}, {size[1]})")
+    found = mask.unique().tolist()
+    if found != [0, 1]:
+        what = f"the single value {found[0]:g}" if len(found) == 1 else f"{len(found)} different values"
+        raise ConfigError(f"mask of {what}: expected 1 where to draw anew, 0 where pixels stay")
 
 
 def first_timestep(strength: float, num_train_timesteps: int) -> int:
@@ -63,7 +143,7 @@ def inpaint(
         x0: (B, C, H, W) clean images or latents; what is unknown of them has no effect.
         known: (B, 1, H, W), 1 where it is known and 0 elsewhere.
         timesteps: strictly decreasing training timesteps; the first one should be the last of training.
-        draw: returns (B, C, H, W) standard normal, anew at each call.
+        draw: returns noise (B, C, H, W) as of the training, anew at each call.
         resamples: times that each step is taken.
         clip_sample: clip predicted clean images to [-1, 1].
         after_step: called after each network call as (calls done, calls in all).

@@ -63,6 +63,7 @@ class EmbeddingPipeline(DrawingPipeline):
         sampling, image_spec, draws_with_scheduler, resize, background: attributes as ``save_pretrained`` keeps them.
     """
 
+    codec: CNNCodec
     _optional_components = ["unet", "scheduler"]
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from heterodiff.codecs.base import Codec, PixelCodec
 from heterodiff.codecs.kl_vae import KLVAECodec, latent_shape
-from heterodiff.diffusion.anomaly import noising_timesteps
 from heterodiff.diffusion.guidance import null_labels
-from heterodiff.diffusion.sampling import draw_noise, sample
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.errors import ConfigError, nearest_name
 from heterodiff.models.conditioning import NO_CLASS, Conditions
-from heterodiff.models.unet import HAEUNet, check_size
+from heterodiff.models.defaults import check_size
+from heterodiff.models.unet import HAEUNet
 from heterodiff.pipelines.conditions import conditions_of, translate
 from heterodiff.pipelines.drawing import Callback, DrawingPipeline, check_output_type, to_output
-from heterodiff.pipelines.editing import RESAMPLES, STRENGTH, first_timestep, inpaint, known_latents, noised
+from heterodiff.pipelines.editing import RESAMPLES, edit_images
 from heterodiff.run_folder import RunFolder
 
 Labels = int | str | Sequence[int | str] | Tensor
@@ -35,10 +34,11 @@ class GenerationPipeline(DrawingPipeline):
             kind also draws.
         vae: for a denoiser of latents, the AutoencoderKL that they come from, with their mean and std.
         id2label: names of the classes by index.
-        sampling, image_spec, draws_with_scheduler: attributes as ``save_pretrained`` keeps them.
+        sampling, image_spec, draws_with_scheduler, noise: attributes as ``save_pretrained`` keeps them.
     """
 
     _optional_components = ["vae"]
+    condition_name = "class"
 
     def __init__(
         self,
@@ -49,18 +49,22 @@ class GenerationPipeline(DrawingPipeline):
         sampling: dict | None = None,
         image_spec: dict | None = None,
         draws_with_scheduler: bool = False,
+        noise: str = "gaussian",
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.codec: Codec = PixelCodec() if vae is None else KLVAECodec(vae)
         self._take_settings(sampling, image_spec, draws_with_scheduler)
+        find_noise(noise)
+        self.noise = noise
         names = id2label or {}  # JSON keeps the indices as texts
         self.class_names: tuple[str, ...] = tuple(str(names[key]) for key in sorted(names, key=int))
         height, width = _pair(unet.config.sample_size)
         self.image_size = (height * self.codec.factor, width * self.codec.factor)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "id2label": {str(k): name for k, name in enumerate(self.class_names)}}
+        names = {str(k): name for k, name in enumerate(self.class_names)}
+        return {**super()._settings(), "id2label": names, "noise": self.noise}
 
     def read_run(self, folder: Path) -> None:
         super().read_run(folder)
@@ -255,64 +259,27 @@ class GenerationPipeline(DrawingPipeline):
         Source: Meng et al. 2022 (SDEdit); Lugmayr et al. 2022 (RePaint).
         """
         images = torch.as_tensor(images, dtype=torch.float32)
-        self._check_edit(images, mask, strength, sampler)
-        labels = self._labels(class_labels, len(images)).to(self.device)
-        settings = self.sampling_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        bound = self.denoiser.guided(
-            labels, null_labels(labels), settings.guidance_scale if bool((labels >= 0).any()) else 1.0
-        )
-        x0 = self.codec.draw(self.codec.posterior(images.to(self.device)), None)
-        draw = partial(draw_noise, x0.shape, generator, self.device)
-        trained = bound.schedule.num_train_timesteps
-        if mask is None:
-            first = first_timestep(STRENGTH if strength is None else strength, trained)
-            steps = noising_timesteps(first + 1, max(1, round(settings.num_inference_steps * (first + 1) / trained)))
-            z = sample(
-                *bound,
-                z_start=noised(x0, draw(), bound, steps[0]),
-                sampler=sampler or settings.sampler,
-                timesteps=steps,
-                generator=generator,
-                learned_variance=self.unet.config.out_channels == 2 * x0.shape[1],
-                clip_sample=self.codec.clip_sample,
-                callback=lambda step, total, _: progress(step, total),
-            )
-            return self.codec.decode(z).cpu()
-        known = 1 - mask.to(self.device, torch.float32).expand(len(images), 1, -1, -1)
-        z = inpaint(
-            bound,
-            x0,
-            known_latents(known, (x0.shape[2], x0.shape[3])),
-            noising_timesteps(trained, settings.num_inference_steps),
-            draw,
-            resamples=resamples,
-            clip_sample=self.codec.clip_sample,
-            after_step=progress,
-        )
-        return torch.where(known.cpu() > 0, images, self.codec.decode(z).cpu())
-
-    def _check_edit(self, images: Tensor, mask: Tensor | None, strength: float | None, sampler: str | None) -> None:
         channels = self.spec.channels if self.spec else self.unet.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels or not len(images):
             raise ConfigError(f"images {tuple(images.shape)}: this run edits (B, {channels}, H, W), B above 0")
         self._latent_size((images.shape[2], images.shape[3]))
-        if mask is None:
-            return
-        if strength is not None or sampler is not None:
-            raise ConfigError("strength and sampler are for image to image; leave them out, or the mask")
-        if (
-            mask.ndim != 4
-            or mask.shape[1] != 1
-            or mask.shape[2:] != images.shape[2:]
-            or len(mask) not in (1, len(images))
-        ):
-            raise ConfigError(
-                f"mask {tuple(mask.shape)}: expected ({len(images)}, 1, {images.shape[2]}, {images.shape[3]})"
-            )
-        found = mask.unique().tolist()
-        if found != [0, 1]:
-            what = f"the single value {found[0]:g}" if len(found) == 1 else f"{len(found)} different values"
-            raise ConfigError(f"mask of {what}: expected 1 where to draw anew, 0 where pixels stay")
+        labels = self._labels(class_labels, len(images)).to(self.device)
+        settings = self.sampling_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        if not bool((labels >= 0).any()):
+            settings = settings.model_copy(update={"guidance_scale": 1.0})  # both branches would be the same
+        return edit_images(
+            self,
+            images,
+            mask,
+            labels,
+            null_labels(labels),
+            settings,
+            strength=strength,
+            sampler=sampler,
+            resamples=resamples,
+            generator=generator,
+            progress=progress,
+        )
 
     def predict(self, z: Tensor, time: Tensor, condition: Conditions | Tensor) -> Tensor:
         """See :meth:`DrawingPipeline.predict`; the condition is :class:`Conditions`, or class labels (B,) alone."""

@@ -1,8 +1,9 @@
-"""Images of classes as files: one each, and a labelled grid."""
+"""Images as files, one each and a labelled grid: of classes, conditions, edits and prompts; images to caption."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from heterodiff.data.conditions import split_condition
 from heterodiff.data.dataset import ImageDataset, ImageSpec
+from heterodiff.errors import DataError
+from heterodiff.files import write_text
 from heterodiff.models.conditioning import NO_CLASS
 from heterodiff.pictures import image_grid, save_image, to_pil
 from heterodiff.pipelines.conditions import pictured
@@ -19,8 +22,10 @@ from heterodiff.pipelines.drawing import explaining_memory
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.output_folder import writing
 from heterodiff.pipelines.sharing import team
+from heterodiff.pipelines.text_to_image import TextImagePipeline
 
-GRID_FILE = "grid.png"
+GRID_FILE, PROMPTS_FILE = "grid.png", "prompts.jsonl"
+MAX_NAME_LENGTH = 60
 MAX_GRID_IMAGES = 400
 PREVIEWED = 8
 UNSAFE = re.compile(r"[^\w.+-]+")  # characters of class names that stay out of file names
@@ -213,3 +218,32 @@ def write_images(
             if path.suffix != ".png":
                 to_pil(image, mosaic=True).save(path.with_suffix(".png"))
     return [*written, folder / GRID_FILE]
+
+
+def write_pictures(images: Tensor, prompts: Sequence[str], folder: Path, spec: ImageSpec | None) -> list[Path]:
+    """Write pictures of ``prompts``, the same number of each in order, and their list; see :func:`save_images`."""
+    each = len(images) // len(prompts)
+    texts = [prompt for prompt in prompts for _ in range(each)]
+    short = [UNSAFE.sub("_", text.strip())[:MAX_NAME_LENGTH].strip("_.") or "no_condition" for text in texts]
+    names = [f"{number:04d}_{name}" for number, name in enumerate(short)]
+    written = save_images(images, names, texts, folder, spec, columns=each if len(prompts) > 1 else None)
+    rows = [{"file_name": path.name, "text": text} for path, text in zip(written, texts, strict=True)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(folder):  # characters that no encoding can express become \udcff, which JSON reads back as it was
+        write_text(folder / PROMPTS_FILE, lines, "backslashreplace")
+    return [*written, folder / GRID_FILE]
+
+
+def read_usable(
+    pipeline: TextImagePipeline, paths: Sequence[Path], at_once: int = 64
+) -> Iterator[tuple[list[Path], Tensor, list[str]]]:
+    """Yield, for every ``at_once`` paths, the readable ones, their images (B, C, H, W) in [0, 1], and the errors."""
+    for start in range(0, len(paths), at_once):
+        usable, images, problems = [], [], []
+        for path in paths[start : start + at_once]:
+            try:
+                images.append(pipeline.read([path]))
+                usable.append(path)
+            except DataError as error:
+                problems.append(str(error))
+        yield usable, torch.cat(images) if images else torch.empty(0), problems

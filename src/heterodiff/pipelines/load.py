@@ -15,9 +15,11 @@ from heterodiff.devices import Device, DType, dtype_name, find_device, find_dtyp
 from heterodiff.errors import CheckpointError, ConfigError, RunError, nearest_name
 from heterodiff.files import read_json, refuse_changed, write_again
 from heterodiff.lazy import loaded
+from heterodiff.models.classifier import NoisyClassifier
 from heterodiff.models.film_unet import FiLMUNet
 from heterodiff.models.loading import load_network
 from heterodiff.models.unet import HAEUNet
+from heterodiff.pipelines.classify import ClassifierPipeline
 from heterodiff.pipelines.generate import GenerationPipeline
 from heterodiff.pipelines.reconstruct import ReconstructionPipeline
 from heterodiff.pipelines.text_to_image import TextImagePipeline
@@ -80,6 +82,20 @@ def read_reconstruction(folder: Path, placing: Placing) -> ReconstructionPipelin
     if placing.asked and placing.precision != torch.float32:
         raise ConfigError(f"{folder}: a VAE computes in float32; leave {dtype_name(placing.precision)} out")
     return ReconstructionPipeline(load_vae(folder)).to(placing.device)
+
+
+def read_classifier(folder: Path, placing: Placing) -> ClassifierPipeline:
+    """Load the classifier in ``folder``; raises ConfigError for a precision other than float32."""
+    if placing.asked and placing.precision != torch.float32:
+        raise ConfigError(f"{folder}: a classifier computes in float32; leave {dtype_name(placing.precision)} out")
+    network = load_network(NoisyClassifier, folder / "classifier", write_again(folder, TRAIN_OR_IMPORT))
+    scheduler = _load_scheduler(folder / "scheduler")
+    try:
+        pipeline = ClassifierPipeline(network.requires_grad_(False), scheduler, **_kept(folder, ClassifierPipeline))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(placing.device)
 
 
 def read_generation(folder: Path, placing: Placing) -> GenerationPipeline:
@@ -163,6 +179,19 @@ def load_text_image(
     """Load a run that knows texts, see :func:`load`; raises RunError for other runs, too."""
     reason = "knows no texts; train a run of recipe text-image (`heterodiff train shapes`)"
     return _load_for("caption", run, reason, device, compile, dtype)
+
+
+def load_editing(run: str | Path, device: Device | None = None, dtype: DType | None = None) -> Any:
+    """Load a run whose pipeline edits images, see :func:`load`; raises RunError for other runs, too."""
+    return _load_for("edit", run, None, device, False, dtype)
+
+
+def load_classifier(run: str | Path, device: Device | None = None) -> ClassifierPipeline:
+    """Load a run of recipe ``classifier``, see :func:`load`; raises RunError for other runs, too."""
+    found: ClassifierPipeline = _load_for(
+        "classify", run, "expected a run of recipe classifier, found another kind of run", device
+    )
+    return found
 
 
 def load_reconstruction(run: str | Path, device: Device | None = None) -> ReconstructionPipeline:

@@ -12,6 +12,7 @@ from heterodiff.data.findings import show
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.pipelines.captioning import CaptioningPipeline
 from heterodiff.pipelines.drawing import Callback, check_output_type, to_output
+from heterodiff.pipelines.editing import RESAMPLES, edit_images
 from heterodiff.pipelines.embeddings import TextWarning, no_text_warnings, text_notes
 from heterodiff.pipelines.generate import seeded_generators
 from heterodiff.text.tokenizer import encode_texts
@@ -37,6 +38,8 @@ def predict(network: Callable[..., Any], z_t: Tensor, time: Tensor, embeddings: 
 
 class TextImagePipeline(CaptioningPipeline):
     """Draws images of texts and writes captions of images; ``heterodiff.load`` builds it from a run folder."""
+
+    condition_name = "prompt"
 
     def __call__(self, prompts: str | Sequence[str], **options: Any) -> Any:
         """See :meth:`generate_from_text`."""
@@ -218,11 +221,7 @@ class TextImagePipeline(CaptioningPipeline):
         settings: SamplingConfig,
         **options: Any,
     ) -> Tensor:
-        if self.unet is None:
-            raise RunError(
-                "this run has no denoiser (recipe alignment); train one with recipe text-image, or decode directly "
-                "(use_diffusion=False, --direct)"
-            )
+        self._check_denoiser(", or decode directly (use_diffusion=False, --direct)")
         z = self.draw_latents(
             (condition, self.codec.prior(condition)),  # once, not at each step
             (null, self.codec.prior(null)),
@@ -232,6 +231,59 @@ class TextImagePipeline(CaptioningPipeline):
             **options,
         )
         return self.codec.decode(z)
+
+    def _check_denoiser(self, way_out: str = "") -> None:
+        if self.unet is None:
+            raise RunError(f"this run has no denoiser (recipe alignment); train one with recipe text-image{way_out}")
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        resamples: int = RESAMPLES,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        progress: Callable[[int, int], None] = lambda step, total: None,
+    ) -> Tensor:
+        """Change images to fit ``prompts``: one for all images, or one for each; default: no condition.
+
+        Arguments, result and errors are otherwise as of
+        :meth:`heterodiff.pipelines.generate.GenerationPipeline.edit`; also raises RunError for a run without a
+        denoiser.
+        """
+        self._check_denoiser()
+        images = torch.as_tensor(images, dtype=torch.float32)
+        size = (self.image_codec.config.in_channels, *self.image_codec.config.sample_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != size or not len(images):
+            expected = ", ".join(map(str, size))
+            raise ConfigError(f"images {tuple(images.shape)}: this run edits (B, {expected}), B above 0")
+        texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        if texts is not None and len(texts) != len(images):
+            raise ConfigError(f"{len(texts)} prompts for {len(images)} images: expected one or as many")
+        nothing = torch.zeros(len(images), self.text_encoder.config.embedding_dim, device=self.device)
+        condition = nothing if texts is None else self.encode_text(texts)
+        settings = self.sampling_settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        if not bool(condition.any()):
+            settings = settings.model_copy(update={"guidance_scale": 1.0})  # both branches would be the same
+        return edit_images(
+            self,
+            images,
+            mask,
+            (condition, self.codec.prior(condition)),
+            (nothing, self.codec.prior(nothing)),
+            settings,
+            strength=strength,
+            sampler=sampler,
+            resamples=resamples,
+            generator=generator,
+            progress=progress,
+        )
 
     def predict(self, z: Tensor, time: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """See :meth:`DrawingPipeline.predict`; the condition is embeddings (B, D) and the prior of their z."""

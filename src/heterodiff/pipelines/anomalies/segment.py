@@ -13,6 +13,7 @@ from heterodiff.config import SegmentationConfig
 from heterodiff.diffusion.anomaly import (
     AnomalyMaps,
     Progress,
+    classifier_guidance,
     ddib,
     difference_timesteps,
     forward_process,
@@ -21,16 +22,18 @@ from heterodiff.diffusion.anomaly import (
     partial_noising,
 )
 from heterodiff.diffusion.guidance import null_labels
-from heterodiff.diffusion.sampling import draw_noise
 from heterodiff.errors import ConfigError
 from heterodiff.pipelines.anomalies import masks as anomaly_masks
 from heterodiff.pipelines.anomalies.label_weights import LabelWeights, intensity_planes, planes_of
 from heterodiff.pipelines.anomalies.masks import Calibration
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
+from heterodiff.pipelines.load import load_classifier
 
 LABEL_NOISE = 0.7
 """Standard deviation of the noise up to which labels are compared: beyond it, images hardly show where a lesion is."""
 USUAL_DEPTH = 600
+LABEL_FREE = ("partial-noising", "classifier-guidance")
+"""Methods whose denoiser needs no labels."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,14 @@ class Segmenter:
     """Detects anomalies with a run's model.
 
     Args:
-        pipeline: of a run on pixels whose classes include ``settings.healthy``.
+        pipeline: of a run on pixels whose classes include ``settings.healthy``, unless the method needs no labels.
+
+    Attributes:
+        needs_labels: whether the method needs a denoiser of classes.
 
     Raises:
-        ConfigError: a model of latents; settings that do not fit the model.
+        ConfigError: a model of latents; settings, or a classifier, that do not fit the model.
+        RunError, CheckpointError: no usable classifier.
     """
 
     def __init__(self, pipeline: GenerationPipeline, settings: SegmentationConfig):
@@ -94,7 +101,12 @@ class Segmenter:
         timesteps = difference_timesteps if self.by_labels else noising_timesteps
         self.timesteps = timesteps(depth, settings.num_inference_steps or (12 if self.by_labels else 60))
         self.healthy = -1
-        if settings.method != "partial-noising":
+        self.needs_labels = settings.method not in LABEL_FREE
+        if settings.classifier is not None:
+            name = f"segmentation.classifier={settings.classifier}"
+            self.classifier = load_classifier(settings.classifier, pipeline.device)
+            self.classifier.check_fits(name, pipeline, pipeline.class_names, settings.healthy)
+        if self.needs_labels:
             if settings.healthy not in pipeline.class_names:
                 known = ", ".join(pipeline.class_names) or "none"
                 raise ConfigError(
@@ -131,16 +143,20 @@ class Segmenter:
         none = null_labels(healthy)
         options: dict[str, Any] = {"channels": self.channels, "progress": progress}
         if settings.method == "partial-noising":
-            noise = draw_noise(x.shape, seeded_generators(settings.seed, len(x), first), x.device)
+            noise = self.pipeline.draw_noise(x.shape, seeded_generators(settings.seed, len(x), first))
             found = partial_noising(*self.denoiser, x, none, self.timesteps, noise=noise, **options)
         elif self.by_labels:
             generators = seeded_generators(settings.seed, len(x), first)
             others = [k for k in range(len(self.pipeline.class_names)) if k != self.healthy]
             unhealthy = [torch.full_like(healthy, k) for k in others]
-            options["noise"] = partial(draw_noise, x.shape, generators, x.device)
+            options["noise"] = partial(self.pipeline.draw_noise, x.shape, generators)
             found = label_difference(*self.denoiser, x, healthy, unhealthy, self.timesteps, **options)
             shown = planes_of(found.maps.cpu().numpy(), images.cpu().numpy(), self.channels, settings.smoothing)
             return AnomalyMaps(torch.from_numpy(shown), found.divergence.cpu(), found.score.cpu(), found.calls.cpu())
+        elif settings.method == "classifier-guidance":
+            options["log_healthy"] = self.classifier.log_probability(settings.healthy)
+            options["scale"] = settings.classifier_scale
+            found = classifier_guidance(*self.denoiser, x, none, self.timesteps, **options)
         else:
             options["guidance_scale"] = settings.guidance_scale
             method = ddib

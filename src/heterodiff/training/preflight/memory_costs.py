@@ -17,11 +17,13 @@ from heterodiff.codecs.make import latent_shape
 from heterodiff.config import RunConfig
 from heterodiff.data.dataset import ImageSpec
 from heterodiff.devices import process_count
+from heterodiff.models.classifier import NoisyClassifier
 from heterodiff.models.defaults import MODEL_CHANNELS
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
 from heterodiff.training.precision import precision_of
 from heterodiff.training.recipes.alignment_networks import AlignmentModel, build_networks
+from heterodiff.training.recipes.classifier import classifier_arguments
 from heterodiff.training.recipes.diffusion import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
 from heterodiff.training.recipes.vae import Autoencoder, build_vae
@@ -169,7 +171,17 @@ def _alignment_sizes(config: RunConfig) -> tuple[Sequence[int], int]:
     return [*widths, text.width, text.captioner_width], max(depth, text.layers, text.captioner_layers)
 
 
+def _classifier_cost(config: RunConfig, spec: ImageSpec) -> Cost:
+    dtype = precision_of(config.training)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast(dtype):
+        model = NoisyClassifier(**classifier_arguments(config, spec)).train()
+        image = torch.empty(1, spec.channels, spec.height, spec.width)
+        kept = count_saved_bytes(model, image, torch.zeros(1))
+    return Cost.of(dtype, sum(p.numel() for p in model.parameters()), kept, kept)
+
+
 DENOISER = MemoryTerms(_denoiser_cost, _denoiser_sizes, recomputes=True)
+CLASSIFIER = MemoryTerms(_classifier_cost, _denoiser_sizes)
 VAE = MemoryTerms(_vae_cost, _vae_sizes, "vae.block_out_channels")
 ALIGNMENT = MemoryTerms(_alignment_cost, _alignment_sizes, "alignment.block_out_channels")
 JOINT = MemoryTerms(partial(_alignment_cost, joint=True), _alignment_sizes)

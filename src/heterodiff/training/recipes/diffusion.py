@@ -16,14 +16,21 @@ from heterodiff.data.assemble import LoadedData
 from heterodiff.data.conditions import split_condition, to_maps
 from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.devices import send
+from heterodiff.diffusion.noise import find_noise
 from heterodiff.diffusion.objective import DiffusionObjective
-from heterodiff.diffusion.samplers import make_sampler
+from heterodiff.diffusion.samplers import check_noise, make_sampler
 from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS, Conditions
-from heterodiff.models.defaults import FILM_CHANNEL_MULT, LEAN_NORM_GROUPS, MODEL_CHANNELS, NUM_HEADS, default_levels
-from heterodiff.models.unet import check_size
+from heterodiff.models.defaults import (
+    FILM_CHANNEL_MULT,
+    LEAN_NORM_GROUPS,
+    MODEL_CHANNELS,
+    NUM_HEADS,
+    check_size,
+    default_levels,
+)
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
@@ -118,6 +125,7 @@ def make_objective(config: RunConfig) -> DiffusionObjective:
     """
     schedule = NoiseSchedule.from_config(config.diffusion)
     make_sampler(config.sampling.sampler, schedule, config.sampling.num_inference_steps)
+    check_noise(config.sampling.sampler, config.diffusion.noise)
     return DiffusionObjective(config.diffusion, schedule)
 
 
@@ -169,7 +177,7 @@ class DiffusionRecipe(Recipe):
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> DiffusionDraws:
         t, weights = self.timesteps.sample(batch_size, generator)
         shape = (batch_size, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=device)
+        noise = find_noise(self.config.diffusion.noise).draw(shape, generator, device)
         drop = torch.rand(batch_size, generator=generator, device=device) < self.config.diffusion.p_uncond
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
@@ -237,7 +245,7 @@ class DiffusionRecipe(Recipe):
     def pipeline(self) -> Any:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
         vae = self.codec.vae if isinstance(self.codec, KLVAECodec) else None
-        pipeline = GenerationPipeline(self.model, scheduler, vae)
+        pipeline = GenerationPipeline(self.model, scheduler, vae, noise=self.config.diffusion.noise)
         pipeline.defaults, pipeline.spec = self.config.sampling, self.spec
         pipeline.class_names = self.spec.class_names
         pipeline.set_progress_bar_config(disable=True)
