@@ -45,7 +45,7 @@ _SOURCES = {
     ),
     "volumes": (
         "heterodiff.data.sources.volumes:open_volumes",
-        "a folder of patients with NIfTI volumes, or an npz file",
+        "a folder of patients with NIfTI volumes or slices, or an npz file",
     ),
     "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
     "digits": ("heterodiff.data.sources.digits:open_digits", None),
