@@ -9,11 +9,11 @@ from heterodiff.compat.importing import (
     ImportedNetwork,
     ImportReport,
     build_network,
+    check_layout,
     check_target,
     read_source,
     scheduler_arguments,
 )
-from heterodiff.compat.inference import infer
 from heterodiff.compat.names import read_arguments
 from heterodiff.compat.network_config import IMPORT_ARGUMENTS, learned_variance, short
 from heterodiff.config import RunConfig
@@ -70,7 +70,7 @@ def import_run(
     wanted = parse_config(content, str(config), tolerated=None)  # keys are read, or not, by the network's variant
     _refuse_other_kinds(wanted, config)
     source = read_source(path, format)
-    infer({name: tuple(tensor.shape) for name, tensor in source.tensors.items()})  # before data are read
+    check_layout(source)  # before data are read
     data = load_run_data(wanted)
     shape = latent_shape(wanted.codec, data.spec.channels, data.spec.height, data.spec.width)
     _check_size(path, {**source.stored, **given}.get("sample_size"), shape[1:])

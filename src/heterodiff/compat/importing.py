@@ -14,8 +14,10 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 
-from heterodiff.codecs.weight_files import read_weights, some, strip_prefix, tidy_tensors
+from heterodiff.codecs.weight_files import ANCHOR, PREFIXES, read_weights, some, strip_prefix, tidy_tensors
 from heterodiff.compat.formats import FORMATS, CheckpointFormat
+from heterodiff.compat.inference import UnknownLayout, infer
+from heterodiff.compat.layouts import describe_unknown
 from heterodiff.compat.names import EARLIER_NAMES, model_arguments, read_arguments
 from heterodiff.compat.network_config import IMPORT_ARGUMENTS, complete_config, scheduler_arguments, short
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
@@ -116,11 +118,27 @@ def read_source(path: Path, format: str) -> Source:
     if format not in FORMATS:
         raise ConfigError(unknown_name("checkpoint format", format, FORMATS))
     file = read_weights(path)
+    anchors = [name.removesuffix(ANCHOR) for name in file.tensors if name.endswith(ANCHOR)]
+    if not any(map(PREFIXES.fullmatch, anchors)):
+        raise CheckpointError(
+            f"{path}: expected one guided-diffusion U-Net (with '{ANCHOR}'), found a layout that is not known here; "
+            f"{describe_unknown(file.tensors)}"
+        )
     tensors, prefixes = strip_prefix(path, file.tensors)
     tensors, converted = tidy_tensors(path, tensors)
     stored, unused = _stored_arguments(path, file.metadata)
     notes = [*file.notes, *prefixes, *converted, *unused]
     return Source(path, FORMATS[format], tensors, stored, file.metadata.get("variant"), notes)
+
+
+def check_layout(source: Source) -> None:
+    """Raise CheckpointError unless the weights of ``source`` have the names of a network that is known here."""
+    try:
+        infer({name: tuple(tensor.shape) for name, tensor in source.tensors.items()})
+    except UnknownLayout as error:
+        raise CheckpointError(f"{source.path}: {error}; {describe_unknown(source.tensors)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from None
 
 
 def build_network(source: Source, given: Mapping[str, Any], variant: str | None = None) -> ImportedNetwork:
@@ -133,6 +151,7 @@ def build_network(source: Source, given: Mapping[str, Any], variant: str | None 
     if "num_heads" in given:  # the given number, not the width of heads in the file
         stored.pop("num_head_channels", None)
     arguments = {**stored, **given}
+    check_layout(source)
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
         config, reasons = complete_config(shapes, source.row, arguments, variant or source.variant)
