@@ -14,6 +14,7 @@ from heterodiff.compat.importing import import_checkpoint
 from heterodiff.compat.inference import infer
 from heterodiff.compat.names import parse_overrides
 from heterodiff.errors import CheckpointError, ConfigError
+from tests.test_codecs_ldm import in_ldm_layout, made
 
 BASE = {
     "sample_size": 16,
@@ -386,3 +387,27 @@ def test_overrides_of_the_command_line():
     for items in (["image_size"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(ConfigError, match="override"):
             parse_overrides(items)
+
+
+def test_an_unknown_layout_is_compared_with_the_known_ones(tmp_path):
+    foreign = {f"transformer.h.{k}.attn.weight": torch.zeros(2) for k in range(6)}
+    with pytest.raises(CheckpointError, match=r"nearest layouts.* 0%.*foreign to the first: transformer\.h\.0\.attn"):
+        import_state(tmp_path, foreign)
+    mixed = {f"model.diffusion_model.{name}": value for name, value in random_network().state_dict().items()} | foreign
+    count = len(mixed) - 6
+    expected = (
+        rf"anofpdm {count / len(mixed):.0%} \(--format anofpdm\).*foreign to the first: transformer\.h\.0.* 2 more"
+    )
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        import_state(tmp_path, mixed)
+    assert "\n" not in str(caught.value)
+    state = random_network().state_dict()
+    renamed = {name.replace("middle_block", "bottleneck"): value for name, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"'middle_block\.0.* missing; nearest.*foreign to the first: bottleneck"):
+        import_state(tmp_path, renamed)
+    for vae, kind in (
+        (in_ldm_layout(made()), r"KL autoencoder of latent diffusion 100% \(codec\.path=FILE\)"),
+        (made().state_dict(), r"AutoencoderKL of diffusers 100% \(codec\.path=FOLDER\)"),
+    ):
+        with pytest.raises(CheckpointError, match=f"nearest layouts, by the share of names: {kind}.*first: none"):
+            import_state(tmp_path, vae)

@@ -23,8 +23,9 @@ from heterodiff.evaluation.anomalies import evaluate_anomalies
 from heterodiff.evaluation.calibration import calibrate_run
 from heterodiff.pipelines.anomalies import files as segment_files
 from heterodiff.pipelines.anomalies.calibrated import save_calibration
-from heterodiff.pipelines.anomalies.files import save_like, segment_folder, to_volumes
+from heterodiff.pipelines.anomalies.files import segment_folder
 from heterodiff.pipelines.anomalies.masks import Calibration
+from heterodiff.pipelines.anomalies.patients import save_like, to_volumes
 from heterodiff.pipelines.anomalies.segment import Segmentation
 from heterodiff.training.build import load_run_data
 from heterodiff.training.start import train

@@ -57,17 +57,42 @@ def import_(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value]...", help="What the weights do not determine, such as num_heads=4 sample_size=128."
+            metavar="[key=value]...",
+            help="What the weights do not determine, such as num_heads=4 sample_size=128; with --config also keys of "
+            "it, such as data.path=FOLDER.",
         ),
     ] = None,
     format_: Annotated[str, typer.Option("--format", metavar="guided-diffusion|anofpdm")] = "guided-diffusion",
     variant: Annotated[str | None, typer.Option(help="Variant, where the weights fit more than one.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="Make a run, to segment, evaluate and train on: data and settings by this configuration, the network "
+            "by the checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Convert an earlier checkpoint to a model folder of this toolkit."""
-    from heterodiff.compat.importing import import_checkpoint
+    """Convert an earlier checkpoint to a model folder of this toolkit, or with --config to a run."""
     from heterodiff.compat.names import parse_overrides
 
-    report = import_checkpoint(checkpoint, format_, out, parse_overrides(overrides or []), variant)
+    items = overrides or []
+    if config is None:
+        from heterodiff.compat.importing import import_checkpoint
+
+        report = import_checkpoint(checkpoint, format_, out, parse_overrides(items), variant)
+        following = [f"next     heterodiff sample {report.folder}"]
+    else:
+        from heterodiff.compat.import_run import import_run
+        from heterodiff.config.shipped import find_config
+        from heterodiff.run_folder import RunFolder
+        from heterodiff.training.start import next_steps
+
+        changes = [item for item in items if "." in item.partition("=")[0]]
+        own = parse_overrides([item for item in items if item not in changes])
+        report = import_run(checkpoint, format_, out, find_config(config), own, variant, changes)
+        following = [*next_steps(RunFolder(out).config()), f"         heterodiff train {out}/config.yaml"]
     for note in report.notes:
         typer.echo(f"note     {note}")
-    typer.echo(f"model    {report.folder}\nnext     heterodiff sample {report.folder}")
+    typer.echo("\n".join([f"model    {report.folder}", *following]))

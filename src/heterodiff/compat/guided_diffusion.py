@@ -156,9 +156,9 @@ def _labels(y: Tensor | None, threshold: float, null: bool) -> Tensor | None:
 
 
 def _factors(sides: str, image_size: int | tuple[int, int]) -> list[int]:
-    """Downsampling factors of maps with these ``sides`` in pixels."""
+    """Downsampling factors of maps with these ``sides`` in pixels; larger ones than the whole are never reached."""
     whole = image_size if isinstance(image_size, int) else max(image_size)
-    return [whole // int(side) for side in _numbers("attention_resolutions", sides) if side >= 1]
+    return [whole // int(side) for side in _numbers("attention_resolutions", sides) if 1 <= side <= whole]
 
 
 def _numbers(name: str, text: str) -> tuple[int | float, ...]:

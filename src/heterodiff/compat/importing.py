@@ -14,8 +14,10 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 
-from heterodiff.codecs.weight_files import read_weights, some, strip_prefix, tidy_tensors
-from heterodiff.compat.formats import FORMATS
+from heterodiff.codecs.weight_files import ANCHOR, PREFIXES, read_weights, some, strip_prefix, tidy_tensors
+from heterodiff.compat.formats import FORMATS, CheckpointFormat
+from heterodiff.compat.inference import UnknownLayout, infer
+from heterodiff.compat.layouts import describe_unknown
 from heterodiff.compat.names import EARLIER_NAMES, model_arguments, read_arguments
 from heterodiff.compat.network_config import IMPORT_ARGUMENTS, complete_config, scheduler_arguments, short
 from heterodiff.errors import CheckpointError, ConfigError, unknown_name
@@ -39,6 +41,42 @@ class ImportReport:
     folder: Path
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An earlier checkpoint as read from its file.
+
+    Attributes:
+        row: its format.
+        tensors: weights (float32) under the names of the networks here.
+        stored: arguments that the file's metadata give, under today's names.
+        variant: the one that the metadata name, if any.
+        notes: a line for each change made in reading.
+    """
+
+    path: Path
+    row: CheckpointFormat
+    tensors: dict[str, Tensor]
+    stored: dict[str, Any]
+    variant: str | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ImportedNetwork:
+    """A network with the weights of a checkpoint.
+
+    Attributes:
+        config: arguments that :func:`heterodiff.create_model` builds it with, ``variant`` included.
+        arguments: all arguments known of the checkpoint, given or from its metadata.
+        notes: a line for each setting and its reason.
+    """
+
+    model: HAEUNet
+    config: dict[str, Any]
+    arguments: dict[str, Any]
+    notes: list[str]
 
 
 def import_checkpoint(
@@ -66,34 +104,66 @@ def import_checkpoint(
         ConfigError: unknown arguments or values of a wrong type.
         CheckpointError: the file or its weights cannot be used: what was expected, found, and the way out.
     """
-    path, out = Path(path), Path(out)
+    out = Path(out)
+    given = read_arguments(overrides or {}, IMPORT_ARGUMENTS)
+    check_target(out)
+    network = build_network(read_source(Path(path), format), given, variant)
+    scheduler, note = scheduler_arguments(network.config, network.arguments)
+    _write_folder(out, network.model, scheduler)
+    return ImportReport(out, network.config, [*network.notes, note])
+
+
+def read_source(path: Path, format: str) -> Source:
+    """Read the weights of a checkpoint; errors as of :func:`import_checkpoint`."""
     if format not in FORMATS:
         raise ConfigError(unknown_name("checkpoint format", format, FORMATS))
-    given = read_arguments(overrides or {}, IMPORT_ARGUMENTS)
-    _check_target(out)
     file = read_weights(path)
+    anchors = [name.removesuffix(ANCHOR) for name in file.tensors if name.endswith(ANCHOR)]
+    if not any(map(PREFIXES.fullmatch, anchors)):
+        raise CheckpointError(
+            f"{path}: expected one guided-diffusion U-Net (with '{ANCHOR}'), found a layout that is not known here; "
+            f"{describe_unknown(file.tensors)}"
+        )
     tensors, prefixes = strip_prefix(path, file.tensors)
     tensors, converted = tidy_tensors(path, tensors)
     stored, unused = _stored_arguments(path, file.metadata)
+    notes = [*file.notes, *prefixes, *converted, *unused]
+    return Source(path, FORMATS[format], tensors, stored, file.metadata.get("variant"), notes)
+
+
+def check_layout(source: Source) -> None:
+    """Raise CheckpointError unless the weights of ``source`` have the names of a network that is known here."""
+    try:
+        infer({name: tuple(tensor.shape) for name, tensor in source.tensors.items()})
+    except UnknownLayout as error:
+        raise CheckpointError(f"{source.path}: {error}; {describe_unknown(source.tensors)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from None
+
+
+def build_network(source: Source, given: Mapping[str, Any], variant: str | None = None) -> ImportedNetwork:
+    """Build the network that the weights of ``source`` belong to; errors as of :func:`import_checkpoint`.
+
+    Args:
+        given: arguments of the network and :data:`IMPORT_ARGUMENTS`, under today's names and of the right type.
+    """
+    stored = dict(source.stored)
     if "num_heads" in given:  # the given number, not the width of heads in the file
         stored.pop("num_head_channels", None)
     arguments = {**stored, **given}
+    check_layout(source)
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        variant = variant or file.metadata.get("variant")
-        config, reasons = complete_config(shapes, FORMATS[format], arguments, variant)
+        shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
+        config, reasons = complete_config(shapes, source.row, arguments, variant or source.variant)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = create_model(**config)
-        tensors, changed = _fitting(tensors, model, bool(arguments.get("use_new_attention_order")))
+            model: HAEUNet = create_model(**config)
+        tensors, changed = _fitting(source.tensors, model, bool(arguments.get("use_new_attention_order")))
     except (CheckpointError, ConfigError) as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(f"{source.path}: {error}") from None
     model.load_state_dict(tensors, assign=True)
-    scheduler, scheduler_note = scheduler_arguments(config, arguments)
-    _write_folder(out, model, scheduler)
     sources = {**reasons, **dict.fromkeys(stored, "from the file's metadata"), **dict.fromkeys(given, "given")}
     settings = [f"{name}: {short(value)} ({sources.get(name, 'from the weights')})" for name, value in config.items()]
-    notes = [*file.notes, *prefixes, *converted, *unused, *changed, *settings, scheduler_note]
-    return ImportReport(out, config, notes)
+    return ImportedNetwork(model, config, arguments, [*source.notes, *changed, *settings])
 
 
 def _stored_arguments(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -150,7 +220,8 @@ def _check_fit(model: HAEUNet, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights do not fit the network they describe; tensors {'; '.join(problems)}")
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Raise CheckpointError unless ``out`` does not exist or is an empty folder."""
     empty = out.is_dir() and not any(out.iterdir())
     if not empty and (out.exists() or out.is_symlink()):
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder, or delete this one")
@@ -170,7 +241,7 @@ def _write_folder(out: Path, model: HAEUNet, scheduler: Mapping[str, Any]) -> No
             "unet": ["heterodiff", "HAEUNet"],
         }
         write_json(RunFolder(temporary).index_file, index, indent=2)
-        _check_target(out)
+        check_target(out)
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)

@@ -8,6 +8,11 @@ from typing import Any
 from heterodiff.errors import CheckpointError
 from heterodiff.models.variants import HybridSpec
 
+
+class UnknownLayout(CheckpointError):
+    """Weights whose names are not those of a guided-diffusion U-Net."""
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -45,7 +50,7 @@ def _dim(shapes: Shapes, name: str, axis: int) -> int:
     shape = shapes.get(name, ())
     if len(shape) <= axis:
         found = f"its shape is {shape}" if name in shapes else "missing"
-        raise CheckpointError(f"not a guided-diffusion U-Net: '{name}': {found}")
+        raise UnknownLayout(f"not a guided-diffusion U-Net: '{name}': {found}")
     return max(1, shape[axis])
 
 
@@ -61,7 +66,7 @@ def _infer_levels(shapes: Shapes) -> dict[str, Any]:
     ups = [i for i in range(blocks) if any(f"output_blocks.{i}.{j}.in_layers.0.weight" in shapes for j in (1, 2, 3))]
     stride = [*downs, *(up + 1 for up in ups), blocks][0]  # layers of a level and its resampling
     if stride < 2 or blocks % stride:
-        raise CheckpointError(
+        raise UnknownLayout(
             f"not a guided-diffusion U-Net: {blocks} decoder blocks, resampling in encoder blocks {downs[:4]} "
             f"and decoder blocks {ups[:4]}"
         )
@@ -83,7 +88,7 @@ def _count(shapes: Shapes, group: str) -> int:
     numbers = _numbers(shapes, group)
     # Each block has several tensors, so a larger number can only be made up.
     if not numbers or max(numbers) >= len(shapes):
-        raise CheckpointError(f"not a guided-diffusion U-Net: '{group}.*': {'out of range' if numbers else 'missing'}")
+        raise UnknownLayout(f"not a guided-diffusion U-Net: '{group}.*': {'out of range' if numbers else 'missing'}")
     return max(numbers) + 1
 
 

@@ -15,6 +15,7 @@ IMPORT_ARGUMENTS: dict[str, Any] = {
     "use_fp16": bool,
     "noise_schedule": Literal["linear", "cosine"],
     "diffusion_steps": int,
+    "predict_xstart": bool,
 }
 """Types of the arguments of earlier training scripts that are not arguments of the network itself."""
 MOST_STEPS = 1_000_000
@@ -65,13 +66,14 @@ def _check_options(row: CheckpointFormat, given: Mapping[str, Any], inferred: Ma
         raise ConfigError(f"use_new_attention_order: {row.origin} always used the legacy order; leave it out")
     if not 1 <= given.get("diffusion_steps", 1) <= MOST_STEPS:
         raise ConfigError(f"diffusion_steps: expected 1 to {MOST_STEPS:,}, found {given['diffusion_steps']}")
-    learned = _learned_variance(inferred)
+    learned = learned_variance(inferred)
     if given.get("learn_sigma", learned) != learned:
         channels = f"{inferred['in_channels']} channels in, {inferred['out_channels']} out"
         raise CheckpointError(f"learn_sigma: the weights imply {learned} ({channels}); leave it out")
 
 
-def _learned_variance(config: Mapping[str, Any]) -> bool:
+def learned_variance(config: Mapping[str, Any]) -> bool:
+    """Return whether a network with these arguments also predicts the variance of reverse steps."""
     return config["out_channels"] == 2 * config["in_channels"]
 
 
@@ -118,19 +120,20 @@ def _check_complete(config: Mapping[str, Any]) -> None:
 def scheduler_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the arguments of the DDPM scheduler, and a note that tells them."""
     steps, schedule = given.get("diffusion_steps", 1000), given.get("noise_schedule", "linear")
-    learned = _learned_variance(config)
+    learned = learned_variance(config)
+    prediction = "sample" if given.get("predict_xstart") else "epsilon"
     arguments = {
         "num_train_timesteps": steps,
         "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
         # 1e-4 .. 0.02 for the 1000 steps of Ho et al. 2020, scaled for other numbers to reach the same noise.
         "beta_start": 0.1 / steps,
         "beta_end": min(20 / steps, 0.999),
-        "prediction_type": "epsilon",
+        "prediction_type": prediction,
         "variance_type": "learned_range" if learned else "fixed_small",
         "clip_sample": False,
     }
     variance = "learned variance, because out_channels = 2 in_channels" if learned else "fixed variance"
-    return arguments, f"scheduler: {schedule} noise schedule, {steps} steps, epsilon, {variance}"
+    return arguments, f"scheduler: {schedule} noise schedule, {steps} steps, {prediction}, {variance}"
 
 
 def short(value: Any) -> str:

@@ -167,8 +167,8 @@ class DataConfig(Section):
     source: Annotated[str, known_name("source", lambda: SOURCES)] = Field(
         "images",
         description="`images`, `captions`, `webdataset` (tar files), `hf-dataset` (of the package datasets), "
-        "`volumes` (NIfTI), `latents` (written by `heterodiff encode`), or built in: `digits`, `microdoppler`, "
-        "`shapes`, `brain-phantom`",
+        "`volumes` (NIfTI, or slices in npz files), `latents` (written by `heterodiff encode`), or built in: `digits`, "
+        "`microdoppler`, `shapes`, `brain-phantom`",
     )
     path: Path | None = Field(
         None,

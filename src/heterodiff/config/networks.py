@@ -83,6 +83,19 @@ class ModelConfig(Section):
         description="recompute norms, activations and attention in the backward pass to save memory; default: true for "
         "hae-v2-conservative",
     )
+    activation: Literal["silu", "identity"] = Field(
+        "silu", description="activation of the norms; identity: none, as in some imported networks"
+    )
+    class_embedding: Literal["mlp", "direct"] = Field(
+        "mlp", description="mlp: class embedding through an MLP; direct: one table, as in networks of guided-diffusion"
+    )
+    conv_resample: bool = Field(True, description="resample with a convolution; false: in some imported networks")
+    bottleneck_ratio: Annotated[float, Field(gt=0, le=4)] = Field(
+        0.25, description="hidden width of the MLP in hybrid blocks with a bottleneck, relative to their channels"
+    )
+    num_heads_upsample: Width | None = Field(
+        None, description="attention heads of the decoder; default: as in the encoder"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute all blocks in the backward pass: least memory, slower"
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from heterodiff.config.run import RunConfig
 
 DENOISERS = "by recipes diffusion and text-image, which train a denoiser"
+BOTTLENECKS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid and variant.hybrid.bottleneck_mlp)
 HYBRIDS = tuple(name for name, variant in VARIANTS.items() if variant.hybrid and not variant.hybrid.by_scale)
 
 
@@ -214,13 +215,17 @@ READERS = (
     _with("alignment.diffusion_weight", "alignment.joint", True),
     _with(
         "model.patch_size model.attention_resolutions model.mid_attention model.condition_tokens "
-        "model.num_head_channels model.use_scale_shift_norm model.resblock_updown model.memory_optimization",
+        "model.num_head_channels model.use_scale_shift_norm model.resblock_updown model.memory_optimization "
+        "model.activation model.class_embedding model.conv_resample model.num_heads_upsample",
         "model.variant",
         *VARIANTS,
     ),
+    _with("model.bottleneck_ratio", "model.variant", *BOTTLENECKS, note=" (bottlenecks in hybrid blocks)"),
     _with("model.attention_pattern model.sparsity", "model.variant", *HYBRIDS, note=" (hybrid blocks)"),
     _without(
-        "model.num_heads", "model.num_head_channels", ", which sets the width of a head instead of the number of heads"
+        "model.num_heads model.num_heads_upsample",
+        "model.num_head_channels",
+        ", which sets the width of a head instead of the number of heads",
     ),
     _with("diffusion.schedule", "diffusion.prediction", "epsilon", "v", "sample"),
     _with("diffusion.snr_gamma", "diffusion.weighting", "min-snr"),

@@ -55,7 +55,7 @@ sampling:
 MRI = """\
 # Lesions in MRI, learned from image labels alone; needs pip install 'heterodiff[mri]'. Not a medical device.
 data:
-  source: volumes        # NIfTI files, a folder for each patient
+  source: volumes        # NIfTI files, a folder for each patient; or AnoFPDM's patient_*/slice_*.npz
   path: data/patients    # your folder
   volumes: {layout: brats}  # names *_flair *_t1 *_t1ce *_t2 [*_seg]; for others see `heterodiff keys data.volumes`
   image_size: 64         # sides of the slices after resizing; 128 on a GPU

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.sources import encoded_from, load_data
+from heterodiff.data.sources import encoded_from, load_data, load_decoded
 from heterodiff.data.sources.volumes import known_fingerprint
 from heterodiff.devices import Device
 from heterodiff.errors import RunError
@@ -79,6 +79,8 @@ def task_evaluated(run: Path) -> Task:
 def run_data(run: Path) -> LoadedData:
     """Load the data of the run in folder ``run``, with the split and value range it was trained with.
 
+    Of a run on latents of another program, the images are what its VAE makes of these.
+
     Raises:
         RunError: the folder holds no run that was trained here.
         DataError: the images are not there any more, or not the same.
@@ -90,7 +92,9 @@ def run_data(run: Path) -> LoadedData:
     if missing := [p.name for p in needed if not p.is_file()]:
         raise RunError(f"{run}: {', '.join(missing)} missing, so the training images are not known here")
     check_preprocessing(run, known_fingerprint(folder.config().data))
-    return load_data(image_config(run), split=folder.split(), spec=folder.spec())
+    if (config := image_config(run)).source == "latents":  # of another program, which tells nothing of its images
+        return load_decoded(config, run, folder.split(), folder.spec())
+    return load_data(config, split=folder.split(), spec=folder.spec())
 
 
 def image_config(run: Path) -> "DataConfig":

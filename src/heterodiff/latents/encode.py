@@ -91,9 +91,40 @@ def encode_data(
         DataError: a folder that holds other latents or other files, or cannot be written; too little room
             on the disk; NaN, infinite, or too large latents. No unfinished file is left under its name.
     """
-    quiet = quiet or rank > 0
     check_out(out)
-    plan = plan_of(data, data_config, codec, vae_path, shard_size)
+
+    def posteriors(images: range) -> torch.Tensor:
+        return codec.posterior(images_at(data, images).to(codec.device)).cpu()
+
+    return write_latents(
+        plan_of(data, data_config, codec, vae_path, shard_size),
+        posteriors,
+        out,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        barrier=barrier,
+        quiet=quiet,
+    )
+
+
+def write_latents(
+    plan: Plan,
+    posteriors: Callable[[range], torch.Tensor],
+    out: Path,
+    *,
+    batch_size: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+    quiet: bool = False,
+) -> Path:
+    """Write the latents of ``plan`` to the folder ``out``, see :func:`encode_data`, whose errors it raises.
+
+    Args:
+        posteriors: positions in the plan's order -> mean and std (B, 2 c, h, w) of their latents, on the CPU.
+    """
+    quiet = quiet or rank > 0
     index = _write_or_check_plan(out, plan)
     mine = list(range(rank, len(plan.ranges), world_size))
     todo = [number for number in mine if not _is_complete(out, plan, number, index)]
@@ -114,7 +145,7 @@ def encode_data(
             done(encoded)
 
         for number in todo:
-            tensors = _encode(data, plan, codec, plan.ranges[number], batch_size, advance)
+            tensors = _encode(plan, posteriors, plan.ranges[number], batch_size, advance)
             _write(out / shard_name(number), save(tensors))
     seconds = max(time.perf_counter() - start, 1e-9)
     barrier()
@@ -157,14 +188,18 @@ def _is_complete(out: Path, plan: Plan, number: int, index: Index | None) -> boo
 
 
 def _encode(
-    data: LoadedData, plan: Plan, codec: LatentCodec, images: range, batch_size: int, advance: Callable[[int], None]
+    plan: Plan,
+    posteriors: Callable[[range], torch.Tensor],
+    images: range,
+    batch_size: int,
+    advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one shard."""
     channels, height, width = plan.shape
     tensors = {name: np.empty((len(images), channels, height, width), np.float16) for name in ("mean", "std")}
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        posterior = codec.posterior(images_at(data, part).to(codec.device)).cpu()
+        posterior = posteriors(part)
         _refuse_unusable(posterior, plan.names[part.start : part.stop])
         for name, values in zip(("mean", "std"), posterior.chunk(2, dim=1), strict=True):
             tensors[name][start : start + len(part)] = values.numpy()

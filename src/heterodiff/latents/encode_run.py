@@ -70,9 +70,6 @@ def encode_run(config: DataConfig, vae_path: Path, out: Path, batch_size: int, s
 
 
 def _report(config: DataConfig, codec: KLVAECodec, images: LoadedData, out: Path) -> Encoded:
-    data = load_latents(out, memory_limit_gb=0)
-    assert data.latents is not None
-    std = scaled_std(codec, torch.tensor(data.latents.mean).double(), torch.tensor(data.latents.std).double())
     notes = [note for note in images.warnings if "memory_limit_gb" not in note]  # which is set above
     if images.skipped:
         notes.append(f"{len(images.skipped):,} images cannot be used and were left out; `heterodiff check` lists them")
@@ -80,6 +77,17 @@ def _report(config: DataConfig, codec: KLVAECodec, images: LoadedData, out: Path
     if augmentation:
         keys = " and ".join(f"data.{key}" for key in augmentation)
         notes.append(f"stored latents are not augmented: leave out {keys} when you train on these")
+    return describe(codec, out, notes)
+
+
+def describe(codec: KLVAECodec, out: Path, notes: list[str]) -> Encoded:
+    """Return what the folder ``out`` holds, with ``notes`` and one on the scale of its latents, if it is another."""
+    data = load_latents(out, memory_limit_gb=0)
+    assert data.latents is not None
+    std = scaled_std(codec, torch.tensor(data.latents.mean).double(), torch.tensor(data.latents.std).double())
     if float(std.min()) < LEAST_STD or float(std.max()) > MOST_STD:
-        notes.append("the VAE's statistics are those of other images: train on these with codec.statistics=measured")
+        notes = [
+            *notes,
+            "the VAE's statistics are those of other images: train on these with codec.statistics=measured",
+        ]
     return Encoded(data, tuple(std.tolist()), tuple(notes))

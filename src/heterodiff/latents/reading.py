@@ -1,7 +1,7 @@
 """Reading a folder of stored latents as a data set; `latents.format` describes it, `latents.encode` writes it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from heterodiff.codecs.make import load_saved_codec
+from heterodiff.codecs.scaling import LatentCodec
 from heterodiff.config import DataConfig
 from heterodiff.data.assemble import LatentsInfo, LoadedData
 from heterodiff.data.dataset import ImageDataset, ImageSpec, ImageStore, MemoryStore
 from heterodiff.data.findings import show
-from heterodiff.errors import DataError
+from heterodiff.errors import CheckpointError, DataError
 from heterodiff.latents.format import (
     ENCODE_AGAIN,
     INDEX_FILE,
@@ -78,6 +80,31 @@ class LatentDataset(ImageDataset):
     def to_images(self, stored: torch.Tensor) -> torch.Tensor:
         """Return posteriors as float32."""
         return stored.float()
+
+
+@dataclass(frozen=True)
+class DecodedStore:
+    """Images that a codec makes of the means of stored latents, as bytes."""
+
+    latents: ImageStore
+    codec: LatentCodec
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        posteriors = torch.from_numpy(self.latents.read_rows(rows)).to(self.codec.device)
+        images: np.ndarray = (self.codec.decode(self.codec.draw(posteriors, None)) * 255).round().byte().cpu().numpy()
+        return images
+
+
+def decoded(data: LoadedData, run: Path) -> LoadedData:
+    """Return the images that the codec in the folder ``run`` makes of the latents ``data``."""
+    codec = load_saved_codec(run)
+    if codec is None:
+        raise CheckpointError(f"{run}: the folder vae/ is missing; copy it back, or train the run again")
+    train, val = (
+        ImageDataset(data.spec, DecodedStore(part._store, codec), part._rows, part.names, part.labels)
+        for part in (data.train, data.val)
+    )
+    return replace(data, train=train, val=val, latents=None)
 
 
 def load_latents(folder: Path, memory_limit_gb: float = 4.0) -> LoadedData:

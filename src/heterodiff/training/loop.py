@@ -240,8 +240,8 @@ class Trainer:
         """True in processes that take part in writing: the first one, and all that hold parts of the weights."""
         return self.accelerator.is_main_process or self.optimization.splits
 
-    def _save(self) -> None:
-        """Write a checkpoint, and the EMA weights for pipelines."""
+    def save(self) -> None:
+        """Write a checkpoint of the present step, and the EMA weights for pipelines."""
         self._write()
         self.hosts.wait()
 
@@ -284,7 +284,7 @@ class Trainer:
                     f"none of the {self.step} steps had a finite gradient, so nothing was learned; try a lower "
                     "training.learning_rate, precision float32 or more steps"
                 )
-            self._save()
+            self.save()
             if self.step == stop and request.signal is None:
                 self._evaluate(journal, request)
             return TrainingResult(self.step, training.steps, request.signal, journal.seconds)
@@ -313,7 +313,7 @@ class Trainer:
                 clock = StepClock()
             with clock.paused():
                 if self.step % training.checkpoint_every == 0 and self.step < stop:
-                    self._save()
+                    self.save()
                 if self.step % training.preview_every == 0 and self.step < stop:
                     self._evaluate(journal, request)
 

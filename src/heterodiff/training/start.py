@@ -2,11 +2,14 @@
 
 import gc
 import platform
+import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import heterodiff
 from heterodiff.config import RunConfig
@@ -30,6 +33,8 @@ from heterodiff.training.loop import OnStep, Trainer, TrainingResult
 from heterodiff.training.optimization import check_training
 from heterodiff.training.preflight.trial import in_its_minutes
 from heterodiff.training.processes import is_main_process
+from heterodiff.training.recipes.diffusion import DiffusionRecipe
+from heterodiff.training.recipes.initial import refuse_other_arguments
 
 MAX_TEXT_NOTES, MAX_SKIPPED = 3, 10
 
@@ -111,6 +116,42 @@ def train(
             if not quiet:
                 _print_start(trainer, [*notes, *found])
         return trainer.run(stop_after, on_step, quiet)
+
+
+def begin_with(
+    config: RunConfig, data: LoadedData, weights: Mapping[str, Tensor], arguments: Mapping[str, Any]
+) -> list[str]:
+    """Make the folder of a run whose denoiser has ``weights`` before its first step, to use as it is or to train on.
+
+    Args:
+        config: the run; ``config.output`` is its folder, which is empty or not there yet.
+        data: of the run.
+        arguments: of the network that the weights are from, which the configuration has to give, too.
+
+    Returns:
+        Notes to print.
+
+    Raises:
+        HeterodiffError: as :func:`train`; nothing of the folder is left.
+        ConfigError: an argument that the configuration cannot hold.
+    """
+    assert config.output is not None
+    run = RunFolder(config.output)
+    check_training(config.training)
+    config = in_its_minutes(config, data)
+    recipe: DiffusionRecipe = loaded(task_of(config).build)(config, data)
+    refuse_other_arguments(arguments, recipe.model)
+    recipe.model.load_state_dict(weights)
+    trainer = Trainer(config, recipe, data)
+    try:
+        with run.locked():
+            trainer.data, notes = recipe.before_training(config, data, trainer.hosts, begins=True, quiet=False)
+            trainer.save()
+            _write_facts(run, trainer)  # last: a folder without a configuration is no run, and starts from nothing
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return notes
 
 
 def _write_facts(run: RunFolder, trainer: Trainer) -> None:

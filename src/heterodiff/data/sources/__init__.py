@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "image_captions",
     "list_sources",
     "load_data",
+    "load_decoded",
     "load_test",
     "open_source",
     "part_of",
@@ -47,7 +49,7 @@ _SOURCES = {
     ),
     "volumes": (
         "heterodiff.data.sources.volumes:open_volumes",
-        "a folder of patients with NIfTI volumes, or an npz file",
+        "a folder of patients with NIfTI volumes or slices, or an npz file",
     ),
     "latents": ("heterodiff.latents.reading:load_stored", "a folder written by `heterodiff encode`"),
     "digits": ("heterodiff.data.sources.digits:open_digits", None),
@@ -250,6 +252,17 @@ def encoded_from(config: DataConfig) -> DataConfig:
     assert config.path is not None
     index = loaded("heterodiff.latents.reading:read_index")(config.path.expanduser())
     return DataConfig.model_validate(index.data_config)
+
+
+def load_decoded(config: DataConfig, run: Path, split: dict[str, Any], spec: ImageSpec | None) -> LoadedData:
+    """Load the stored latents of ``config`` as the images that the codec in the folder ``run`` makes of them.
+
+    Raises:
+        DataError: as :func:`load_data`.
+        CheckpointError: the codec cannot be loaded.
+    """
+    images: LoadedData = loaded("heterodiff.latents.reading:decoded")(load_data(config, split, spec), run)
+    return images
 
 
 def load_data(config: DataConfig, split: dict[str, Any] | None = None, spec: ImageSpec | None = None) -> LoadedData:

@@ -11,6 +11,7 @@ from heterodiff.data.captions.files import SUFFIXES
 from heterodiff.data.decoding.nifti import files_below, is_nifti
 from heterodiff.data.findings import show
 from heterodiff.data.sources.scan import METADATA_NAMES
+from heterodiff.data.sources.slice_files import holds_slices
 
 LONGEST_HEADER = 65_536
 
@@ -27,6 +28,8 @@ def source_hint(config: DataConfig) -> str | None:
         found, settings = f"captions ({show(captions.relative_to(root).as_posix())})", "data.source=captions"
         if captions.parent == root and captions.name not in (*SINGLE_FILES, *METADATA_NAMES):
             settings += f" data.captions_file={show(captions.name)}"
+    elif holds_slices(root):
+        found, settings = "preprocessed slices (patient_*/slice_*.npz)", "data.source=volumes"
     elif volume := next((path for path in files_below(root) if is_nifti(path)), None):
         found, settings = f"NIfTI volumes ({show(volume.name)})", "data.source=volumes"
     elif shard := next((path for path in sorted(root.glob("*.tar")) if path.is_file()), None):

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_p
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
 from heterodiff.data.heights import entangled, patients_and_heights
+from heterodiff.data.sources.slice_files import holds_slices, open_slice_files
 from heterodiff.data.sources.slices import (
     CLASSES,
     PERCENTILE,
@@ -66,7 +67,9 @@ def fingerprint(config: DataConfig) -> str:
 
 def known_fingerprint(config: DataConfig) -> str | None:
     """Return the :func:`fingerprint` of the slices of ``config``; ``None`` if they were not made here (npz files)."""
-    if config.source != "volumes" or config.path is None or config.path.suffix.lower() == ".npz":
+    if config.source != "volumes" or config.path is None:
+        return None
+    if config.path.suffix.lower() == ".npz" or holds_slices(config.path.expanduser()):
         return None
     return fingerprint(config)
 
@@ -129,7 +132,8 @@ def open_volumes(config: DataConfig) -> Collection:
 
     Volumes below ``data.path`` are cut into slices once and kept in ``data.volumes.cache``; a start that was
     interrupted can be repeated. An npz file holds ``image`` (N, C, H, W), ``patient`` (N,) and, to learn from, ``mask``
-    (N, H, W). Slices whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
+    (N, H, W). A folder may also hold slices made elsewhere, see :mod:`heterodiff.data.sources.slice_files`. Slices
+    whose mask is empty are "healthy", all others "unhealthy"; without masks they have no class.
 
     Raises:
         DataError: nothing usable there, or a patient's volumes that cannot be used.
@@ -140,6 +144,8 @@ def open_volumes(config: DataConfig) -> Collection:
         return _open_npz(path, config)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder of patients; correct data.path")
+    if holds_slices(path):
+        return _warned(open_slice_files(path, config, config.image_size or DEFAULT_SIZE))
     layout = layout_of(config.volumes)
     patients = find_patients(path, layout)
     with_mask = [patient for patient in patients if patient.mask]
@@ -173,6 +179,14 @@ def open_volumes(config: DataConfig) -> Collection:
         mask=reader.mask if with_mask else None,
         warnings=_told_by_height(names, [ill for _, _, ill in rows]) if labelled else (),
     )
+
+
+def _warned(collection: Collection) -> Collection:
+    """Return a labelled ``collection`` with the warning on heights, if there is one."""
+    if collection.class_of[:1] in ((), (None,)):
+        return collection
+    ill = [name == CLASSES[1] for name in collection.class_of]
+    return replace(collection, warnings=_told_by_height(collection.names, ill))
 
 
 def _told_by_height(names: Sequence[str], unhealthy: Sequence[bool]) -> tuple[str, ...]:

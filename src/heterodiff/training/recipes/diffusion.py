@@ -52,6 +52,11 @@ HAE_KEYS = (
     "memory_optimization",
     "attention_pattern",
     "sparsity",
+    "activation",
+    "class_embedding",
+    "conv_resample",
+    "bottleneck_ratio",
+    "num_heads_upsample",
 )
 """Keys of section ``model`` that only the networks of the HAE family read."""
 PREVIEW_CLASSES = 10

@@ -1,7 +1,7 @@
 """Initial weights of a denoiser: those of another run, to go on from with other images."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.models.blocks import AttentionBlock
 from heterodiff.models.variants import alike
 from heterodiff.pipelines.load import load_generation
 from heterodiff.training.processes import put, whole
@@ -18,6 +19,9 @@ OF_CONDITION = re.compile(r"(label_emb|class_emb)\..*|.*\.encoder_kv\..*")
 """Weights that a network has for its condition alone."""
 FREE = ("sample_size", "num_classes", "dropout", "use_checkpoint", "memory_optimization", "zero_threshold", "variant")
 """Arguments of networks that may differ though the weights fit."""
+
+UNSEEN = ("activation", "attention_pattern")
+"""Arguments that change what a network computes, but not the shapes of its weights."""
 
 
 def start_from(path: Path, network: Any, prediction: str, class_names: Sequence[str]) -> list[str]:
@@ -77,9 +81,31 @@ def _refuse_unlike(path: Path, source: Any, network: Any) -> None:
             f"model.init_from={path}: its network has another architecture: {'; '.join(what) or wrong[0]}; make the "
             "two alike"
         )
+    odd_key = next((key for key in UNSEEN if key in differing), None)
+    if odd_key is None and _heads(source) != _heads(network):
+        odd_key = "num_heads" if source.config.num_head_channels is None else "num_head_channels"
+    if odd_key is not None:
+        known, own = (_plain(of.config[odd_key]) for of in (source, network))
+        raise ConfigError(
+            f"model.init_from={path}: its network has {odd_key} {known}, this one {own}: equal weights would compute "
+            f"something else; set model.{odd_key}={known}"
+        )
     embedded = [name for name in there if OF_CONDITION.fullmatch(name) and name != CLASSES and name in here]
     if odd := [name for name in embedded if there[name] != here[name]]:
         raise CheckpointError(f"{path}: {odd[0]}: expected {here[odd[0]]}, found {there[odd[0]]}")
+
+
+def _heads(network: Any) -> dict[str, int]:
+    return {name: part.num_heads for name, part in network.named_modules() if isinstance(part, AttentionBlock)}
+
+
+def refuse_other_arguments(known: Mapping[str, Any], network: Any) -> None:
+    """Raise ConfigError unless ``network`` computes what one with the arguments ``known`` does, given its weights."""
+    own = network.config
+    keys = [key for key in own if not key.startswith("_") and key not in FREE and key in known]
+    if differing := [key for key in keys if _plain(known[key]) != _plain(own[key])]:
+        found = "; ".join(f"{key} {_plain(known[key])}, here {_plain(own[key])}" for key in differing)
+        raise ConfigError(f"a run cannot have a network with these arguments: {found}; import it without --config")
 
 
 def _plain(value: Any) -> Any:
