@@ -203,7 +203,7 @@ def test_what_is_no_classifier_of_these_classes(classifier: Path, denoiser: Path
         Segmenter(pipeline, guided(classifier))
     with pytest.raises(RunError, match="expected a run of recipe classifier"):
         Segmenter(pipeline, guided(denoiser))
-    with pytest.raises(RunError, match="no such run folder|no such folder"):
+    with pytest.raises(RunError, match=r"no such run folder|no such folder"):
         Segmenter(pipeline, guided(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"needs segmentation\.classifier: a run of recipe classifier"):
         parse_config({"data": DATA, "segmentation": {"method": "classifier-guidance"}})
