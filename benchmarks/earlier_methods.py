@@ -22,11 +22,11 @@ from heterodiff.config.file import load_config, parse_config
 from heterodiff.config.shipped import shipped_configs
 from heterodiff.data.sources import load_test
 from heterodiff.evaluation.anomalies import all_maps, parts_of
-from heterodiff.evaluation.runs import Request, evaluate_task, image_config
+from heterodiff.evaluation.runs import Request, evaluate_task, image_config, run_data
 from heterodiff.metrics.segmentation import mean_and_interval, overlap, precision_recall_area, threshold_baseline
-from heterodiff.pipelines.anomalies.label_weights import FOREGROUND
-from heterodiff.pipelines.anomalies.masks import drop_small, half_peak_mask, smoothed_map
-from heterodiff.pipelines.anomalies.segment import Segmenter
+from heterodiff.pipelines.anomalies.label_weights import FOREGROUND, LabelWeights, fit_label_weights
+from heterodiff.pipelines.anomalies.masks import drop_small, half_peak_mask, small_area, smoothed_map
+from heterodiff.pipelines.anomalies.segment import Segmenter, weighed
 from heterodiff.pipelines.load import load_generation
 from heterodiff.run_folder import RunFolder
 
@@ -59,8 +59,8 @@ def trained(run: Path, overrides: list[str]) -> Path:
 def measured(run: Path, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Segment the test slices of a run in several ways, with settings chosen on nothing but what ``ways`` says.
 
-    Masks are where the smoothed map reaches half its peak, scores its peak over its mean, for all ways alike: no way
-    is calibrated.
+    Masks are where the smoothed map reaches half its peak, scores its peak over its mean, for all ways but
+    label-difference, whose weights are learned from validation labels.
     """
     folder, pipeline = RunFolder(run), load_generation(run, dtype="float32")
     spec = folder.spec()
@@ -77,10 +77,15 @@ def measured(run: Path, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     found: dict[str, Any] = {"threshold": {**of_threshold, "dice": mean_and_interval(each, patients[ill])}}
     for name, changes in ways.items():
         settings = SegmentationConfig(**{"healthy": "healthy", "score": "peak", "smoothing": SMOOTHING, **changes})
-        every = list(all_maps(Segmenter(pipeline, settings), chosen, lambda done: None))
+        segmenter = Segmenter(pipeline, settings)
+        every = list(all_maps(segmenter, chosen, lambda done: None))
         maps, score = (torch.cat([getattr(one, key) for one in every]).numpy() for key in ("maps", "score"))
-        masks = np.stack([drop_small(half_peak_mask(one, SMOOTHING)) for one in maps])
-        smooth = np.stack([smoothed_map(one, "half-peak", SMOOTHING) for one in maps])
+        if segmenter.by_labels:
+            weighted = weighed(maps, _label_weights(run, segmenter), settings, 0.0, np.zeros(len(maps)))
+            masks, smooth, score = weighted.masks, weighted.maps, weighted.score
+        else:
+            masks = np.stack([drop_small(half_peak_mask(one, SMOOTHING)) for one in maps])
+            smooth = np.stack([smoothed_map(one, "half-peak", SMOOTHING) for one in maps])
         found[name] = {
             "settings": {key: value for key, value in changes.items() if key != "classifier"},
             "dice": mean_and_interval(overlap(masks, truth)[0][ill], patients[ill]),
@@ -96,6 +101,14 @@ def measured(run: Path, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         )
     print(f"{'threshold':28} Dice {100 * found['threshold']['dice']['mean']:.1f} %", flush=True)
     return found
+
+
+def _label_weights(run: Path, segmenter: Segmenter) -> LabelWeights:
+    """Weights of differences and intensities, as calibration learns them from validation slices."""
+    val = run_data(run).val
+    unhealthy = val.labels != val.spec.class_names.index("healthy")
+    planes = torch.cat([one.maps for one in all_maps(segmenter, val, lambda done: None)]).numpy()
+    return fit_label_weights(planes, unhealthy, small_area(planes.shape[2:]) + 1)
 
 
 def healthy(runs: Path) -> dict[str, Any]:
@@ -115,13 +128,15 @@ def labels(runs: Path) -> dict[str, Any]:
     """Guidance by a classifier beside guidance by labels, with one denoiser."""
     run, classifier = trained(runs / "earlier_denoiser", []), runs / "earlier_classifier"
     shared = load_config(run / "config.yaml").model_dump(mode="json", include={"data", "model"})
+    shared["model"]["norm_groups"] = 8  # of 32, each channel's mean is lost
     diffusion = {"prediction": "epsilon", "schedule": "linear"}
     content = {"recipe": "classifier", "output": str(classifier), **shared, "diffusion": diffusion}
     to_the_end(parse_config({**content, "training": CLASSIFIER_TRAINING}))
     ways: dict[str, dict[str, Any]] = {
+        "label-difference": {"method": "label-difference"},
         "forward-process": {"method": "forward-process", "depth": 250, "guidance_scale": 30},
     }
-    for depth in DEPTHS:
+    for depth in DEPTHS[:2]:
         for scale in (3, 30):
             ways[f"ddib, depth {depth}, scale {scale}"] = {"method": "ddib", "depth": depth, "guidance_scale": scale}
         for scale in (10, 100, 1000):
