@@ -30,6 +30,8 @@ FLOW = {"diffusion.prediction": "flow"}
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data.background": ("black", {"data.source": "images", "data.path": "x"}, {"data.source": "digits"}),
     "model.init_from": ("runs/base", {}, TEXTS),
+    "model.train": ("conditions", {"model.init_from": "runs/base"}, {}),
+    "model.lora_rank": (4, {"model.init_from": "runs/base", "model.train": "lora"}, {"model.init_from": "runs/base"}),
     "training.fsdp": (True, {}, {"recipe": "vae"}),
     "data.path": ("x", {}, {"data.source": "digits"}),
     "data.captions_file": ("c.jsonl", {"data.source": "captions"}, {"data.source": "images"}),

@@ -91,6 +91,15 @@ class ModelConfig(Section):
         description="run or imported model whose weights training begins with, of the same architecture; classes it "
         "knows by name keep their embedding; default: fresh weights",
     )
+    train: Literal["all", "lora", "conditions"] = Field(
+        "all",
+        description="weights that are trained, the others staying those of model.init_from; lora: low-rank updates of "
+        "attention, linear and convolution layers, and the class table (Hu et al. 2021); conditions: class table and "
+        "other weights of the condition",
+    )
+    lora_rank: Annotated[int, Field(gt=0, le=1024)] | None = Field(
+        None, description="rank of the updates; default: the largest up to 16 that trains at most 5 % of the weights"
+    )
 
 
 class CodecConfig(Section):

@@ -147,6 +147,13 @@ READERS = (
         lambda run: _in_task("model")(run) and not run.alignment.joint,
     ),
     _with("model.init_from", "recipe", "diffusion"),
+    Reader(
+        "model.train",
+        "with model.init_from, whose other weights stay as they are",
+        "model.init_from",
+        lambda run: run.model.init_from is not None,
+    ),
+    _with("model.lora_rank", "model.train", "lora"),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",

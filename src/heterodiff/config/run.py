@@ -69,6 +69,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"recipe {self.recipe} trains no denoiser, which alignment.joint=true needs; set recipe=text-image"
             )
+        if self.training.fsdp and self.model.train != "all":
+            raise ValueError(
+                f"training.fsdp=true splits networks that are trained whole, not with model.train={self.model.train}, "
+                "which needs less memory anyway; leave training.fsdp out"
+            )
         if self.model.variant == "film-unet" and not denoises_for_texts:
             raise ValueError("model.variant film-unet is conditioned on texts; it is for recipe text-image")
         return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.tasks import task_of
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
+from heterodiff.training.recipes.adapting import ADAPTER, adapted, merged, save_updates, train_part
 from heterodiff.training.recipes.base import Draws, Losses, Recipe
 from heterodiff.training.recipes.initial import start_from
 
@@ -132,6 +134,7 @@ class DiffusionRecipe(Recipe):
         self.config, self.spec = config, spec
         self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
         self.model = create_model(config.model.variant, **model_arguments(config, spec))
+        train_part(self.model, config.model)
         self.codec = make_codec(config.codec)
         self.summary = config.model.variant
         if self.codec.factor > 1:
@@ -207,6 +210,24 @@ class DiffusionRecipe(Recipe):
             total += float(self.losses(self.model, inputs, labels, draws.rows(part)).each.sum())
             start = part.stop
         return {"val_loss": total / count}
+
+    @property
+    def learned_weights(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline, with low-rank updates added to the weights, and these by themselves."""
+        own = self.model
+        if not adapted(own):
+            super().save(folder)
+            return
+        self.model = merged(own)
+        try:
+            super().save(folder)
+        finally:
+            self.model = own
+        assert self.config.model.init_from is not None
+        save_updates(own, folder / ADAPTER, self.config.model.init_from)
 
     def pipeline(self) -> Any:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)
