@@ -31,6 +31,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data.background": ("black", {"data.source": "images", "data.path": "x"}, {"data.source": "digits"}),
     "model.init_from": ("runs/base", {}, TEXTS),
     "model.train": ("conditions", {"model.init_from": "runs/base"}, {}),
+    "model.prior_preservation": (0.5, {"model.init_from": "runs/base"}, {}),
+    "model.prior_images": (4, {"model.init_from": "x", "model.prior_preservation": 1}, {"model.init_from": "x"}),
     "model.lora_rank": (4, {"model.init_from": "runs/base", "model.train": "lora"}, {"model.init_from": "runs/base"}),
     "training.fsdp": (True, {}, {"recipe": "vae"}),
     "data.path": ("x", {}, {"data.source": "digits"}),

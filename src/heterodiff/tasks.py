@@ -106,6 +106,8 @@ ANOMALIES = replace(
     demo="heterodiff.demo:find_anomalies",
     next_steps=("heterodiff segment {run} --calibrate", "heterodiff evaluate {run}"),
 )
+ADAPT = replace(CLASS_IMAGES, recipe="adapt", defaults="heterodiff.config.few_images:adapt_defaults")
+"""The short form of a run of recipe ``diffusion``: its defaults make it one."""
 VAE = Task(
     recipe="vae",
     sections=("vae",),
@@ -173,6 +175,7 @@ JOINT = replace(
 TASKS: dict[str, Task] = {
     "class-images": CLASS_IMAGES,
     "anomalies": ANOMALIES,
+    "adapt": ADAPT,
     "vae": VAE,
     "alignment": ALIGNMENT,
     "text-image": TEXT_IMAGE,

@@ -148,12 +148,18 @@ READERS = (
     ),
     _with("model.init_from", "recipe", "diffusion"),
     Reader(
-        "model.train",
-        "with model.init_from, whose other weights stay as they are",
+        "model.train model.prior_preservation",
+        "with model.init_from, of whose weights a part is trained, or whose images are kept",
         "model.init_from",
         lambda run: run.model.init_from is not None,
     ),
     _with("model.lora_rank", "model.train", "lora"),
+    Reader(
+        "model.prior_images",
+        "with model.prior_preservation above 0",
+        "model.prior_preservation",
+        lambda run: run.model.prior_preservation > 0,
+    ),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",

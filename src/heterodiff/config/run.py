@@ -24,7 +24,8 @@ class RunConfig(Section):
 
     recipe: RecipeName = Field(
         "diffusion",
-        description="diffusion: images of classes, or without labels; vae: autoencoder for latent diffusion; "
+        description="diffusion: images of classes, or without labels; adapt: its short form for a few images of each "
+        "class, with a run to go on from as model.init_from; vae: autoencoder for latent diffusion; "
         "text-image: text to image and image to text; alignment: text-image without the denoiser",
     )
     output: UserPath | None = Field(

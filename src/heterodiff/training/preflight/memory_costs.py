@@ -110,7 +110,9 @@ def _denoiser_cost(config: RunConfig, spec: ImageSpec) -> Cost:
     dtype = precision_of(config.training)
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
+    batches = 2 if config.model.prior_preservation else 1  # in one pass
     cost = Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
+    cost = replace(cost, kept=batches * cost.kept, kept_without=batches * cost.kept_without)
     trained = None if config.model.train == "all" else _trained_weights(config, spec)
     return replace(cost, sharers=process_count() if config.training.fsdp else 1, trained=trained)
 

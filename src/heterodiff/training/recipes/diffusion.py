@@ -1,6 +1,6 @@
 """Recipe ``diffusion``: a denoiser of images, conditioned on their class labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.tasks import task_of
+from heterodiff.training.batches import Stream, derive_seed
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.adapting import ADAPTER, adapted, merged, save_updates, train_part
 from heterodiff.training.recipes.base import Draws, Losses, Recipe
 from heterodiff.training.recipes.initial import start_from
+from heterodiff.training.recipes.preservation import Preserved, drawn_images
 
 HAE_KEYS = (
     "patch_size",
@@ -47,6 +49,7 @@ HAE_KEYS = (
     "sparsity",
 )
 """Keys of section ``model`` that only the networks of the HAE family read."""
+PREPARED_AT_ONCE = 64
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
 PREVIEW_COLUMNS_LARGE = 4  # of images above 32x32, which take long to draw on a CPU
@@ -105,6 +108,12 @@ class DiffusionDraws(Draws):
     drop: Tensor
     latent_noise: Tensor | None = None  # of the draw from the codec's posterior
     choice: Tensor | None = None  # among an image's captions
+    preserved: Tensor | None = None  # row among the images that the base run has drawn
+
+    def twice(self) -> "DiffusionDraws":
+        """The draws of two batches that share them."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: torch.cat([value, value]) for name, value in tensors.items()})
 
 
 def make_objective(config: RunConfig) -> DiffusionObjective:
@@ -135,6 +144,7 @@ class DiffusionRecipe(Recipe):
         self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
         self.model = create_model(config.model.variant, **model_arguments(config, spec))
         train_part(self.model, config.model)
+        self.preserved: Preserved | None = None
         self.codec = make_codec(config.codec)
         self.summary = config.model.variant
         if self.codec.factor > 1:
@@ -153,7 +163,19 @@ class DiffusionRecipe(Recipe):
         notes: list[str] = []
         if begins and config.model.init_from is not None:
             notes = start_from(config.model.init_from, self.model, config.diffusion.prediction, data.spec.class_names)
+        if config.model.prior_preservation:
+            self._preserve(config, data.spec.class_names, hosts)
         return prepare_latents(config, self, data, hosts, quiet), notes
+
+    def _preserve(self, config: RunConfig, names: Sequence[str], hosts: HostGroup) -> None:
+        m, seed = config.model, derive_seed(config.training.seed, Stream.PRIOR)
+        assert config.output is not None
+        assert m.init_from is not None
+        images, labels = drawn_images(config.output, m.init_from, m.prior_images, names, seed, hosts)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            parts = [self.codec.posterior(part.to(device)) for part in images.split(PREPARED_AT_ONCE)]
+        self.preserved = Preserved(torch.cat(parts), labels.to(device))
 
     def prepare(self, images: Tensor) -> Tensor:
         """The codec's posterior of images (B, C, H, W) in [0, 1]."""
@@ -167,7 +189,11 @@ class DiffusionRecipe(Recipe):
         latent_noise = None
         if self.codec.random and self.config.codec.posterior == "sample":
             latent_noise = torch.randn(shape, generator=generator, device=device)
-        return DiffusionDraws(t, weights, noise, drop, latent_noise)
+        preserved = None
+        if self.preserved is not None:
+            count = len(self.preserved.labels)
+            preserved = torch.randint(count, (batch_size,), generator=generator, device=device)
+        return DiffusionDraws(t, weights, noise, drop, latent_noise, preserved=preserved)
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws) -> Losses:
         """Weighted losses of a batch.
@@ -176,10 +202,25 @@ class DiffusionRecipe(Recipe):
             network: ``self.model``, possibly wrapped.
             inputs: posteriors of the codec; labels: (B,), -1 for none.
         """
+        if draws.preserved is not None:
+            return self._preserving_losses(network, inputs, labels, draws)
         z = self.codec.draw(inputs, draws.latent_noise)
         model_call = self.conditioned(network, labels, draws)
         losses, parts = self.objective.losses(model_call, z, draws.t, draws.noise)
         return Losses(losses * draws.weights, parts)
+
+    def _preserving_losses(
+        self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws
+    ) -> Losses:
+        """Losses of a batch, and of as many images drawn by the base, with the same noise, in one pass."""
+        assert self.preserved is not None
+        assert draws.preserved is not None
+        inputs = torch.cat([inputs, self.preserved.inputs[draws.preserved]])
+        labels = torch.cat([send(labels, inputs.device), self.preserved.labels[draws.preserved]])
+        both = self.losses(network, inputs, labels, replace(draws.twice(), preserved=None))
+        own, prior = both.each.chunk(2)
+        parts = {name: value.chunk(2)[0] for name, value in both.parts.items()}
+        return Losses(own + self.config.model.prior_preservation * prior, {**parts, "prior_loss": prior.detach()})
 
     def conditioned(
         self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws
@@ -203,7 +244,7 @@ class DiffusionRecipe(Recipe):
         device = every[0][0].device
         draws = self.draw(0, count, torch.Generator(device).manual_seed(seed), device)
         spread = (torch.arange(count, device=device) + 0.5) / count * self.config.diffusion.num_train_timesteps
-        draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights))
+        draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights), preserved=None)
         total, start = 0.0, 0
         for inputs, labels in every:
             part = slice(start, start + len(labels))
