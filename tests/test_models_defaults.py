@@ -12,7 +12,7 @@ from heterodiff.models.backbone import Backbone
 from heterodiff.models.profile import model_table
 from heterodiff.models.unet import HAEUNet
 from heterodiff.models.variants import NETWORKS, VARIANTS, create_model
-from heterodiff.training.recipes.diffusion import model_arguments
+from heterodiff.training.recipes.arguments import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
 
 WORDS: dict[str, tuple[int | tuple[int, int], dict[str, Any]]] = {

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from heterodiff.models import normalization
-from heterodiff.models.normalization import GroupNorm32, norm_silu, set_norm_groups
+from heterodiff.models.normalization import GroupNorm32, norm_film, norm_silu, set_norm_groups
 from heterodiff.models.profile import count_saved_bytes
 
 WAYS = {"kernel": ("kernel", ()), "kernel of NCHW maps": ("kernel", ("cpu",)), "tokens": ("tokens", ())}
@@ -78,3 +78,28 @@ def test_frozen_parts_get_no_gradient(way):
     norm_silu(x, norm).sum().backward()
     assert x.grad is not None
     assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_gradients_of_a_part(way, needed, film, memory_format):
+    """As where other weights are frozen: those that are needed are what they are beside all others."""
+    norm, x = make((2, 32, 3, 4), torch.float32, memory_format)
+    scale, shift = (torch.randn(2, 32, 1, 1, requires_grad=True) for _ in range(2))
+    inputs = [x, norm.weight, norm.bias]
+
+    def result() -> Tensor:
+        return norm_film(x, norm, scale, shift, silu=True) if film else norm_silu(x, norm)
+
+    direction = torch.randn(x.shape)
+    expected = torch.autograd.grad(result(), inputs, direction)
+    some = [k for k in range(3) if needed >> k & 1]
+    for k, tensor in enumerate(inputs):
+        tensor.requires_grad_(k in some)
+    found = torch.autograd.grad(result(), [inputs[k] for k in some], direction)
+    assert all(torch.equal(f, expected[k]) for f, k in zip(found, some, strict=True))
+    if film:  # as in a network whose norms and earlier layers are all frozen
+        for tensor in inputs:
+            tensor.requires_grad_(False)
+        assert torch.autograd.grad(result(), [scale], direction)[0].isfinite().all()

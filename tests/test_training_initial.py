@@ -113,5 +113,5 @@ def test_another_network_is_refused(case: str, base: Path, tmp_path: Path) -> No
 
 def test_no_run_there(base: Path, tmp_path: Path) -> None:
     run = config(tmp_path / "run", str(base.parent / "data"), model__init_from=str(tmp_path / "gone"))
-    with pytest.raises(RunError, match="gone: no such"):
+    with pytest.raises(RunError, match=r"^model\.init_from: .*gone: no such"):
         train(run, quiet=True)

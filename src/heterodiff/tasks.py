@@ -119,6 +119,8 @@ TRANSLATION = replace(
     demo=None,
     next_steps=("heterodiff translate {run} IMAGE", "heterodiff evaluate {run}"),
 )
+ADAPT = replace(CLASS_IMAGES, recipe="adapt", defaults="heterodiff.config.few_images:adapt_defaults")
+"""The short form of a run of recipe ``diffusion``: its defaults make it one."""
 VAE = Task(
     recipe="vae",
     sections=("vae",),
@@ -207,6 +209,7 @@ TASKS: dict[str, Task] = {
     "class-images": CLASS_IMAGES,
     "translation": TRANSLATION,
     "anomalies": ANOMALIES,
+    "adapt": ADAPT,
     "vae": VAE,
     "classifier": CLASSIFIER,
     "alignment": ALIGNMENT,

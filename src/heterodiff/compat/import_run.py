@@ -23,7 +23,7 @@ from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.image_spec import ImageSpec
 from heterodiff.training.build import load_run_data
 from heterodiff.training.codec_stage import codec_run
-from heterodiff.training.recipes.diffusion import HAE_KEYS
+from heterodiff.training.recipes.arguments import HAE_KEYS
 from heterodiff.training.start import begin_with
 
 OF_NETWORK = ("variant", "model_channels", "layers_per_block", "channel_mult", "num_heads", "norm_groups", *HAE_KEYS)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from heterodiff.config.base import Depth, Fraction, Levels, NonNegativeInt, Section, UserPath, Width
+from heterodiff.config.base import Depth, Fraction, Levels, NonNegativeInt, PositiveInt, Section, UserPath, Width
 from heterodiff.config.names import known_name
 from heterodiff.config.training import TrainingConfig
 from heterodiff.models.defaults import (
@@ -104,6 +104,21 @@ class ModelConfig(Section):
         description="run or imported model whose weights training begins with, of the same architecture; classes it "
         "knows by name keep their embedding; default: fresh weights",
     )
+    train: Literal["all", "lora", "conditions"] = Field(
+        "all",
+        description="weights that are trained, the others staying those of model.init_from; lora: low-rank updates of "
+        "attention, linear and convolution layers, and the class table (Hu et al. 2021); conditions: class table and "
+        "other weights of the condition",
+    )
+    lora_rank: Annotated[int, Field(gt=0, le=1024)] | None = Field(
+        None, description="rank of the updates; default: the largest up to 16 that trains at most 5 % of the weights"
+    )
+    prior_preservation: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the loss of images that model.init_from draws, so that they are not forgotten (Ruiz "
+        "et al. 2023); such steps take twice as long; 0: off",
+    )
+    prior_images: PositiveInt = Field(32, description="images that are drawn of each class for prior_preservation")
 
 
 class CodecConfig(Section):

@@ -165,6 +165,25 @@ READERS = (
         lambda run: _in_task("sampling")(run) and not run.alignment.joint,
     ),
     _with("model.init_from", "recipe", "diffusion"),
+    Reader(
+        "model.train model.prior_preservation",
+        "with model.init_from, of whose weights a part is trained, or whose images are kept",
+        "model.init_from",
+        lambda run: run.model.init_from is not None,
+    ),
+    Reader(
+        "model.prior_preservation",
+        "without data.condition and data.conditions, which the images of the base lack",
+        "data.condition data.conditions",
+        lambda run: not (run.data.condition or run.data.conditions),
+    ),
+    _with("model.lora_rank", "model.train", "lora"),
+    Reader(
+        "model.prior_images",
+        "with model.prior_preservation above 0",
+        "model.prior_preservation",
+        lambda run: run.model.prior_preservation > 0,
+    ),
     Reader("codec", DENOISERS, "recipe", _in_task("codec"), always=True),
     Reader(
         "codec.path codec.training",

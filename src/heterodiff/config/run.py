@@ -24,9 +24,10 @@ class RunConfig(Section):
 
     recipe: RecipeName = Field(
         "diffusion",
-        description="diffusion: images of classes, or without labels; vae: autoencoder for latent diffusion; "
-        "classifier: classes of noisy images, for guidance; text-image: text to image and image to text; alignment: "
-        "text-image without the denoiser",
+        description="diffusion: images of classes, or without labels; adapt: its short form for a few images of each "
+        "class, with a run to go on from as model.init_from; vae: autoencoder for latent diffusion; classifier: "
+        "classes of noisy images, for guidance; text-image: text to image and image to text; alignment: text-image "
+        "without the denoiser",
     )
     output: UserPath | None = Field(
         None, description="run folder; default: `runs/NAME` for a configuration file `NAME.yaml`"
@@ -75,6 +76,11 @@ class RunConfig(Section):
         if with_texts and not denoises_for_texts and self.alignment.joint:
             raise ValueError(
                 f"recipe {self.recipe} trains no denoiser, which alignment.joint=true needs; set recipe=text-image"
+            )
+        if self.training.fsdp and self.model.train != "all":
+            raise ValueError(
+                f"training.fsdp=true splits networks that are trained whole, not with model.train={self.model.train}, "
+                "which needs less memory anyway; leave training.fsdp out"
             )
         if self.model.variant == "film-unet" and not denoises_for_texts:
             raise ValueError("model.variant film-unet is conditioned on texts; it is for recipe text-image")

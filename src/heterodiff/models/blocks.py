@@ -8,7 +8,7 @@ read. Outputs of linear layers are not: for tokens they are views, whose gradien
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,16 @@ from heterodiff.models.normalization import GroupNorm32, norm_film, norm_silu
 
 
 class Pointwise(nn.Conv1d):
-    """1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in)."""
+    """1x1 convolution with guided-diffusion's (out, in, 1) weight, applied to tokens (B, T, in).
+
+    Args:
+        kernel_size, others, options: as of ``nn.Conv1d``, since peft makes layers of the same class beside this one.
+    """
 
     bias: nn.Parameter
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any = 1, *others: Any, **options: Any):
+        super().__init__(in_channels, out_channels, kernel_size, *others, **options)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(tokens, self.weight.squeeze(-1), self.bias)

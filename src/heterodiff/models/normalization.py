@@ -1,5 +1,6 @@
 """GroupNorm, alone or with SiLU, that keeps one map for the backward pass and the memory format of its input."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,16 +105,7 @@ class _KernelNorm(torch.autograd.Function):
         if ctx.silu:
             y, *statistics = _kernel(x, weight, bias, ctx.groups, ctx.eps)
             grad = torch.ops.aten.silu_backward(grad, y)
-        found = torch.ops.aten.native_group_norm_backward(
-            grad,
-            _kernel_layout(x, x),
-            *statistics,
-            weight.to(_wide(x)),
-            *_sizes(x, ctx.groups),
-            ctx.needs_input_grad[:3],
-        )
-        to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
-        return None if to_x is None else _like(to_x, x), to_weight, to_bias, None, None, None
+        return *_gradients(ctx, grad, x, statistics, weight), None, None, None
 
 
 class _FilmNorm(torch.autograd.Function):
@@ -146,23 +138,27 @@ class _FilmNorm(torch.autograd.Function):
             grad = torch.ops.aten.silu_backward(grad, (y * (1 + scale)).add_(shift))
         to_shift = grad.sum((2, 3), keepdim=True)
         to_scale = (y * grad).sum((2, 3), keepdim=True)
-        found = torch.ops.aten.native_group_norm_backward(
-            grad * (1 + scale),
-            _kernel_layout(x, x),
-            *statistics,
-            weight.to(_wide(x)),
-            *_sizes(x, ctx.groups),
-            ctx.needs_input_grad[:3],
-        )
-        to_x, to_weight, to_bias = (g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False))
-        to_x = None if to_x is None else _like(to_x, x)
-        return to_x, to_weight, to_bias, to_scale, to_shift, None, None, None
+        to_norm = _gradients(ctx, grad * (1 + scale), x, statistics, weight)
+        return *to_norm, to_scale, to_shift, None, None, None
 
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x), and mean and 1/std of each group (B, groups)."""
     weight, bias = weight.to(_wide(x)), bias.to(_wide(x))
     return torch.native_group_norm(_kernel_layout(x, x), weight, bias, *_sizes(x, groups), eps)
+
+
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, statistics: list[Tensor], weight: Tensor) -> Iterator[Tensor | None]:
+    """Gradients of x, weight and bias where ``ctx`` needs them, from that of norm(x).
+
+    That of x is always computed: torch's kernel for channels-last maps on a CPU ends the process without it.
+    """
+    needed = ctx.needs_input_grad[:3]
+    found = torch.ops.aten.native_group_norm_backward(
+        grad, _kernel_layout(x, x), *statistics, weight.to(_wide(x)), *_sizes(x, ctx.groups), [True, *needed[1:]]
+    )
+    every = (_like(found[0], x), *found[1:])
+    return (g if n else None for g, n in zip(every, needed, strict=True))
 
 
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:

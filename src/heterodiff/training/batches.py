@@ -26,6 +26,7 @@ class Stream(IntEnum):
     DROPOUT = 3
     PREVIEW = 4
     VALIDATION = 5
+    PRIOR = 6
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:

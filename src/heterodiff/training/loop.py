@@ -69,8 +69,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, recipe: Recipe, data: LoadedData):
         assert config.output is not None
-        parameters = sum(p.numel() for p in recipe.model.parameters())
-        training = with_rates(config.training, parameters)
+        training = with_rates(config.training, recipe.learned_weights)
         self.config, self.recipe, self.data = config.model_copy(update={"training": training}), recipe, data
         self.run_folder = RunFolder(config.output)
         keep_freed_memory()

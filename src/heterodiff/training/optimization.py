@@ -99,7 +99,7 @@ class EMA:
     warm-up of diffusers' ``EMAModel``).
 
     Args:
-        parameters: of the network; those that are not trained stay as they are.
+        parameters: of the network; those that are not trained are their own averages.
         decay: in [0, 1).
 
     Attributes:
@@ -108,7 +108,8 @@ class EMA:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         self.decay = decay
-        self.shadow_params = [parameter.detach().clone() for parameter in parameters]
+        values = ((parameter.detach(), parameter.requires_grad) for parameter in parameters)
+        self.shadow_params = [value.clone() if trained else value for value, trained in values]
         self._steps = torch.zeros((), device=self.shadow_params[0].device)
 
     @property

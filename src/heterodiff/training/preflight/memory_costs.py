@@ -20,16 +20,20 @@ from heterodiff.devices import process_count
 from heterodiff.models.classifier import NoisyClassifier
 from heterodiff.models.defaults import MODEL_CHANNELS
 from heterodiff.models.profile import ModelProfile, count_saved_bytes, profile
+from heterodiff.models.variants import create_model
 from heterodiff.text.tokenizer import load_tokenizer, train_tokenizer
 from heterodiff.training.precision import precision_of
+from heterodiff.training.recipes.adapting import train_part
 from heterodiff.training.recipes.alignment_networks import AlignmentModel, build_networks
+from heterodiff.training.recipes.arguments import model_arguments
 from heterodiff.training.recipes.classifier import classifier_arguments
-from heterodiff.training.recipes.diffusion import model_arguments
 from heterodiff.training.recipes.text_image import denoiser_arguments
 from heterodiff.training.recipes.vae import Autoencoder, build_vae
 
 BYTES_PER_PARAMETER = 5 * 4
 """Weights, gradients, the two moments of AdamW and the EMA weights, all in float32."""
+BYTES_PER_ADAPTED = 2 * 4
+"""Weights and their sum with the low-rank updates, where these alone are trained."""
 TRANSIENT_SHARE = 0.25
 """Transient memory of the backward pass, as a fraction of the activations that are saved without recomputation."""
 SCRATCH_BYTES = 200e6
@@ -44,6 +48,7 @@ class Cost:
         parameters: their number.
         copies: bytes of the low-precision copies of the weights that autocast makes.
         kept, kept_without: bytes saved per image for the backward pass, and without recomputation.
+        trained: number of those that have gradients, moments and averages; None for all.
         sharers: processes that share the weights and all that belongs to them; what each gathers to compute a block
             is left out.
     """
@@ -53,6 +58,7 @@ class Cost:
     kept: float
     kept_without: float
     sharers: int = 1
+    trained: int | None = None
 
     @classmethod
     def of(cls, dtype: torch.dtype | None, parameters: int, saved: float, saved_without: float) -> "Cost":
@@ -63,7 +69,10 @@ class Cost:
 
     def peak(self, images: int) -> float:
         per_image = self.kept + TRANSIENT_SHARE * self.kept_without
-        return BYTES_PER_PARAMETER * self.parameters / self.sharers + self.copies + SCRATCH_BYTES + images * per_image
+        weights = BYTES_PER_PARAMETER * self.parameters
+        if self.trained is not None:
+            weights = BYTES_PER_ADAPTED * self.parameters + BYTES_PER_PARAMETER * self.trained
+        return weights / self.sharers + self.copies + SCRATCH_BYTES + images * per_image
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,18 @@ def _denoiser_cost(config: RunConfig, spec: ImageSpec) -> Cost:
     dtype = precision_of(config.training)
     found = profile_with()
     without = profile_with(memory_optimization=False, gradient_checkpointing=False)
+    batches = 2 if config.model.prior_preservation else 1  # in one pass
     cost = Cost.of(dtype, found.parameters, 1e6 * found.saved_mb, 1e6 * without.saved_mb)
-    return replace(cost, sharers=process_count() if config.training.fsdp else 1)
+    cost = replace(cost, kept=batches * cost.kept, kept_without=batches * cost.kept_without)
+    trained = None if config.model.train == "all" else _trained_weights(config, spec)
+    return replace(cost, sharers=process_count() if config.training.fsdp else 1, trained=trained)
+
+
+def _trained_weights(config: RunConfig, spec: ImageSpec) -> int:
+    with torch.device("meta"):
+        network = create_model(config.model.variant, **model_arguments(config, spec))
+        train_part(network, config.model)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 @lru_cache(maxsize=64)  # a plan needs the same few profiles many times, a second each

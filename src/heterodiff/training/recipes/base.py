@@ -64,6 +64,11 @@ class Recipe(ABC):
     codec: Any = None
     warnings: Sequence[str] = ()
 
+    @property
+    def learned_weights(self) -> int:
+        """Number of the model's weights, by which a learning rate is chosen where none is given."""
+        return sum(p.numel() for p in self.model.parameters())
+
     def to(self, device: torch.device) -> None:  # noqa: B027 (not every recipe has something to do here)
         """Move to ``device`` what is used but not trained."""
 

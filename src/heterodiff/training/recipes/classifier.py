@@ -18,8 +18,8 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.errors import ConfigError, DataError
 from heterodiff.models.classifier import NoisyClassifier
 from heterodiff.pipelines.classify import ClassifierPipeline, noisy_picture
+from heterodiff.training.recipes.arguments import model_arguments
 from heterodiff.training.recipes.base import Draws, Losses, Recipe, shown_images, spread
-from heterodiff.training.recipes.diffusion import model_arguments
 
 SHOWN = 5
 

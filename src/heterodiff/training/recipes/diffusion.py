@@ -1,14 +1,14 @@
 """Recipe ``diffusion``: a denoiser of images, conditioned on their class labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from heterodiff.codecs.cnn import FEATURE_CHANNELS
 from heterodiff.codecs.kl_vae import KLVAECodec
 from heterodiff.codecs.make import latent_shape, make_codec
 from heterodiff.config import RunConfig
@@ -23,90 +23,23 @@ from heterodiff.diffusion.schedule import NoiseSchedule, training_scheduler
 from heterodiff.diffusion.timesteps import make_timestep_sampler
 from heterodiff.errors import ConfigError
 from heterodiff.models.conditioning import NO_CLASS, Conditions
-from heterodiff.models.defaults import (
-    FILM_CHANNEL_MULT,
-    LEAN_NORM_GROUPS,
-    MODEL_CHANNELS,
-    NUM_HEADS,
-    check_size,
-    default_levels,
-)
 from heterodiff.models.variants import VARIANTS, create_model
 from heterodiff.pictures import image_grid
 from heterodiff.pipelines.generate import GenerationPipeline, seeded_generators
 from heterodiff.pipelines.image_files import conditioned_grid
-from heterodiff.tasks import task_of
+from heterodiff.training.batches import Stream, derive_seed
 from heterodiff.training.latents import prepare_latents
 from heterodiff.training.processes import HostGroup
+from heterodiff.training.recipes.adapting import ADAPTER, adapted, merged, save_updates, train_part
+from heterodiff.training.recipes.arguments import model_arguments
 from heterodiff.training.recipes.base import Draws, Losses, Recipe, shown_images
 from heterodiff.training.recipes.initial import start_from
+from heterodiff.training.recipes.preservation import Preserved, drawn_images
 
-HAE_KEYS = (
-    "patch_size",
-    "num_head_channels",
-    "use_scale_shift_norm",
-    "attention_resolutions",
-    "mid_attention",
-    "condition_tokens",
-    "resblock_updown",
-    "memory_optimization",
-    "attention_pattern",
-    "sparsity",
-    "activation",
-    "class_embedding",
-    "conv_resample",
-    "bottleneck_ratio",
-    "num_heads_upsample",
-)
-"""Keys of section ``model`` that only the networks of the HAE family read."""
+PREPARED_AT_ONCE = 64
 PREVIEW_CLASSES = 10
 PREVIEW_COLUMNS = 8
 PREVIEW_COLUMNS_LARGE = 4  # of images above 32x32, which take long to draw on a CPU
-
-
-def model_arguments(config: RunConfig, spec: ImageSpec) -> dict[str, Any]:
-    """Arguments of the configured denoiser for images as in ``spec``, defaults filled in.
-
-    Raises:
-        ConfigError: the image size does not suit the codec or the number of levels (the nearest sizes are named).
-        CheckpointError: the codec's VAE is not there.
-    """
-    m = config.model
-    channels, height, width = latent_shape(config.codec, spec.channels, spec.height, spec.width)
-    with_text = "text" in task_of(config).sections
-    # Beside the latents: the text's prior over the map and, but for joint training, over its features.
-    prior_channels = channels + (0 if config.alignment.joint else FEATURE_CHANNELS) if with_text else 0
-    of_condition = spec.condition_channels(spec.height // height)
-    common = {
-        "condition_dim": config.text.embedding_dim if with_text else None,
-        "out_channels": channels * (2 if config.diffusion.learn_variance else 1),
-        "model_channels": m.model_channels or MODEL_CHANNELS,
-        "layers_per_block": m.layers_per_block,
-        "dropout": m.dropout,
-        "use_checkpoint": m.gradient_checkpointing,
-    }
-    if m.variant == "film-unet":
-        return common | {
-            "latent_channels": channels,
-            "latent_size": (height, width),
-            "guess_channels": prior_channels,
-            "channel_mult": m.channel_mult or FILM_CHANNEL_MULT,
-            "num_heads": m.num_heads or NUM_HEADS,
-            "norm_groups": m.norm_groups or LEAN_NORM_GROUPS,
-        }
-    channel_mult, _ = default_levels((height, width), m.patch_size, m.channel_mult)
-    factor = m.patch_size * 2 ** (len(channel_mult) - 1) * (spec.height // height)
-    check_size(spec.height, spec.width, factor)  # in pixels, as the user gives them
-    return common | {
-        "sample_size": (height, width),
-        "in_channels": channels + prior_channels + of_condition,
-        "num_classes": len(spec.class_names) or None,
-        "attributes": [len(attribute.classes) for attribute in spec.attributes] or None,
-        "channel_mult": channel_mult,
-        "num_heads": m.num_heads,
-        "norm_groups": m.norm_groups,
-        **{key: getattr(m, key) for key in HAE_KEYS},
-    }
 
 
 @dataclass
@@ -120,6 +53,12 @@ class DiffusionDraws(Draws):
     latent_noise: Tensor | None = None  # of the draw from the codec's posterior
     choice: Tensor | None = None  # among an image's captions
     drop_each: Tensor | None = None  # (B, A), where an attribute alone is dropped
+    preserved: Tensor | None = None  # row among the images that the base run has drawn
+
+    def twice(self) -> "DiffusionDraws":
+        """The draws of two batches that share them."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: torch.cat([value, value]) for name, value in tensors.items()})
 
 
 def make_objective(config: RunConfig) -> DiffusionObjective:
@@ -153,6 +92,8 @@ class DiffusionRecipe(Recipe):
         self.config, self.spec = config, spec
         self.latent_shape = latent_shape(config.codec, spec.channels, spec.height, spec.width)
         self.model = create_model(config.model.variant, **model_arguments(config, spec))
+        train_part(self.model, config.model)
+        self.preserved: Preserved | None = None
         self.codec = make_codec(config.codec)
         self.summary = config.model.variant
         if self.codec.factor > 1:
@@ -171,7 +112,19 @@ class DiffusionRecipe(Recipe):
         notes: list[str] = []
         if begins and config.model.init_from is not None:
             notes = start_from(config.model.init_from, self.model, config.diffusion.prediction, data.spec.class_names)
+        if config.model.prior_preservation:
+            self._preserve(config, data.spec.class_names, hosts)
         return prepare_latents(config, self, data, hosts, quiet), notes
+
+    def _preserve(self, config: RunConfig, names: Sequence[str], hosts: HostGroup) -> None:
+        m, seed = config.model, derive_seed(config.training.seed, Stream.PRIOR)
+        assert config.output is not None
+        assert m.init_from is not None
+        images, labels = drawn_images(config.output, m.init_from, m.prior_images, names, seed, hosts)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            parts = [self.codec.posterior(part.to(device)) for part in images.split(PREPARED_AT_ONCE)]
+        self.preserved = Preserved(torch.cat(parts), labels.to(device))
 
     def prepare(self, images: Tensor) -> Tensor:
         """The codec's posterior of images (B, C, H, W) in [0, 1], then the maps of their condition images."""
@@ -191,7 +144,11 @@ class DiffusionRecipe(Recipe):
         if self.spec.attributes:
             each = torch.rand(batch_size, len(self.spec.attributes), generator=generator, device=device)
             drop_each = each < self.config.diffusion.p_uncond
-        return DiffusionDraws(t, weights, noise, drop, latent_noise, drop_each=drop_each)
+        preserved = None
+        if self.preserved is not None:
+            count = len(self.preserved.labels)
+            preserved = torch.randint(count, (batch_size,), generator=generator, device=device)
+        return DiffusionDraws(t, weights, noise, drop, latent_noise, drop_each=drop_each, preserved=preserved)
 
     def losses(self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws) -> Losses:
         """Weighted losses of a batch.
@@ -201,12 +158,27 @@ class DiffusionRecipe(Recipe):
             inputs: as :meth:`prepare` makes them, or stored posteriors.
             labels: (B,), -1 for none, or with attributes (B, 1 + A).
         """
+        if draws.preserved is not None:
+            return self._preserving_losses(network, inputs, labels, draws)
         count = self.spec.condition_channels(self.codec.factor)
         posterior, maps = inputs.split([inputs.shape[1] - count, count], dim=1)
         z = self.codec.draw(posterior, draws.latent_noise)
         model_call = self.conditioned(network, labels, draws, maps if count else None)
         losses, parts = self.objective.losses(model_call, z, draws.t, draws.noise)
         return Losses(losses * draws.weights, parts)
+
+    def _preserving_losses(
+        self, network: Callable[..., Any], inputs: Tensor, labels: Tensor, draws: DiffusionDraws
+    ) -> Losses:
+        """Losses of a batch, and of as many images drawn by the base, with the same noise, in one pass."""
+        assert self.preserved is not None
+        assert draws.preserved is not None
+        inputs = torch.cat([inputs, self.preserved.inputs[draws.preserved]])
+        labels = torch.cat([send(labels, inputs.device), self.preserved.labels[draws.preserved]])
+        both = self.losses(network, inputs, labels, replace(draws.twice(), preserved=None))
+        own, prior = both.each.chunk(2)
+        parts = {name: value.chunk(2)[0] for name, value in both.parts.items()}
+        return Losses(own + self.config.model.prior_preservation * prior, {**parts, "prior_loss": prior.detach()})
 
     def conditioned(
         self, network: Callable[..., Any], labels: Tensor, draws: DiffusionDraws, maps: Tensor | None = None
@@ -239,13 +211,31 @@ class DiffusionRecipe(Recipe):
         device = every[0][0].device
         draws = self.draw(0, count, torch.Generator(device).manual_seed(seed), device)
         spread = (torch.arange(count, device=device) + 0.5) / count * self.config.diffusion.num_train_timesteps
-        draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights))
+        draws = replace(draws, t=spread.long(), weights=torch.ones_like(draws.weights), preserved=None)
         total, start = 0.0, 0
         for inputs, labels in every:
             part = slice(start, start + len(labels))
             total += float(self.losses(self.model, inputs, labels, draws.rows(part)).each.sum())
             start = part.stop
         return {"val_loss": total / count}
+
+    @property
+    def learned_weights(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline, with low-rank updates added to the weights, and these by themselves."""
+        own = self.model
+        if not adapted(own):
+            super().save(folder)
+            return
+        self.model = merged(own)
+        try:
+            super().save(folder)
+        finally:
+            self.model = own
+        assert self.config.model.init_from is not None
+        save_updates(own, folder / ADAPTER, self.config.model.init_from)
 
     def pipeline(self) -> Any:
         scheduler = training_scheduler(self.config.diffusion, clip_sample=self.codec.clip_sample)

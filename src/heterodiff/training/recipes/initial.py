@@ -1,6 +1,5 @@
 """Initial weights of a denoiser: those of another run, to go on from with other images."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterodiff.errors import CheckpointError, ConfigError
+from heterodiff.errors import CheckpointError, ConfigError, RunError
 from heterodiff.models.blocks import AttentionBlock
 from heterodiff.models.variants import alike
 from heterodiff.pipelines.load import load_generation
 from heterodiff.training.processes import put, whole
+from heterodiff.training.recipes.adapting import CLASSES, OF_CONDITION, adapted, base_tensors
 
-CLASSES = "label_emb.weight"
-OF_CONDITION = re.compile(r"(label_emb|class_emb)\..*|.*\.encoder_kv\..*")
-"""Weights that a network has for its condition alone."""
-FREE = ("sample_size", "num_classes", "dropout", "use_checkpoint", "memory_optimization", "zero_threshold", "variant")
+FREE = (
+    "sample_size",
+    "num_classes",
+    "attributes",
+    "dropout",
+    "use_checkpoint",
+    "memory_optimization",
+    "zero_threshold",
+    "variant",
+)
 """Arguments of networks that may differ though the weights fit."""
 
 UNSEEN = ("activation", "attention_pattern")
@@ -39,7 +45,10 @@ def start_from(path: Path, network: Any, prediction: str, class_names: Sequence[
         ConfigError: another architecture or prediction than the run's; what differs is named.
         RunError, CheckpointError: no such run, one that draws no images of classes, or damaged weights.
     """
-    source = load_generation(path, "cpu", dtype="float32")
+    try:
+        source = load_generation(path, "cpu", dtype="float32")
+    except (RunError, CheckpointError) as error:
+        raise type(error)(f"model.init_from: {error}") from None
     _refuse_unlike(path, source.unet, network)
     if (known := source.denoiser.prediction) != prediction:
         raise ConfigError(
@@ -47,7 +56,7 @@ def start_from(path: Path, network: Any, prediction: str, class_names: Sequence[
             f"diffusion.prediction={known}"
         )
     found, fresh = source.unet.state_dict(), []
-    for name, target in (*network.named_parameters(), *network.named_buffers()):  # a state dict may hold copies
+    for name, target in base_tensors(network).items():  # a state dict may hold copies
         if name == CLASSES and name in found:
             values, taken = _class_rows(whole(target), found[name], class_names, source.class_names)
             put(values, target)
@@ -56,6 +65,11 @@ def start_from(path: Path, network: Any, prediction: str, class_names: Sequence[
             put(found[name], target)
         else:
             fresh.append(name)
+    if adapted(network) and (random := [name for name in fresh if OF_CONDITION.fullmatch(name)]):
+        raise ConfigError(
+            f"model.init_from={path}: it was trained without classes, and model.train=lora would leave the weights "
+            f"that it lacks for them ({random[0]}, ...) random; use model.train=conditions or all"
+        )
     more = f" and {len(fresh) - 3} more" if len(fresh) > 3 else ""
     return [f"begins with the weights of {path}" + (f"; new: {', '.join(fresh[:3])}{more}" if fresh else "")]
 
@@ -68,7 +82,7 @@ def _refuse_unlike(path: Path, source: Any, network: Any) -> None:
         )
     keys = [key for key in network.config if not key.startswith("_") and key not in FREE]
     differing = [key for key in keys if _plain(source.config.get(key)) != _plain(network.config[key])]
-    there, here = ({name: tuple(value.shape) for name, value in of.state_dict().items()} for of in (source, network))
+    there, here = ({name: tuple(value.shape) for name, value in base_tensors(of).items()} for of in (source, network))
     wrong = [
         name
         for name in sorted(there.keys() | here.keys())

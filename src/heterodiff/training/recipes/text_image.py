@@ -22,8 +22,9 @@ from heterodiff.text.aligned import AlignedNetworks, load_aligned_networks
 from heterodiff.text.caption_table import CaptionTable
 from heterodiff.training.processes import HostGroup
 from heterodiff.training.recipes.alignment import AlignmentDraws, AlignmentModel, AlignmentRecipe, make_pipeline
+from heterodiff.training.recipes.arguments import model_arguments
 from heterodiff.training.recipes.base import Losses, refuse_without_captions, spread
-from heterodiff.training.recipes.diffusion import DiffusionDraws, DiffusionRecipe, make_objective, model_arguments
+from heterodiff.training.recipes.diffusion import DiffusionDraws, DiffusionRecipe, make_objective
 from heterodiff.training.recipes.prior import STEPS, fit_prior, known_embeddings
 
 PRIOR = "guess."
