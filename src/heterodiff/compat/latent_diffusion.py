@@ -23,7 +23,7 @@ from heterodiff.errors import ConfigError, RunError
 from heterodiff.models import blocks
 from heterodiff.models.blocks import ResBlock, timestep_embedding
 from heterodiff.models.film_unet import FiLMUNet
-from heterodiff.pipelines.load import load
+from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_to_image import TextImagePipeline, predict
 
 
@@ -202,8 +202,8 @@ class GenerativeMultimodalModel(nn.Module):
 
     def __init__(self, run: str | Path | TextImagePipeline, device: str | None = None):
         super().__init__()
-        pipeline = run if isinstance(run, TextImagePipeline) else load(run, device=device, dtype="float32")
-        if not isinstance(pipeline, TextImagePipeline) or pipeline.unet is None:
+        pipeline = load_text_image(run, device, dtype="float32") if isinstance(run, str | Path) else run
+        if pipeline.unet is None:
             raise RunError(f"{run}: expected a run of recipe text-image, with a denoiser")
         self.pipeline = pipeline
         for name in ("unet", "image_codec", "text_encoder", "captioner"):
