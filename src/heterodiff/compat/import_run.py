@@ -21,6 +21,7 @@ from heterodiff.config.file import apply_override, parse_config, read_yaml
 from heterodiff.config.readers import unread_keys
 from heterodiff.errors import CheckpointError, ConfigError
 from heterodiff.image_spec import ImageSpec
+from heterodiff.tasks import task_of
 from heterodiff.training.build import load_run_data
 from heterodiff.training.codec_stage import codec_run
 from heterodiff.training.recipes.diffusion import HAE_KEYS
@@ -93,7 +94,7 @@ def import_run(
 
 
 def _refuse_other_kinds(config: RunConfig, where: Path) -> None:
-    if config.recipe != "diffusion":
+    if "sample" not in task_of(config).commands:
         raise ConfigError(f"{where}: recipe {config.recipe}, but a checkpoint here is a denoiser; set recipe=diffusion")
     if config.model.init_from is not None:
         raise ConfigError(

@@ -22,7 +22,7 @@ from heterodiff.errors import ConfigError, RunError
 from heterodiff.models import blocks
 from heterodiff.models.blocks import ResBlock, timestep_embedding
 from heterodiff.models.film_unet import FiLMUNet
-from heterodiff.pipelines.load import load
+from heterodiff.pipelines.load import load_text_image
 from heterodiff.pipelines.text_to_image import TextImagePipeline, predict
 
 
@@ -201,9 +201,9 @@ class GenerativeMultimodalModel(nn.Module):
 
     def __init__(self, run: str | Path | TextImagePipeline, device: str | None = None):
         super().__init__()
-        pipeline = run if isinstance(run, TextImagePipeline) else load(run, device=device, dtype="float32")
-        if not isinstance(pipeline, TextImagePipeline) or pipeline.unet is None:
-            raise RunError(f"{run}: expected a run of recipe text-image, with a denoiser")
+        pipeline = load_text_image(run, device, dtype="float32") if isinstance(run, str | Path) else run
+        if pipeline.unet is None:
+            raise RunError(f"{run}: no denoiser (recipe alignment); train a run of recipe text-image")
         self.pipeline = pipeline
         for name in ("unet", "image_codec", "text_encoder", "captioner"):
             self.add_module(name, getattr(pipeline, name))
