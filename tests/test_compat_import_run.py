@@ -232,3 +232,28 @@ def test_a_failure_while_the_folder_is_written_leaves_nothing(tmp_path: Path, mo
     (tmp_path / "run" / "mine.txt").touch()
     with pytest.raises(CheckpointError, match="not empty"):
         import_run(checkpoint, "anofpdm", tmp_path / "run", config, {"num_heads": 2})
+
+
+def test_a_denoiser_of_latents_comes_with_its_vae(digits_vae: Path, tmp_path: Path) -> None:
+    """The images are encoded at the import, and training goes on with the same scale."""
+    content = {
+        "data": {"source": "digits", "image_size": 16},
+        "codec": {"kind": "kl-vae", "path": str(digits_vae)},
+        "sampling": {"num_inference_steps": 2},
+        "training": {"minutes": 0.02, "batch_size": 4, "warmup_steps": 0, "tensorboard": False},
+    }
+    model = random_network(sample_size=4, num_classes=10)
+    checkpoint, config = write(tmp_path, model, content)
+    run = tmp_path / "run"
+    import_run(checkpoint, "anofpdm", run, config, {"num_heads": 2, "activation": "silu"})
+    pipeline = hd.load(run, device="cpu")
+    assert pipeline(["3"], num_inference_steps=2).images.shape == (1, 1, 16, 16)
+    step, before = last_step(run)
+    assert step == 0
+    assert torch.equal(before["out.2.weight"], model.state_dict()["out.2.weight"])
+    assert call("train", run / "config.yaml", "--stop-after", 1, "--quiet") == 0
+    assert last_step(run)[0] == 1
+    content["codec"] = {**content["codec"], "path": str(tmp_path / "vae"), "training": {"steps": 5}}  # type: ignore[dict-item]
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"codec\.training would train a new VAE"):
+        import_run(checkpoint, "anofpdm", tmp_path / "other", config, {"num_heads": 2})

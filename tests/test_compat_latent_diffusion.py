@@ -24,6 +24,7 @@ from heterodiff.config.file import load_config
 from heterodiff.data.sources import load_data
 from heterodiff.errors import ConfigError, RunError
 from heterodiff.models.blocks import ResBlock
+from heterodiff.training.start import train
 from tests.training_runs import tiny_config
 
 SMALL: dict[str, Any] = {"model_channels": 32, "channel_mult": (1, 2), "layers_per_block": 1}
@@ -180,10 +181,8 @@ def test_a_run_is_trained_on_and_draws_both_ways(shapes_run: Path) -> None:
 
 
 def test_only_runs_of_texts_are_multimodal(tmp_path: Path) -> None:
-    from heterodiff.training.start import train
-
     train(tiny_config(tmp_path / "run", training__steps=1, model__channel_mult=[1, 1]), quiet=True)
-    with pytest.raises(RunError, match="expected a run of recipe text-image"):
+    with pytest.raises(RunError, match="knows no texts; train a run of recipe text-image"):
         GenerativeMultimodalModel(tmp_path / "run")
 
 

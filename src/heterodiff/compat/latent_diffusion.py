@@ -204,7 +204,7 @@ class GenerativeMultimodalModel(nn.Module):
         super().__init__()
         pipeline = load_text_image(run, device, dtype="float32") if isinstance(run, str | Path) else run
         if pipeline.unet is None:
-            raise RunError(f"{run}: expected a run of recipe text-image, with a denoiser")
+            raise RunError(f"{run}: no denoiser (recipe alignment); train a run of recipe text-image")
         self.pipeline = pipeline
         for name in ("unet", "image_codec", "text_encoder", "captioner"):
             self.add_module(name, getattr(pipeline, name))
