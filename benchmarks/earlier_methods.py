@@ -139,7 +139,7 @@ def labels(runs: Path) -> dict[str, Any]:
     for depth in DEPTHS[:2]:
         for scale in (3, 30):
             ways[f"ddib, depth {depth}, scale {scale}"] = {"method": "ddib", "depth": depth, "guidance_scale": scale}
-        for scale in (10, 100, 1000):
+        for scale in (0, 10, 100, 1000):
             guided = {"method": "classifier-guidance", "classifier": classifier, "classifier_scale": scale}
             ways[f"classifier, depth {depth}, scale {scale}"] = {**guided, "depth": depth}
     found = measured(run, {name: {**way, "num_inference_steps": STEPS} for name, way in ways.items()})
