@@ -92,8 +92,8 @@ RADAR = (
     "data.conditions={speed_m_s: number, aspect_deg: number}",
     "data.val_fraction=0.3",
     "model.patch_size=4",
-    "model.channel_mult=[2,4]",
-    "training.steps=4000",
+    "model.channel_mult=[2,3]",
+    "training.steps=2000",
     "sampling.guidance_scale=1.5",
 )
 ASKED = 500
