@@ -38,6 +38,20 @@ def pixels(output: Path, codecs: Path, **more: Any) -> RunConfig:
     return tiny_config(output, **{**COMMON, **diffusion, "model__channel_mult": [1], **more})
 
 
+def conditions(output: Path, codecs: Path, **more: Any) -> RunConfig:
+    """An image and two numbers as conditions, beside the class."""
+    data = {
+        "data__source": "microdoppler",
+        "data__image_size": 16,
+        "data__microdoppler": {"images_per_class": 4},
+        "data__conditions": {"speed_m_s": "number", "aspect_deg": "number"},
+        "data__condition": {"edges": True},
+        "data__val_fraction": 0.2,
+    }
+    small = {"model__variant": "unet-conv", "model__channel_mult": [1]}
+    return tiny_config(output, **{**COMMON, **data, **small, **more})
+
+
 def vae(output: Path, codecs: Path, **more: Any) -> RunConfig:
     """With a discriminator, but in float16, which refuses it."""
     adversary = {"vae__adversarial_weight": 0.5, "vae__adversarial_start": 1}
@@ -76,6 +90,7 @@ def joint(output: Path, codecs: Path, **more: Any) -> RunConfig:
 # Each takes the run's folder, and one in which the first run of a recipe trains the codec for all of them.
 RECIPES: dict[str, Make] = {
     "pixels": pixels,
+    "conditions": conditions,
     "vae": vae,
     "cached latents": cached_latents,
     "latents on the fly": latents_on_the_fly,

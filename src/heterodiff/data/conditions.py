@@ -26,9 +26,11 @@ def edges(images: Tensor) -> Tensor:
 
     Images without any edge stay zero.
     """
-    kernel = images.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     padded = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    found = F.conv2d(padded, torch.stack([kernel, kernel.T])[:, None]).square().sum(dim=1, keepdim=True).sqrt()
+    across, along = padded[..., 2:] - padded[..., :-2], padded[..., 2:, :] - padded[..., :-2, :]
+    x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    y = along[..., :-2] + 2 * along[..., 1:-1] + along[..., 2:]
+    found = (x.square() + y.square()).sqrt()
     largest = found.amax(dim=(1, 2, 3), keepdim=True)
     return found / torch.where(largest > 1e-6, largest, torch.inf)
 

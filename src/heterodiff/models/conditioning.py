@@ -48,7 +48,7 @@ class AttributeEmbedding(nn.Module):
         Rows without any are zero.
         """
         given, values = ~values.isnan(), values.nan_to_num()
-        found = [torch.where(given[:, [k]], self._one(k, values[:, k]), 0) for k in range(len(self.each))]
+        found = [torch.where(given[:, k : k + 1], self._one(k, values[:, k]), 0) for k in range(len(self.each))]
         return torch.stack(found).sum(dim=0)
 
     def _one(self, place: int, values: Tensor) -> Tensor:
