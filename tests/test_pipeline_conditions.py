@@ -301,6 +301,11 @@ def test_evaluate_compares_with_the_true_images(run: Path, capsys: pytest.Captur
     assert "Beside the true images" in (run / "report.html").read_text()
 
 
+def test_runs_with_images_as_conditions_do_not_segment(run: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, error = cli(capsys, "segment", run, "--calibrate")
+    assert (code, "this run draws them of images (data.condition): train one without" in error) == (1, True)
+
+
 def test_translate_needs_a_run_with_images_as_conditions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train(tiny_config(tmp_path / "run", training__steps=2), quiet=True)
     code, _, error = cli(capsys, "translate", tmp_path / "run", tmp_path / "x.png")

@@ -25,6 +25,11 @@ ARCHITECTURE = (
     "resblock_updown",
     "attention_pattern",
     "sparsity",
+    "activation",
+    "class_embedding",
+    "conv_resample",
+    "bottleneck_ratio",
+    "num_heads_upsample",
 )
 """Keys of section ``model`` that both runs must have in common."""
 TRAINING = {"steps": 300, "batch_size": 16, "preview_every": 300, "checkpoint_every": 100}

@@ -86,6 +86,11 @@ class Segmenter:
         self.pipeline, self.settings = pipeline, settings
         if pipeline.vae is not None:
             raise ConfigError("segmentation compares pixels; this run denoises latents of a VAE: train one on pixels")
+        if pipeline.spec is not None and pipeline.spec.condition is not None:
+            raise ConfigError(
+                "segmentation compares images with their counterparts of another class; this run draws them of images "
+                "(data.condition): train one without"
+            )
         self.denoiser = pipeline.denoiser
         steps = self.denoiser.schedule.num_train_timesteps
         self.by_labels = settings.method == "label-difference"
