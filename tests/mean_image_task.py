@@ -46,7 +46,7 @@ class MeanImageRecipe(Recipe):
     summary = "one image"
 
     def __init__(self, config: RunConfig, data: LoadedData):
-        spec = data.spec
+        self.spec = spec = data.spec
         self.model = MeanImage((spec.channels, spec.height, spec.width))
 
     def before_training(

@@ -227,6 +227,35 @@ def test_latents_with_conditions(tmp_path: Path, posterior: str) -> None:
     assert drawn.shape == (1, 2, 1, 16, 16)
 
 
+@pytest.mark.parametrize(
+    "condition", [{"channels": [1, 3]}, {"mask": True}, {"downscale": 2}], ids=lambda c: next(iter(c))
+)
+def test_a_vae_that_is_trained_first_sees_the_images_alone(tmp_path: Path, condition: dict[str, Any]) -> None:
+    config = latent_config(
+        tmp_path / "run",
+        tmp_path / "vae",
+        data__source="brain-phantom",
+        data__image_size=32,
+        data__brain_phantom={"patients": 6, "slices_per_patient": 3},
+        data__condition=condition,
+        codec__training={"steps": 2, "batch_size": 4, "warmup_steps": 0, "preview_every": 2, "tensorboard": False},
+        codec__statistics="measured",
+        vae__block_out_channels=[8, 8, 8],
+        training__steps=2,
+        **SMALL,
+    )
+    train(config, quiet=True)
+    pipeline = hd.load(tmp_path / "run")
+    drawn = 2 if "channels" in condition else 4
+    assert pipeline.vae.config.in_channels == drawn
+    given = torch.rand(
+        1,
+        {"channels": 2, "mask": 1, "downscale": 4}[next(iter(condition))],
+        *[16 if "downscale" in condition else 32] * 2,
+    )
+    assert pipeline.translate(given, num_inference_steps=2).shape == (1, 1, drawn, 32, 32)
+
+
 def test_stored_latents_keep_the_columns_of_their_images(tmp_path: Path) -> None:
     plain_vae().save_pretrained(tmp_path / "vae")
     options = {"codec__statistics": "measured", **SMALL}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from heterodiff.codecs.scaling import LatentCodec, measure
 from heterodiff.config import RunConfig
 from heterodiff.data.assemble import LoadedData
-from heterodiff.data.dataset import ImageDataset
+from heterodiff.data.dataset import ImageDataset, ImageSpec
 from heterodiff.errors import DataError
 from heterodiff.training.processes import HostGroup
 
@@ -53,6 +53,7 @@ class Recipe(ABC):
     Attributes:
         model: the network that is trained and averaged (EMA).
         adversary: a second network with an optimiser of its own, trained against the first; or None.
+        spec: of the images.
         summary: the network in a few words.
         codec: encodes images before ``model`` sees them; None where such a codec is what is trained.
         warnings: problems of the data, to report before training.
@@ -60,6 +61,7 @@ class Recipe(ABC):
 
     model: Any
     adversary: nn.Module | None = None
+    spec: ImageSpec
     summary: str
     codec: Any = None
     warnings: Sequence[str] = ()
@@ -83,8 +85,12 @@ class Recipe(ABC):
         return data, []
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> input of :meth:`losses`, which stored latents are already; here [-1, 1]."""
-        return images * 2 - 1
+        """Images in [0, 1] -> input of :meth:`losses`, which stored latents are already; here the images in [-1, 1].
+
+        Args:
+            images: (B, C, H, W), with the channels of a stored condition image after those of the image.
+        """
+        return images[:, : self.spec.channels] * 2 - 1
 
     @abstractmethod
     def draw(self, step: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Any:
