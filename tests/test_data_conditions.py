@@ -146,6 +146,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no metadata": ({"column": "beside"}, "has no column beside; it has none"),
     "no mask": ({"mask": True}, "has no masks; use a source with masks"),
     "every channel": ({"channels": [0]}, "have the channels 0 to 0, of which at least one is to be drawn"),
+    "factor": ({"downscale": 3}, "downscale=3: the images are 8x12; expected a divisor of both"),
     "no such channel": ({"channels": [3]}, "data.condition.channels asks for channel 3, it has 1"),
 }
 

@@ -307,7 +307,9 @@ def assemble(
     if spec is None:
         value_range = _value_range(train, collection, inspection.dtype, config)
         measured_here = not (config.value_range or collection.value_range or inspection.dtype in _FULL_RANGE)
-        condition = describe(config.condition, inspection.images[0].shape[0], inspection.stored_channels)
+        condition = describe(
+            config.condition, inspection.images[0].shape[0], inspection.stored_channels, inspection.size
+        )
         channels = inspection.images[0].shape[0] - (len(condition.given) if condition else 0)
         known = {name: [v for v, chosen in zip(columns[name], learned, strict=True) if chosen] for name in columns}
         attributes = describe_attributes(config.conditions or {}, known, collection.where)

@@ -47,14 +47,17 @@ MADE: dict[str, Callable[[Tensor, ConditionSpec], Tensor]] = {"downscale": _low_
 """Conditions that are made of each image (B, C, H, W) in [0, 1] when it is used, at the size of the image."""
 
 
-def describe(config: ConditionConfig | None, channels: int, stored_channels: int) -> ConditionSpec | None:
+def describe(
+    config: ConditionConfig | None, channels: int, stored_channels: int, size: tuple[int, int]
+) -> ConditionSpec | None:
     """Describe the condition that ``config`` asks for, of images of ``channels``.
 
     Args:
         stored_channels: of the images together with their condition images.
+        size: (height, width) of the images.
 
     Raises:
-        DataError: channels that the images do not have, or all that they have.
+        DataError: channels that the images do not have, or all that they have; a factor that does not divide the size.
     """
     if config is None:
         return None
@@ -67,6 +70,11 @@ def describe(config: ConditionConfig | None, channels: int, stored_channels: int
             )
         return ConditionSpec("channels", len(given), given=given, stored=True)
     if config.downscale is not None:
+        if any(side % config.downscale for side in size):
+            raise DataError(
+                f"data.condition.downscale={config.downscale}: the images are {size[0]}x{size[1]}; expected a divisor "
+                "of both, or another data.image_size"
+            )
         return ConditionSpec("downscale", channels, factor=config.downscale)
     if config.edges:
         return ConditionSpec("edges", 1)
