@@ -1,5 +1,6 @@
 """Every file format x depth x channel count comes back as it was written."""
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,23 @@ def test_two_axis_array_is_one_channel(tmp_path):
 def test_channel_axis_without_channels_is_the_shorter(tmp_path):
     np.save(tmp_path / "image.npy", random_image(5, "uint8").transpose(1, 2, 0))
     assert_decoded(tmp_path / "image.npy", random_image(5, "uint8"))
+
+
+def test_reading_survives_a_parser_that_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of Python 3.11 raise a SystemError now and then where several threads read headers."""
+    values = np.arange(24, dtype=np.float32).reshape(1, 4, 6)
+    np.save(tmp_path / "x.npy", values)
+    np.savez(tmp_path / "x.npz", image=values)
+    calls: list[str] = []
+    literal = ast.literal_eval
+
+    def failing(text: str) -> object:
+        calls.append(text)
+        if len(calls) % 2:
+            raise SystemError("AST constructor recursion depth mismatch (before=48, after=45)")
+        return literal(text)
+
+    monkeypatch.setattr(ast, "literal_eval", failing)
+    for name in ("x.npy", "x.npz"):
+        np.testing.assert_array_equal(decode_file(tmp_path / name), values)
+    assert len(calls) >= 4

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,24 @@ _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
+
+T = TypeVar("T")
+TRIES = 5
+
+
+def steadily(read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, called again where Python's parser has failed.
+
+    NumPy parses the headers of arrays as Python. In some releases of Python 3.11, the parser counts its depth for all
+    threads together, and rarely raises a SystemError though nothing is wrong (bug 106905 of CPython).
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return read()
+        except SystemError:
+            continue
+    return read()
 
 
 _SUFFIXES_OF = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif", "npy": ".npy"}
@@ -60,8 +78,14 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     if version not in _HEADER_READERS:
         raise BadImage(f"npy format version {version} is not supported; save it with numpy.save")
-    shape, _, dtype = _HEADER_READERS[version](file)
-    return shape, dtype
+    start = file.tell()
+
+    def read() -> tuple[tuple[int, ...], np.dtype]:
+        file.seek(start)
+        shape, _, dtype = _HEADER_READERS[version](file)
+        return shape, dtype
+
+    return steadily(read)
 
 
 def read_member(archive: zipfile.ZipFile, key: str, max_bytes: int | None) -> np.ndarray:
@@ -79,10 +103,14 @@ def read_member(archive: zipfile.ZipFile, key: str, max_bytes: int | None) -> np
         check_array_header(shape, dtype)
     elif math.prod(shape) * dtype.itemsize > max_bytes:
         raise BadImage(f"array '{key}' needs {math.prod(shape) * dtype.itemsize:,} bytes; at most {max_bytes:,}")
-    with archive.open(f"{key}.npy") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # at the end of the member zipfile compares the checksum
-    return array
+
+    def read() -> np.ndarray:
+        with archive.open(f"{key}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            file.read(1)  # at the end of the member zipfile compares the checksum
+        return array
+
+    return steadily(read)
 
 
 def _decode_npy(file: BinaryIO, suffix: str, channels: int | None, background: str) -> np.ndarray:
@@ -96,8 +124,13 @@ def _decode_npy(file: BinaryIO, suffix: str, channels: int | None, background: s
     missing = math.prod(shape) * dtype.itemsize - (file.seek(0, os.SEEK_END) - start)
     if missing > 0:
         raise BadImage(f"truncated: {missing:,} bytes are missing for shape {shape} of {dtype}")
-    file.seek(0)
-    return channels_first(np.load(file, allow_pickle=False), channels)
+
+    def read() -> np.ndarray:
+        file.seek(0)
+        found: np.ndarray = np.load(file, allow_pickle=False)
+        return found
+
+    return channels_first(steadily(read), channels)
 
 
 def _decode_npz(file: BinaryIO, suffix: str, channels: int | None, background: str) -> np.ndarray:

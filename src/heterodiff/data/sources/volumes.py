@@ -14,7 +14,7 @@ import numpy as np
 
 from heterodiff.config import DataConfig, VolumesConfig
 from heterodiff.data.collection import Collection
-from heterodiff.data.decoding import array_names, opened_npz, read_member
+from heterodiff.data.decoding import array_names, opened_npz, read_member, steadily
 from heterodiff.data.decoding.nifti import LAYOUTS, Layout, PatientFiles, find_patients, label_problem, read_patient
 from heterodiff.data.decoding.resize import Size
 from heterodiff.data.findings import BadImage
@@ -97,7 +97,7 @@ def _slices_folder(path: Path, config: DataConfig) -> Path:
 
 @lru_cache(maxsize=64)
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return steadily(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 @dataclass(frozen=True)
