@@ -9,29 +9,17 @@ from heterodiff.config.file import dump_config, load_config
 from heterodiff.errors import ConfigError
 from heterodiff.files import read_json
 
-ARCHITECTURE = (
-    "variant",
-    "model_channels",
-    "channel_mult",
-    "layers_per_block",
-    "patch_size",
-    "attention_resolutions",
-    "mid_attention",
-    "condition_tokens",
-    "norm_groups",
-    "num_heads",
-    "num_head_channels",
-    "use_scale_shift_norm",
-    "resblock_updown",
-    "attention_pattern",
-    "sparsity",
-    "activation",
-    "class_embedding",
-    "conv_resample",
-    "bottleneck_ratio",
-    "num_heads_upsample",
+OF_TRAINING = (
+    "dropout",
+    "gradient_checkpointing",
+    "memory_optimization",
+    "init_from",
+    "train",
+    "lora_rank",
+    "prior_preservation",
+    "prior_images",
 )
-"""Keys of section ``model`` that both runs must have in common."""
+"""Keys of section ``model`` that the new run may choose; all others are the architecture, as in the base."""
 TRAINING = {"steps": 300, "batch_size": 16, "preview_every": 300, "checkpoint_every": 100}
 """Enough for five images a class, measured by ``python -m benchmarks.few_shot``."""
 RUN = "model.init_from: RUN, a finished run"
@@ -76,7 +64,7 @@ def _as_in(run: Path) -> dict[str, dict[str, Any]]:
     data: dict[str, Any] = {"image_size": [spec["height"], spec["width"]], "val_fraction": 0.0}
     if spec["dtype"] == "uint8":
         data["channels"] = spec["channels"]
-    model = {key: value for key, value in base.get("model", {}).items() if key in ARCHITECTURE}
+    model = {key: value for key, value in base.get("model", {}).items() if key not in OF_TRAINING}
     found = {"data": data, "model": {**model, "train": "lora"}}
     found |= {name: dict(base[name]) for name in ("diffusion", "sampling") if name in base}
     if base.get("codec", {}).get("kind", "pixels") != "pixels":
